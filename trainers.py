@@ -17,11 +17,11 @@ from preference_training.core.machine import memory_held
 from preference_training.core.random_streams import random_streams, restore_random_streams
 from preference_training.core.signals import StoppedError
 from preference_training.distributed.placement import OneProcess, Placement, Sharded, TensorParallel
+from preference_training.distributed.utilization import Utilization
 from preference_training.tracking.tracker import Metrics
 from preference_training.training.evaluator import Evaluator
 from preference_training.training.monitors import TrainingMonitor
-from preference_training.training.pace import Pace, Utilization
-from preference_training.training.parts import Batches, Models, Observers, RunState
+from preference_training.training.parts import Batches, Models, Observers, Pace, RunState
 from preference_training.training.step import PackResult, TrainingStep
 
 
@@ -36,8 +36,9 @@ class Trainer:
         self.state = RunState()
         self.step = TrainingStep(placement, models, self.state, batches.train.schedule.total_steps)
         self.evaluator = Evaluator(placement, models, batches, self.state, observers)
-        self.pace = Pace(self.state, Utilization.of(self.config, models, self.step.device))
-        self.monitor = TrainingMonitor(self.tracker.log_message, self.config.loss_spike)
+        utilization = Utilization.of(self.config, models.policy, models.reference, self.step.device)
+        self.pace = Pace(self.state, utilization)
+        self.monitor = TrainingMonitor(self.tracker, self.config.loss_spike)
         self.stopping = False
         self.saved_at: int | None = None
 
@@ -50,6 +51,7 @@ class Trainer:
         were skipped, or where policy and reference are not the same at the beginning.
         """
         self.pace.start()
+        self.monitor.check_warmup(self.config, self.batches.train.schedule.total_steps)
         if self.state.examples == 0:
             self.before_first_step()
         else:
@@ -64,7 +66,7 @@ class Trainer:
                 metrics |= {names.LEARNING_RATE: lr, names.EPOCH: self.batches.train.epochs_done} | measured
                 metrics |= {names.MEMORY: memory_held(self.step.device)} | self.state.counters()
                 self.monitor.observe(metrics)
-                self.tracker.log_step(metrics)
+                self.observers.log_step(metrics)
             if not self.batches.train.finished and self.between_steps(size):
                 self.pace.idle()
             if self.finished:
@@ -75,8 +77,9 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether no step is left to take, or the evaluations end the run."""
-        return self.batches.train.finished or self.evaluator.ends_run
+        """Whether no step is left to take, or the evaluations or a callback end the run."""
+        ended = self.batches.train.finished or self.evaluator.ends_run
+        return ended or self.observers.callbacks_end_run(self.placement.ranks)
 
     def before_first_step(self) -> None:
         """Sample the reference's responses while it is the policy, and evaluate."""
@@ -160,6 +163,7 @@ class Trainer:
         self.saved_at = self.state.examples
         if finished or self.stopping:
             writer.wait()
+            self.observers.tell_checkpoints()
             # The launcher would end rank 0, which may still be writing, when another process ends.
             self.placement.ranks.barrier()
 

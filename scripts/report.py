@@ -23,7 +23,8 @@ def main() -> None:
     try:
         print(f"report: {rebuild_report(options.run)}")
         if options.flagged:
-            print(f"{write_labeling_file(options.run, options.flagged)} pairs: {options.flagged}")
+            number = write_labeling_file(options.run, options.flagged)
+            print(f"{number} pairs: {options.flagged}" if number else "none flagged: no pair's label is in question")
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

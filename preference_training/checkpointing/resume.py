@@ -21,6 +21,7 @@ from preference_training.checkpointing.checkpoint import (
 from preference_training.checkpointing.state import NEWER_STATE_SHAPE, STATE_SHAPE
 from preference_training.configuration.composition import newer_defaults
 from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, is_within
+from preference_training.configuration.rerun import RERUN
 from preference_training.configuration.saved import CONFIG
 from preference_training.configuration.schema import keys_with
 from preference_training.core.errors import UserError
@@ -99,8 +100,8 @@ def resumable(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def find_data_version(resume: str | None, run_dir: Path, exp_name: str) -> int | None:
-    """By which version of the rules the data of a resumed run was prepared; None for a new run.
+def find_run(resume: str | None, run_dir: Path, exp_name: str) -> Checkpoint | None:
+    """The newest checkpoint of the run that `resume` means whose state can be read; None for a new run.
 
     Every process looks, before it has joined the others: at the states of checkpoints, not at their weights.
     """
@@ -112,7 +113,7 @@ def find_data_version(resume: str | None, run_dir: Path, exp_name: str) -> int |
         with suppress(*UNREADABLE):
             checkpoint = Checkpoint.read(path)
             if find_mismatch(checkpoint.state, STATE_SHAPE, "state") is None:
-                return checkpoint.data_version
+                return checkpoint
     return None
 
 
@@ -126,18 +127,28 @@ def candidate_run_dirs(run_dir: Path, exp_name: str) -> list[Path]:
 # ---- whether it is the same run ------------------------------------------------------------------------------------------
 
 
+ADVICE = "Start a new run from it with model.archive, or restore the old value."
+
+
+def check_same_config(checkpoint: Checkpoint, config: dict) -> None:
+    """Raise UserError where a configuration is not that of the checkpoint's run, in keys that may not change."""
+    before, now = dotted(checkpoint.config), dotted(config)
+    # A key that the run did not know yet had its default.
+    before = {key: value for key, value in newer_defaults(checkpoint.config).items() if key in now} | before
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    changed = [key for key in changed if not is_within(key, keys_with(MAY_CHANGE_ON_RESUME))]
+    # Another loss has other keys: its name says it all.
+    names = [key for key in changed if key in ("loss.name", "trainer.name")]
+    changed = [key for key in changed if key in names or f"{key.partition('.')[0]}.name" not in names]
+    if changed:
+        listed = "; ".join(f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
+        raise UserError(f"resume: {checkpoint.path} belongs to a run with another configuration: {listed}. {ADVICE}")
+
+
 def check_same_run(checkpoint: Checkpoint, about: dict) -> None:
     """Raise UserError where what a run is made of (`about`) differs from what the checkpoint's run was made of."""
     then, path = checkpoint.run, checkpoint.path
-    before, now = (dotted(run["config"]) for run in (then, about))
-    # A key that the run did not know yet had its default.
-    before = {key: value for key, value in newer_defaults(then["config"]).items() if key in now} | before
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    changed = [key for key in changed if not is_within(key, keys_with(MAY_CHANGE_ON_RESUME))]
-    advice = "Start a new run from it with model.archive, or restore the old value."
-    if changed:
-        listed = "; ".join(f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
-        raise UserError(f"resume: {path} belongs to a run with another configuration: {listed}. {advice}")
+    check_same_config(checkpoint, about["config"])
     was, is_now = checkpoint.data_version, about.get("data_version", 1)
     if was != is_now:
         raise UserError(
@@ -146,13 +157,13 @@ def check_same_run(checkpoint: Checkpoint, about: dict) -> None:
         )
     for key, what in (("data", "datasets: the prepared data are"), ("began_with", "model: the weights that it began with are")):
         if then[key] != about[key]:
-            raise UserError(f"resume: {what} not those of the run that {path} belongs to. {advice}")
+            raise UserError(f"resume: {what} not those of the run that {path} belongs to. {ADVICE}")
 
 
 # ---- the files of a run -----------------------------------------------------------------------------------------------------
 
 RUN_FILES = (
-    METRICS, SAMPLES, BAD_STEPS, EVENTS, RESULTS_FILE, ABOUT, FLAGGED, PRUNED, CONFIG, REPORT, ANSWERS,
+    METRICS, SAMPLES, BAD_STEPS, EVENTS, RESULTS_FILE, ABOUT, FLAGGED, PRUNED, CONFIG, RERUN, REPORT, ANSWERS,
     JUDGEMENTS, LATEST, LEDGER, TENSORBOARD, WANDB, BASE_DIR, f"{CHECKPOINT}*",
 )  # fmt: skip
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from preference_training.checkpointing.checkpoint import list_checkpoints
@@ -98,14 +97,21 @@ class SavedRun:
             return loading.load_with_adapter(self.checkpoint, config, tokenizer, self.cache_dir)
         return loading.load_model(config, tokenizer, self.cache_dir)
 
+    @property
+    def initial_adapter(self) -> str | None:
+        """The adapter that the run started from, if any. Raises UserError where it is gone."""
+        archive = self.config["model"].get("archive")
+        if archive and not Path(archive).exists():
+            raise UserError(f"{self.checkpoint}: the weights that its run started from are gone: {archive}.")
+        return archive if is_adapter(archive) else None
+
     def load_initial_model(self) -> nn.Module:
         """The model that the run started from. Raises UserError where it is no longer what it was."""
         tokenizer = self.load_tokenizer()
         config = model_config(self.config["model"], trust_remote_code=self.trust_remote_code, head=self.head)
         # The kernels of the run may not be available on this machine, and are not needed here.
         config = replace(config, liger_kernels=False, attn_implementation="auto", autocast_dtype=None)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.get("seed") or 0)
+        with loading.seeded_as_its_run(self.checkpoint):
             model = loading.load_model(config, tokenizer, self.cache_dir)
         if weights_hash(model) != self.run.get("began_with"):
             raise UserError(

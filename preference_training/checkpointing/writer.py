@@ -56,7 +56,7 @@ class CheckpointWriter:
 
     A failure (a full disk) costs that checkpoint and is logged; `failed` is true while it was the newest one. `check`, where
     set, is called with the next complete directory before it becomes a checkpoint, and raises what stops the run; `checked`
-    tells on rank 0 whether that has happened.
+    tells on rank 0 whether that has happened. `completed` on rank 0: checkpoints that nobody has taken note of yet.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class CheckpointWriter:
         self.thread = ThreadPoolExecutor(1) if self.options.background else None
         self.pending_write: Future | None = None
         self.failed = False
+        self.completed: list[Path] = []
 
     def write(self, snapshot: Snapshot, with_policy_pt: bool = False) -> None:
         """Write a checkpoint; in the background this returns when its tensors are copied. Waits for the one before."""
@@ -125,6 +126,7 @@ class CheckpointWriter:
                 publish(partial, place)
                 self._remove_old()
                 self.log_message(f"checkpoint: {place}")
+                self.completed.append(place)
             self.checked |= self.check is not None
             self.failed, self.check = False, None
         except (OSError, CheckpointException) as error:

@@ -116,12 +116,43 @@ def known_keys() -> frozenset[str]:
 @cache
 def default_values(**groups: str) -> dict[str, Any]:
     """The plain values of config.yaml, with the groups' files of these names; an unknown name is an empty section."""
-    values = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "config.yaml"))
+    values = OmegaConf.load(CONFIG_DIR / "config.yaml")
     for group, name in groups.items():
         # A name in data forms no path.
         known = name in (*BASES, *group_choices(group))
-        values[group] = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")) if known else {}
-    return {key: value for key, value in values.items() if key not in ("hydra", "defaults")}
+        values[group] = {}
+        values = OmegaConf.merge(values, *(_choice_files(group, name) if known else ()))
+    return {key: value for key, value in OmegaConf.to_container(values).items() if key not in ("hydra", "defaults")}
+
+
+def preset_of(choice: str) -> str:
+    """The preset that a choice of the group `model` is, or builds on where it is the name of a model."""
+    return choice if choice in (*BASES, *group_choices("model")) else "pretrained"
+
+
+def _choice_files(group: str, name: str) -> list[DictConfig]:
+    """The files of a choice of a group, each after those that it overrides, as parts of the whole configuration."""
+    path = CONFIG_DIR / group / f"{name}.yaml"
+    file = OmegaConf.load(path)
+    bases = [base.partition("@")[0] for base in file.pop("defaults", ()) if isinstance(base, str) and base != "_self_"]
+    is_global = path.read_text().startswith("# @package _global_")
+    return [part for base in bases for part in _choice_files(group, base)] + [
+        file if is_global else OmegaConf.create({group: file})
+    ]
+
+
+def usual_values(config: RunConfig) -> dict[str, list[Any]]:
+    """The values, by dotted names, that are no change of a run's settings where config.yaml has others.
+
+    Those of its preset, and what became of null.
+    """
+    groups = {"loss": config.loss.name, "trainer": config.trainer.name}
+    general, own = (dotted(default_values(model=model, **groups)) for model in ("base_model", config.origin.preset))
+    usual = {key: [value] for key, value in own.items() if value != general.get(key)}
+    for key, value in dotted(config.as_dict()).items():
+        if key in config.origin.nulls and value is not None:
+            usual[key] = [None, value]
+    return usual
 
 
 def newer_defaults(values: dict[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,15 @@ def _directory_name(value: Any) -> str | None:
     return problem or (None if valid else f"found {value!r}, expected {words}.")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a configuration was composed from: the command line, the model preset, and the keys that were null."""
+
+    overrides: tuple[str, ...] = ()
+    preset: str = "base_model"
+    nulls: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
     """Everything a run is configured by. `as_composed` has the same keys in plain values, references to others unresolved."""
@@ -115,8 +124,9 @@ class RunConfig(Section):
         expected("true, false or null", lambda value: value is None or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
     )
     n_eval_model_samples: int = key(whole(0), MAY_CHANGE_ON_RESUME)
+    max_sample_length: int | None = key(whole(1, null=True), NEWER, MAY_CHANGE_ON_RESUME)
     do_first_eval: bool = key(switch, MAY_CHANGE_ON_RESUME)
-    lr: float = key(positive())
+    lr: float | None = key(positive(null=True))
     lr_schedule: str = key(one_of(SCHEDULES))
     final_lr_share: float = key(share())
     weight_decay: float | None = key(not_negative(null=True))
@@ -125,12 +135,14 @@ class RunConfig(Section):
     prefix_sharing: str = key(one_of(("auto", "on", "off"), "auto, on or off"), MAY_CHANGE_ON_RESUME)
     reference_logps: str | None = key(one_of(("live", "cached"), null=True), MAY_CHANGE_ON_RESUME)
     tf32: bool = key(switch)
+    bf16: bool | None = key(expected("true, false or null", lambda value: value is None or isinstance(value, bool)), NEWER)
     peak_tflops: float | None = key(positive(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN, NEWER)
     max_grad_norm: float = key(
         expected("a number above 0", lambda value: value == math.inf or (is_number(value) and value > 0))
     )
     max_length: int = key(whole(1))
-    max_prompt_length: int = key(whole(1))
+    # Half of max_length where it is null; never None behind `validate`.
+    max_prompt_length: int = key(whole(1, null=True))
     truncation_mode: str | None = key(one_of(TRUNCATION_MODES, null=True))
     sampling: str = key(one_of(("shuffle", "replacement"), "shuffle or replacement"), NEWER)
     n_epochs: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
@@ -143,11 +155,11 @@ class RunConfig(Section):
     master_weights: bool | str = key(
         expected("auto, true or false", lambda value: value == "auto" or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
     )
-    warmup_steps: int = key(whole(0))
+    warmup_steps: int | None = key(whole(0, null=True))
     warmup_share: float | None = key(share(null=True))
     activation_checkpointing: bool = key(switch, MAY_CHANGE_ON_RESUME)
     compile: bool = key(switch)
-    eval_every: int = key(whole(1), MAY_CHANGE_ON_RESUME)
+    eval_every: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     resume: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     save_strategy: str = key(one_of(("steps", "epoch", "no"), "steps, epoch or no"), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     save_every: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
@@ -165,6 +177,9 @@ class RunConfig(Section):
     loss: LossConfig = section(LossConfig)
     trainer: TrainerConfig = section(TrainerConfig)
     as_composed: dict[str, Any] = field(repr=False, compare=False)
+    origin: Origin = field(default=Origin(), repr=False, compare=False)
+    # For keys that were null, what became of them, as a line of text.
+    chosen: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, values: dict[str, Any], as_composed: dict[str, Any] | None = None) -> "RunConfig":
@@ -212,13 +227,13 @@ class RunConfig(Section):
         trained = self.model.trains_low_precision
         if self.master_weights != "auto":
             return bool(self.master_weights) and trained
-        return trained and (self.optimizer == "SGD" or self.lr < self.model.smallest_kept_lr)
+        return trained and (self.optimizer == "SGD" or (self.lr or 0.0) < self.model.smallest_kept_lr)
 
     @property
     def weight_copies(self) -> int:
         """How many times the memory of the trained weights gradients and optimizer take, at most."""
-        # A gradient and two states of the weights' dtype; or a gradient of it, and float32 copies with two states.
-        return 1 + 3 * 2 if self.keeps_master_weights else 1 + 2
+        # A gradient and two states of the weights' dtype; or a summed gradient and copies with two states, all in float32.
+        return 4 * 2 if self.keeps_master_weights else 1 + 2
 
     def caches_reference(self, read_again: bool) -> bool:
         """Whether the reference's log-probs are computed before training: if asked for, or left open and read more than once.

@@ -67,10 +67,10 @@ class ModelConfig(Section):
     chat_template: str | None = key(text(null=True), NEWER)
     archive: str | None = key(text(null=True), NOT_SHOWN)
     block_name: str | None = key(text(null=True))
-    policy_dtype: str = key(known_name("dtype", DTYPES))
+    policy_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
     autocast_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
     fsdp_policy_mp: str | None = key(known_name("dtype", DTYPES, null=True))
-    reference_dtype: str = key(known_name("dtype", DTYPES))
+    reference_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
     from_config: dict[str, Any] = key(plain_section, OPEN)
     lora: LoraConfig = section(LoraConfig)
     quantization: str | None = key(one_of(("nf4", "int8"), "nf4, int8", null=True))
@@ -91,7 +91,7 @@ class ModelConfig(Section):
     def smallest_kept_lr(self) -> float:
         """The learning rate from which ordinary weights of a low-precision dtype take every update, of one lr in size."""
         # Half of the distance is rounded up.
-        return ORDINARY_WEIGHT * SPACINGS[self.policy_dtype] / 2
+        return ORDINARY_WEIGHT * SPACINGS[str(self.policy_dtype)] / 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from preference_training.configuration.composition import (
     GROUPS,
     choice_keys,
     compose_overrides,
+    default_values,
     group_keys,
     loss_keys,
+    preset_of,
     unknown_key,
 )
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
 from preference_training.configuration.model_names import is_gguf, local_gguf
-from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, RunConfig
+from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, Origin, RunConfig
 from preference_training.configuration.sections import EvaluationConfig, LossConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.metric_names import (
@@ -31,6 +34,7 @@ from preference_training.core.metric_names import (
     EVAL_REJECTED_LOGPS,
     EVAL_REJECTED_REWARD,
 )
+from preference_training.core.values import dotted
 
 # The metrics of an evaluation, which a sweep may optimize; the first two are all that SFT has.
 OBJECTIVES = (
@@ -43,7 +47,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 # Installs what HTTP judges and task suites need.
 EVALUATION_REQUIREMENTS = "pip install -r requirements/evaluation.txt"
 # Where metrics may go; a run's own files are always written.
-TRACKING = ("jsonl", "wandb", "tensorboard")
+TRACKING = ("jsonl", "wandb", "tensorboard", "trackio", "mlflow")
 
 
 def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[str, str] | None = None) -> RunConfig:
@@ -55,6 +59,7 @@ def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[st
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{missing[0]}: not given. Expected a value on the command line: {missing[0]}=...")
+    _prefer_given_warmup(config, choices)
     values = OmegaConf.to_container(config, resolve=True)
     _check_keys(RunConfig, values)
     for group, choice in (choices or {}).items():
@@ -62,11 +67,22 @@ def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[st
             _check_keys_of_group(group, values[group], choice)
     _check_group_names(values["loss"], values["trainer"])
     check_section(RunConfig, values)
-    typed = RunConfig.of(values, OmegaConf.to_container(config, resolve=False))
+    preset = preset_of((choices or {}).get("model", "base_model"))
+    origin = Origin(tuple(overrides), preset, frozenset(key for key, value in dotted(values).items() if value is None))
+    typed = replace(RunConfig.of(values, OmegaConf.to_container(config, resolve=False)), origin=origin)
+    if typed.max_prompt_length is None:
+        typed = typed.changed({"max_prompt_length": typed.max_length // 2})
     if typed.per_device_batch_size is not None and any(text.startswith("batch_size=") for text in overrides):
         raise UserError("per_device_batch_size: given together with batch_size, which follows from it. Expected one of them.")
     _check_together(typed)
     return typed
+
+
+def _prefer_given_warmup(config: DictConfig, choices: dict[str, str] | None) -> None:
+    """Let warmup_steps replace the share that a preset has in its place."""
+    usual = default_values(model=preset_of((choices or {}).get("model", "base_model")))
+    if usual["warmup_steps"] is None is not config.get("warmup_steps") and config.get("warmup_share") == usual["warmup_share"]:
+        config.warmup_share = None
 
 
 def _check_together(config: RunConfig) -> None:
@@ -250,11 +266,11 @@ def _check_paths(config: RunConfig) -> None:
     if model.chat_template:
         if not Path(model.chat_template).expanduser().is_file():
             raise UserError(f"model.chat_template: {model.chat_template}: no such file. Paths are relative to {Path.cwd()}.")
-        of_entries = [entry.get("template") for entry in config.datasets if isinstance(entry, dict)]
-        if "chat" not in (config.template, *of_entries):
+        given = [entry.get("template") if isinstance(entry, dict) else None for entry in listed(config.datasets)]
+        if {None, "chat"}.isdisjoint(template or config.template for template in given):
             raise UserError(
-                f"model.chat_template: found {model.chat_template}, but template is {config.template or 'null'}, which does "
-                "not read it. Set template=chat too."
+                f"model.chat_template: found {model.chat_template}, but template is {config.template}, which does not read it. "
+                "Set template=chat or null."
             )
 
 

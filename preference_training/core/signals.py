@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from typing import ClassVar
 
 # Exit status of a run that has stopped before its end, its checkpoint written: "try again later" (EX_TEMPFAIL).
 STOPPED = 75
@@ -24,8 +25,11 @@ class StoppedError(Exception):
 class StopRequests:
     """Handles signals inside its `with` block. `reason` says why the run is to stop, None while it is not.
 
-    max_minutes: how long the run may take; None for no limit.
+    max_minutes: how long the run may take; None for no limit. ends_process: whether this process has nothing to do after its
+    run. Later signals are then ignored: its exit status is that of the run.
     """
+
+    ends_process: ClassVar[bool] = False
 
     def __init__(self, max_minutes: float | None = None):
         self.ends_at = time.monotonic() + 60 * (float("inf") if max_minutes is None else max_minutes)
@@ -39,8 +43,7 @@ class StopRequests:
         return self
 
     def __exit__(self, *exception) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        restore_handlers(self.handlers)
 
     @property
     def reason(self) -> str | None:
@@ -55,3 +58,9 @@ class StopRequests:
             self.received = signal.Signals(number).name, now
         elif number == signal.SIGINT and now - self.received[1] > SAME_SIGNAL:
             os._exit(ENDED_AT_ONCE)
+
+
+def restore_handlers(usual: dict) -> None:
+    """Restore the handlers of signals that were in force before a run, or ignore signals if the process ends with the run."""
+    for number, handler in usual.items():
+        signal.signal(number, signal.SIG_IGN if StopRequests.ends_process else handler)

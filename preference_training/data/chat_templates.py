@@ -69,7 +69,9 @@ def detect_format(config: dict, table: Sequence, tokenizer) -> str | None:
     try:
         return run_format(config)[0]
     except UserError:
-        pass
+        # Beside conversations there may be plain text.
+        if {_entry_format(entry, config)[0] for entry in dataset_entries(config)} - {None} == {"chat"}:
+            return "chat"
     step = max(1, len(table) // MAX_INSPECTED)
     texts = tokenizer.batch_decode([table[place].prompt_ids for place in range(0, len(table), step)])
     if texts and all(HUMAN in text and text.endswith(ASSISTANT) for text in texts):

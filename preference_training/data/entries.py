@@ -20,6 +20,7 @@ from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, Datase
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import (
     LISTS_OF_VALUES,
+    ROLES,
     DataReport,
     PreferenceRecord,
     Prompt,
@@ -61,10 +62,15 @@ class Entry:
         return Path(self.name) if self.name.endswith(TOKENIZED_SUFFIX) else None
 
     @property
+    def user_data(self) -> UserData | None:
+        """The user's rows; None for named sets and loaders."""
+        own = getattr(self.dataset.load, "__self__", None)
+        return own if isinstance(own, UserData) else None
+
+    @property
     def uses_held_out_share(self) -> bool:
         """Whether `held_out_share` decides what is held out."""
-        own = getattr(self.dataset.load, "__self__", None)
-        return isinstance(own, UserData) and not (own.test_path or own.test_split)
+        return self.user_data is not None and self.user_data.by_hash
 
     def report(self) -> DataReport:
         """An empty report that knows whether to skip bad rows."""
@@ -94,7 +100,7 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
     unknown names and keys, invalid values, and missing files.
     """
     defaults = defaults or {}
-    given = {("path" if _is_path(entry) else "name"): entry} if isinstance(entry, str) else entry
+    given = {("path" if is_path(entry) else "name"): entry} if isinstance(entry, str) else entry
     if not isinstance(given, dict) or len({"name", "path"} & given.keys()) != 1:
         raise UserError(f"datasets: found {entry!r}, expected a name, a path, or a dict with either name or path.")
     general = {key: defaults.get(key) for key in GENERAL_KEYS if defaults.get(key) is not None}
@@ -117,7 +123,8 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
     return parsed
 
 
-def _is_path(text: str) -> bool:
+def is_path(text: str) -> bool:
+    """Whether an entry is a path, not a name."""
     return text not in DATASETS and ".py:" not in text and (text.endswith(TOKENIZED_SUFFIX) or is_location(text))
 
 
@@ -212,6 +219,9 @@ def _check_field_map(path: str, options: dict) -> None:
     for key in ("margin", "example_weight"):
         lists = next((name for name in ANSWER_KEYS if options.get(name)), None)
         require(not options.get(key) or not lists, f"{key} is of pairs of chosen and rejected, and responses are in {lists}.")
+    roles = options.get("roles")
+    is_valid = isinstance(roles, dict) and roles and all(isinstance(name, str) and of in ROLES for name, of in roles.items())
+    require(roles is None or is_valid, f"roles: found {roles!r}, expected {{NAME: ROLE}}, with the roles {', '.join(ROLES)}.")
     top_k, where = options.get("top_k"), options.get("where", {})
     is_valid = top_k is None or (isinstance(top_k, dict) and top_k.keys() == {"column", "k"} and type(top_k["k"]) is int)
     is_valid = is_valid and (top_k is None or (top_k["k"] > 0 and isinstance(top_k["column"], str)))
@@ -266,7 +276,7 @@ def _check_general(entry: Entry) -> None:
 
 
 # The keys of a loader's record; others are reported as not read.
-RECORD_KEYS = {"responses", "pairs", "sft_target", "sft_targets", "tools", *LISTS_OF_VALUES}
+RECORD_KEYS = {"responses", "pairs", "sft_target", "sft_targets", "tools", "rows", *LISTS_OF_VALUES}
 
 
 def load_records(
@@ -291,6 +301,7 @@ def load_records(
         raise UserError(
             f"datasets: {entry.name}: the loader gave {type_name(items)}, expected a dict or (prompt, record) one by one."
         )
+    own = entry.user_data
     for number, item in enumerate(items.items() if isinstance(items, dict) else items, start=1):
         source = f"{entry.name}, {split} prompt {number}"
         if problem := item_error(item):
@@ -298,13 +309,19 @@ def load_records(
             report.bad_row(UserError(f"datasets: {source}: {problem}. {expected}"))
             continue
         prompt, record = item
+        if own and record.get("rows"):
+            source = own.source_of(record["rows"], split)
         pairs = [(int(chosen), int(rejected)) for chosen, rejected in record["pairs"]]
-        targets = tuple(record.get("sft_targets", ()))
-        values = [None if record.get(key) is None else list(record[key]) for key in LISTS_OF_VALUES]
-        for key in record.keys() - RECORD_KEYS:
-            report.not_read(str(key))
         texts = list(record["responses"]), pairs, record["sft_target"]
-        yield PreferenceRecord(prompt, *texts, number, source, targets, *values, tools=record.get("tools", ""))
+        yield PreferenceRecord(prompt, *texts, number, source, **(_optional(record, report) if len(record) > 3 else {}))
+
+
+def _optional(record: dict, report: DataReport) -> dict:
+    """What a loader's record has besides what it must have."""
+    for key in record.keys() - RECORD_KEYS:
+        report.not_read(str(key))
+    values = {key: None if record.get(key) is None else list(record[key]) for key in LISTS_OF_VALUES}
+    return {"sft_targets": tuple(record.get("sft_targets", ())), "tools": record.get("tools", "")} | values
 
 
 def read_entries(config: RunConfig) -> list[Entry]:
@@ -321,7 +338,7 @@ def read_entries(config: RunConfig) -> list[Entry]:
 def check_examples(entries: Iterable[Entry], loss: Loss, name: str, cache_dir: str | None = None) -> None:
     """Raise UserError where the rows of a file or hub set cannot give what a loss trains on."""
     for entry in entries:
-        if not isinstance(own := getattr(entry.dataset.load, "__self__", None), UserData):
+        if (own := entry.user_data) is None:
             continue
         has_token_ids = entry.tokenized_file is not None
         of = own.field_map if has_token_ids else own.found_map("train", cache_dir)
@@ -346,6 +363,8 @@ def _lacks(of: FieldMap, has_token_ids: bool, loss: Loss) -> str | None:
         )
     if loss.examples == "labels" and single and not (scored or of.label):
         return f"learns from labels, and the rows have {found}. Expected response with label: COLUMN, or pairs."
+    if loss.examples == "pairs" and single == FieldMap.chosen and not scored:
+        return "compares pairs, and the rows have chosen answers alone: rejected is missing. Expected chosen and rejected."
     if loss.examples == "pairs" and single and not scored:
         column = of.label if of.label and of.response else "COLUMN"
         losses = "loss=sft, or a loss of labels such as kto" if of.label else "loss=sft"
@@ -365,11 +384,11 @@ def _lacks(of: FieldMap, has_token_ids: bool, loss: Loss) -> str | None:
 
 def _unused_run_settings(config: RunConfig, entry: Entry) -> list[str]:
     """Notes on changed settings of the run without effect on an entry, and on data that its loss does not read."""
-    notes, usual = [], default_values()
+    notes, usual = [], default_values(model=config.origin.preset)
     if entry.dataset.sft_note and example_kind(config.loss.name) == "targets":
         notes.append(entry.dataset.sft_note)
     drops = (entry.truncation_mode or entry.dataset.truncation_mode) == "drop"
-    if config.max_prompt_length != usual["max_prompt_length"] and drops:
+    if config.max_prompt_length != (usual["max_prompt_length"] or config.max_length // 2) and drops:
         notes.append("max_prompt_length has no effect: truncation_mode=drop truncates nothing")
     if config.held_out_share != usual["held_out_share"] and not entry.uses_held_out_share:
         notes.append("held_out_share has no effect: the data set defines its held-out split")

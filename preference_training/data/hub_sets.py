@@ -58,7 +58,9 @@ def valid_rows(rows: NumberedRows, place: str, report: DataReport, kinds: dict[s
                 value = field_value(row, name)
                 wrong = [item for item in (value if "." in name else [value]) if not isinstance(item, kind)]
                 if wrong:
-                    raise RowError(f"field {name!r} is {type_name(wrong[0])}, expected {KINDS[kind]}.")
+                    raise RowError(
+                        f"field {name!r} is {'null' if wrong[0] is None else type_name(wrong[0])}, expected {KINDS[kind]}."
+                    )
         except RowError as error:
             report.bad_row(UserError(f"datasets: {place}, row {number}: {error}"))
         else:

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,9 +26,17 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_sizes
 from preference_training.core.errors import UserError
+from preference_training.core.labeled_output import label_output
 from preference_training.core.process_group import local_rank, local_world_size
 from preference_training.core.processes import in_worker, usable_cores
-from preference_training.core.signals import ENDED_AT_ONCE, SIGNALS, STOPPED, StoppedError
+from preference_training.core.signals import (
+    ENDED_AT_ONCE,
+    SIGNALS,
+    STOPPED,
+    StoppedError,
+    StopRequests,
+    restore_handlers,
+)
 
 # The prefix of a worker's error where the mistake was the user's.
 MISTAKE = "UserError: "
@@ -84,12 +93,13 @@ def run_or_launch(run: Callable, config: RunConfig, run_dir: Path, in_sweep: boo
             run_dir.rmdir()
         return _run_silenced(run, config, run_dir, in_sweep)
     # References between keys are resolved here.
-    config = RunConfig.of(config.as_dict())
+    config = replace(config, as_composed=config.as_dict())
     return launch(_run_silenced, (run, config, run_dir, in_sweep), number_of_workers(config.trainer), config.fsdp_port)
 
 
 def _run_silenced(run: Callable, *arguments):
     """`run` in a worker, of which only rank 0 prints."""
+    label_output()
     silence_others()
     return run(*arguments)
 
@@ -154,8 +164,7 @@ def _signals_forwarded():
     try:
         yield received
     finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+        restore_handlers(usual)
 
 
 class WorkerDiedError(Exception):
@@ -165,11 +174,11 @@ class WorkerDiedError(Exception):
 @record
 def _in_worker(function: Callable, arguments: tuple):
     launcher = os.getppid()
+    StopRequests.ends_process = True
     try:
         value = function(*arguments)
-        for number in SIGNALS:
-            # Too late for this run.
-            signal.signal(number, signal.SIG_IGN)
+        # Too late for this run.
+        restore_handlers(dict.fromkeys(SIGNALS))
         # The library waits until the launcher has read the value: forever if the launcher has died.
         threading.Thread(target=_exit_after_launcher, args=(launcher,), daemon=True).start()
         return value

@@ -45,6 +45,8 @@ from preference_training.dry_run.scaling import (
 from preference_training.losses.base import ExampleKind, Loss
 from preference_training.modeling.token_budget import untrained_budget
 from preference_training.reporting.data_report import assess, write_data_report
+from preference_training.training.monitors import warmup_warning
+from preference_training.training.optimization import warmup_steps
 from preference_training.training.preparation import PreparedRun
 
 # Steps whose batches are built to find the largest.
@@ -62,14 +64,15 @@ def preview(prepared: PreparedRun, placement_class: type[Placement], batches_wit
     for title, split, found in zip(("train", "held out"), data, facts, strict=True):
         print(f"\n{title}", *describe_data(names, split.reports, found, paired=loss.examples == "pairs"), sep="\n")
     common = numpy.intersect1d(*(found.prompt_hashes for found in facts))
-    print(f"\nprompts in both splits: {len(common):,}", "\nquality", sep="\n")
+    # If there are any, preparation has said so, with an example.
+    print(*["\nprompts in both splits: 0"] * (len(common) == 0), "\nquality", sep="\n")
     failed = check_quality(prepared, facts)
     print("\nexamples")
     train = data[0].table
     print(*describe_examples([train[k] for k in range(min(3, len(train)))], loss.examples, tokenizer, wants_color()), sep="\n")
     if loss.needs_reference and (two_models_notice := config.two_models_notice):
         print(f"\n{two_models_notice}")
-    preview_steps = preview_ranks if config.trainer.is_sharded else preview_one_process
+    preview_steps = preview_ranks if issubclass(placement_class, Sharded) else preview_one_process
     preview_steps(prepared, placement_class, batches_within)
     if failed and config.dry_run == "strict":
         raise UserError("\n".join(["dry_run=strict: the data does not pass:", *(f"  {line}" for line in failed)]))
@@ -96,7 +99,7 @@ def preview_one_process(prepared: PreparedRun, placement_class: type[Placement],
     budget = untrained_budget(config, prepared.tokenizer, device)
     batches = batches_within(budget)
     first = first_steps(batches, budget)
-    print("\nsteps", *describe_steps(batches.schedule, first), sep="\n")
+    print("\nsteps", *describe_steps(batches.schedule, first), *describe_warmup(config, batches.schedule), sep="\n")
     live = _has_live_reference(config, loss, batches.schedule)
     kinds = step_memory(placement, loss, live, first.packs)
     used = used_memory(device)
@@ -125,9 +128,8 @@ def preview_ranks(prepared: PreparedRun, placement_class: type[Sharded], batches
         first = first_steps(batches, budget)
         costs = step_costs(placement, loss, live, first.packs, first.step)
     number = sum(len(micro_batch.packs) for micro_batch in first.step)
-    print(
-        "\nsteps", *describe_steps(batches.schedule, first), *describe_rank(first.step, size, placement.ranks, budget), sep="\n"
-    )
+    described = [*describe_steps(batches.schedule, first), *describe_warmup(config, batches.schedule)]
+    print("\nsteps", *described, *describe_rank(first.step, size, placement.ranks, budget), sep="\n")
     here = trainer.world_size is None and trainer.device_memory is None
     used = used_memory(device) if here else 0
     where = f"rank 0 of {size:,}" + (f" on {device.type}" if here else "")
@@ -296,6 +298,13 @@ def first_steps(batches: BatchIterator, budget: TokenBudget) -> FirstSteps:
     return FirstSteps(packs if several else packs[-1:], largest, len(tokens), sum(tokens), row_tokens)
 
 
+def describe_warmup(config: RunConfig, schedule: Schedule) -> list[str]:
+    """A warning where the learning rate would not have risen at the end of the run."""
+    steps = schedule.total_steps
+    text = warmup_warning(warmup_steps(config, steps), steps, config.lr)
+    return [f"  warning: {text}"] if text else []
+
+
 def describe_steps(schedule: Schedule, first: FirstSteps) -> list[str]:
     """Lines about the number of steps, their tokens, and what prefix sharing saves."""
     saved = 1 - first.tokens / first.row_tokens
@@ -333,12 +342,14 @@ def describe_memory(kinds: dict[str, int], packs: Sequence[PackedBatch], used: i
     """Lines about the peak memory of a step by kind; `used` is what libraries and data take already, in bytes."""
     names = {"data": "libraries and data"}
     kinds = {name: size for name, size in kinds.items() if size} | ({"data": used} if used else {})
-    lines = [f"  {names.get(kind, kind):20}{size / GIB:8.3f} GB" for kind, size in kinds.items()]
+    total = sum(kinds.values())
+    unit, name = (GIB, "GB") if total >= GIB / 10 else (GIB / 1024, "MB")
+    lines = [f"  {names.get(kind, kind):20}{size / unit:8.3f} {name}" for kind, size in kinds.items()]
     tokens = max(len(pack.input_ids) for pack in packs)
     return [
         f"  peak on {device}, with {tokens:,} tokens computed at once:",
         *lines,
-        f"  {'total':20}{sum(kinds.values()) / GIB:8.3f} GB",
+        f"  {'total':20}{total / unit:8.3f} {name}",
     ]
 
 

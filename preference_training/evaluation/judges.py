@@ -5,16 +5,13 @@ must carry this code.
 """
 
 import json
-import os
 import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from string import Template
-from time import time
 
 import xxhash
 
@@ -24,23 +21,19 @@ from preference_training.configuration.validation import EVALUATION_REQUIREMENTS
 from preference_training.core.errors import UserError
 from preference_training.core.values import hash_values
 from preference_training.data.toy_preferences import response_kind
+from preference_training.generation.servers import ChatServer, OllamaServer, OpenAIServer, Reply, ServerError
 
 VERDICTS = ("first", "second", "tie")
 # The longest pause before a retry, whatever a server asks for. Unit: seconds.
 MAX_PAUSE = 120.0
-# Characters of a server's error message that are kept.
-MAX_REASON_LENGTH = 200
 
 
 class NoVerdictError(Exception):
-    """A judge gave no verdict, for a short `reason`. pause: how long the server asks to wait, in seconds.
+    """A judge gave no verdict, for a short `reason`. pause: how long the server asks to wait, in seconds."""
 
-    has_answered: whether the server responded at all.
-    """
-
-    def __init__(self, reason: str, is_retryable: bool = True, pause: float | None = None, has_answered: bool = False):
+    def __init__(self, reason: str, is_retryable: bool = True, pause: float | None = None):
         super().__init__(reason)
-        self.reason, self.is_retryable, self.pause, self.has_answered = reason, is_retryable, pause, has_answered
+        self.reason, self.is_retryable, self.pause = reason, is_retryable, pause
 
 
 class Judge(ABC):
@@ -114,43 +107,25 @@ def verdict_by_score(first: float, second: float) -> str:
 
 
 class ChatJudge(Judge):
-    """A language model behind HTTP. Subclasses implement a protocol: paths, request bodies and replies.
+    """A language model behind HTTP, at temperature 0. server: its protocol.
 
     settings: the section `evaluation` of the configuration.
     """
 
     both_orders = True
-    default_url = ""
-    path = ""
-    models_path = ""
+    server_class: type[ChatServer]
 
     def __init__(self, kind: str, model: str, settings):
         if find_spec("tenacity") is None:
             raise UserError(f"evaluation.judge: {kind} needs the package tenacity. Run: {EVALUATION_REQUIREMENTS}")
         self.template = Template((CONFIG_DIR / "judge_prompt.txt").read_text())
-        base = (settings.judge_url or self.default_url).rstrip("/").removesuffix(self.path)
-        super().__init__(f"{kind}:{model} {base}")
-        self.model, self.base, self.url = model, base, f"{base}{self.path}"
-        self.timeout, self.attempts, self.first_pause = settings.judge_timeout, settings.judge_attempts, settings.judge_pause
-        self.max_tokens = settings.judge_max_tokens
+        self.server = self.server_class(model, settings.judge_url, settings.judge_timeout)
+        super().__init__(f"{kind}:{model} {self.server.base}")
+        self.attempts, self.first_pause = settings.judge_attempts, settings.judge_pause
+        limit = settings.judge_max_tokens
+        self.settings = {"temperature": 0} | ({} if limit is None else {"max_new_tokens": limit})
         self.counting = threading.Lock()
         self.identified, self.note = False, None
-
-    @abstractmethod
-    def body(self, message: str) -> dict:
-        """The body of a request for a reply to a message, at temperature 0."""
-
-    @abstractmethod
-    def text(self, reply: dict) -> str:
-        """The text of a reply. Raises LookupError or TypeError without any, NoVerdictError where the reply says why."""
-
-    @abstractmethod
-    def served(self, reply: dict) -> list:
-        """What a list of models says about this one, or about all if it is not listed, without values that change."""
-
-    def key(self) -> str | None:
-        """The API key of the environment, if there is one."""
-        return None
 
     def identify(self) -> str | None:
         """Ask the server which model it serves: verdicts of another server or model must not be reused."""
@@ -160,14 +135,16 @@ class ChatJudge(Judge):
         return self.note
 
     def _identify(self) -> None:
+        base = self.server.base
         try:
-            reply = self._retrying()(self.send, "GET", f"{self.base}{self.models_path}")
-            served = self.served(reply.json())
-        except NoVerdictError as error:
+            served = self.server.served(self._retrying()(self.server.models))
+        except ServerError as error:
             if not error.has_answered:
                 # Nobody knows which model will answer later.
                 self.identity += f" unknown {uuid.uuid4().hex}"
-                self.note = f"{self.base} does not answer ({error.reason}): verdicts of earlier evaluations are not reused"
+                self.note = (
+                    f"{self.server.base} does not answer ({error.reason}): verdicts of earlier evaluations are not reused"
+                )
                 return
             reason = error.reason
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -176,14 +153,14 @@ class ChatJudge(Judge):
             self.identity += f" {hash_values(served)}"
             return
         self.note = (
-            f"{self.base} does not say which model it serves ({reason}): verdicts of earlier evaluations at this address are "
-            f"assumed to be of the same {self.model}"
+            f"{base} does not say which model it serves ({reason}): verdicts of earlier evaluations at this address are "
+            f"assumed to be of the same {self.server.model}"
         )
 
     def request(self, prompt: str, first: str, second: str) -> dict:
         """The body of the request."""
         message = self.template.substitute(code=question_code(prompt, first, second), prompt=prompt, first=first, second=second)
-        return self.body(message)
+        return self.server.body([{"role": "user", "content": message}], self.settings)
 
     def better(self, prompt: str, first: str, second: str) -> str:
         """One of VERDICTS; temporary failures are retried with exponential backoff."""
@@ -195,7 +172,9 @@ class ChatJudge(Judge):
         backoff = tenacity.wait_exponential_jitter(self.first_pause, MAX_PAUSE, jitter=self.first_pause)
         requested = tenacity.wait_exception(lambda error: min(error.pause or 0.0, MAX_PAUSE))
         return tenacity.Retrying(
-            retry=tenacity.retry_if_exception(lambda error: isinstance(error, NoVerdictError) and error.is_retryable),
+            retry=tenacity.retry_if_exception(
+                lambda error: isinstance(error, NoVerdictError | ServerError) and error.is_retryable
+            ),
             wait=lambda state: max(backoff(state), requested(state)),
             stop=tenacity.stop_after_attempt(self.attempts) | tenacity.stop_when_event_set(self.stopped),
             sleep=tenacity.sleep_using_event(self.stopped),
@@ -209,52 +188,20 @@ class ChatJudge(Judge):
 
     def ask(self, body: dict, code: str) -> str:
         """Ask once. Raises NoVerdictError, and UserError where no retry can succeed."""
-        reply = self.send("POST", self.url, body)
         try:
-            return parse_verdict(self.text(reply.json()), code)
+            reply = self.server.send("POST", self.server.url, body)
+        except ServerError as error:
+            if error.is_rejection:
+                raise UserError(
+                    f"evaluation.judge: {self.server.url} rejects {self.server.model} with {error.reason}. Expected a server "
+                    f"that has the model and accepts the key. Check evaluation.judge_url and, for openai, {KEY_VARIABLE}."
+                ) from error
+            raise NoVerdictError(error.reason, error.is_retryable, error.pause) from error
+        try:
+            return parse_verdict(checked_text(self.server.reply(reply.json())), code)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             # At temperature 0 the reply would be the same again.
             raise NoVerdictError("malformed", is_retryable=False) from error
-
-    def send(self, method: str, url: str, body: dict | None = None):
-        """Send a request and return its reply. Raises as `ask`."""
-        import requests
-
-        try:
-            # No redirects: the prompts and the key are for this server only.
-            reply = requests.request(method, url, json=body, auth=self._authorize, timeout=self.timeout, allow_redirects=False)
-        except requests.Timeout as error:
-            raise NoVerdictError("timeout") from error
-        except requests.RequestException as error:
-            raise NoVerdictError("unreachable") from error
-        if method == "POST" and reply.status_code in (401, 403, 404):
-            raise UserError(
-                f"evaluation.judge: {url} rejects {self.model} with status {reply.status_code}{self._error_detail(reply)}. "
-                f"Expected a server that has the model and accepts the key. Check evaluation.judge_url and, for openai, "
-                f"{KEY_VARIABLE}."
-            )
-        if reply.status_code != 200:
-            # A server without a list of models will not get one.
-            is_retryable = reply.status_code in (408, 409, 425, 429) or (reply.status_code >= 500 and reply.status_code != 501)
-            reason = f"status {reply.status_code}{self._error_detail(reply)}"
-            raise NoVerdictError(reason, is_retryable, parse_retry_after(reply.headers.get("Retry-After")), has_answered=True)
-        return reply
-
-    def _error_detail(self, reply) -> str:
-        """The first line of an error message, after a colon and without the API key."""
-        try:
-            found = error_message(reply.json())
-        except (ValueError, RecursionError):
-            found = reply.text
-        line = next((line.strip() for line in found.splitlines() if line.strip()), "")
-        line = "".join(character for character in line if character.isprintable())
-        line = line.replace(self.key() or "\0", "...")[:MAX_REASON_LENGTH]
-        return f": {line}" if line else ""
-
-    def _authorize(self, request):
-        if key := self.key():
-            request.headers["Authorization"] = f"Bearer {key}"
-        return request
 
 
 def question_code(prompt: str, first: str, second: str) -> str:
@@ -262,77 +209,25 @@ def question_code(prompt: str, first: str, second: str) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps([prompt, first, second]).encode())[:10]
 
 
-def error_message(reply) -> str:
-    """The error message in a reply, in any of the formats that servers use; empty without one."""
-    if not isinstance(reply, dict):
-        return json.dumps(reply)
-    error = reply.get("error")
-    found = error.get("message") if isinstance(error, dict) else error
-    for text in (found, reply.get("message"), reply.get("detail")):
-        if isinstance(text, str):
-            return text
-    return ""
-
-
 class OpenAIJudge(ChatJudge):
-    """A model behind the OpenAI protocol, which many servers implement."""
+    """A model behind the OpenAI protocol."""
 
-    default_url = "https://api.openai.com/v1"
-    path = "/chat/completions"
-    models_path = "/models"
-
-    def body(self, message: str) -> dict:
-        """A request of /chat/completions."""
-        limit = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
-        return {"model": self.model, "temperature": 0, **limit, "messages": [{"role": "user", "content": message}]}
-
-    def text(self, reply: dict) -> str:
-        """The text of a reply of /chat/completions."""
-        choice = reply["choices"][0]
-        check_finish_reason(choice.get("finish_reason"), bool(choice["message"].get("refusal")))
-        return choice["message"]["content"]
-
-    def served(self, reply: dict) -> list:
-        """What /models says, without the time and the permission ids that vLLM generates for each call."""
-        found = [{key: value for key, value in each.items() if key not in ("created", "permission")} for each in reply["data"]]
-        return [each for each in found if each["id"] == self.model] or found
-
-    def key(self) -> str | None:
-        """The environment's OPENAI_API_KEY."""
-        return os.environ.get(KEY_VARIABLE)
+    server_class = OpenAIServer
 
 
 class OllamaJudge(ChatJudge):
     """A model behind the protocol of Ollama."""
 
-    default_url = "http://localhost:11434"
-    path = "/api/chat"
-    models_path = "/api/tags"
-
-    def body(self, message: str) -> dict:
-        """A request of /api/chat."""
-        options = {"temperature": 0} | ({} if self.max_tokens is None else {"num_predict": self.max_tokens})
-        messages = [{"role": "user", "content": message}]
-        return {"model": self.model, "stream": False, "options": options, "messages": messages}
-
-    def text(self, reply: dict) -> str:
-        """The text of a reply of /api/chat."""
-        check_finish_reason(reply.get("done_reason"))
-        return reply["message"]["content"]
-
-    def served(self, reply: dict) -> list:
-        """The digests in /api/tags: hashes of weights, template and parameters."""
-        digests = {each["name"]: each["digest"] for each in reply["models"]}
-        name = self.model if ":" in self.model else f"{self.model}:latest"
-        return [digests[name]] if name in digests else sorted(digests.items())
+    server_class = OllamaServer
 
 
-def check_finish_reason(reason: str | None, is_refusal: bool = False) -> None:
-    """Raise NoVerdictError where the server reports a refusal or a truncated reply."""
-    if reason == "length":
+def checked_text(reply: Reply) -> str:
+    """The text of a reply. Raises NoVerdictError where the server reports a refusal or a truncated reply."""
+    if reply.ended == "length":
         raise NoVerdictError("cut at judge_max_tokens", is_retryable=False)
-    if is_refusal or reason == "content_filter":
+    if reply.is_refusal or reply.ended == "content_filter":
         raise NoVerdictError("refused", is_retryable=False)
+    return reply.text
 
 
 def parse_verdict(reply: str, code: str) -> str:
@@ -345,18 +240,6 @@ def parse_verdict(reply: str, code: str) -> str:
     if not isinstance(found, dict) or found.get("code") != code or found.get("better") not in ("A", "B", "tie"):
         raise ValueError("no verdict")
     return {"A": "first", "B": "second", "tie": "tie"}[found["better"]]
-
-
-def parse_retry_after(header: str | None) -> float | None:
-    """The pause in a Retry-After header, in seconds, from a number or a date; None for anything else."""
-    try:
-        return max(0.0, float(header))
-    except (TypeError, ValueError):
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time())
-    except (TypeError, ValueError):
-        return None
 
 
 def build_judge(options: EvaluationConfig, cache_dir: str | None, device) -> Judge:

@@ -25,7 +25,7 @@ from preference_training.export.modelfile import OllamaFiles
 from preference_training.export.options import ExportOptions, check_options
 from preference_training.export.quantization import quantize_weights
 from preference_training.export.serving import Served
-from preference_training.export.source import Source
+from preference_training.export.source import Source, base_license
 from preference_training.modeling import loading
 from preference_training.modeling.adapters import BASE_DIR, CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from preference_training.reporting.model_card import CardFacts, model_card
@@ -43,16 +43,16 @@ def export(path: Path, options: ExportOptions) -> list[str]:
     tokenizer = source.load_tokenizer()
     prompt_format = _prompt_format(source, options.template)
     prompt, notes = serve_as_trained(prompt_format, tokenizer, source.config)
-    gguf_type, ollama = _gguf_type(source, options), None
+    kind, ollama = gguf_type(source, options), None
     if options.ollama:
         template = options.template or prompt_format
-        file = gguf_type and _gguf_name(options, gguf_type)
+        file = kind and _gguf_name(options, kind)
         ollama = OllamaFiles.build(source.config, tokenizer, template, source.tokenizer_sources, file)
         notes += ollama.notes
     if options.push:
         hub.reserve(options.push, options.private)
     dtype = options.dtype or source.dtype
-    task = _Export(source, options, tokenizer, dtype, end_tokens(prompt_format, tokenizer), gguf_type)
+    task = _Export(source, options, tokenizer, dtype, end_tokens(prompt_format, tokenizer), kind)
     with new_directory(options.to) as partial:
         with verification.refuse_other_model(options.to):
             facts, verify = task.write(partial)
@@ -63,7 +63,7 @@ def export(path: Path, options: ExportOptions) -> list[str]:
             notes += verify()
         facts = replace(facts, name=options.push or options.to.resolve().name, prompt=prompt)
         (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
-    served = Served(options.to, dtype, facts, options.ollama, gguf_type and _gguf_name(options, gguf_type))
+    served = Served(options.to, dtype, facts, options.ollama, kind and _gguf_name(options, kind))
     uploaded = [f"on the hub: {hub.upload(options.to, options.push)}"] if options.push else []
     return [facts.summary(options.to), *(f"note: {note}" for note in notes + served.notes()), *served.lines(), *uploaded]
 
@@ -77,7 +77,7 @@ def _prompt_format(source: Source, template: str | None) -> str | None:
         return recorded if recorded in TEMPLATES else None
 
 
-def _gguf_type(source: Source, options: ExportOptions) -> str | None:
+def gguf_type(source: Source, options: ExportOptions) -> str | None:
     """The type of weights of the GGUF file to write, None for no file.
 
     Ollama needs one for an architecture that it does not convert itself. Raises UserError where there can be none.
@@ -163,7 +163,8 @@ class _Export:
         config = model.config.get_text_config()
         vocabulary = Vocabulary.of(self.tokenizer, config.vocab_size, self.end_tokens)
         name = _gguf_name(self.options, self.gguf_type)
-        GgufFile(self.options.to.resolve().name, vocabulary, self.gguf_type).write(model, directory / name)
+        license = base_license(self.source.base, self.source.cache_dir)
+        GgufFile(self.options.to.resolve().name, vocabulary, self.gguf_type, license).write(model, directory / name)
         return [*vocabulary.notes, *gguf_model.window_note(config)]
 
     def _write_adapter(self, directory: Path) -> tuple[CardFacts, Verify]:
@@ -198,7 +199,6 @@ class _Export:
 
 
 def _card_facts(source: Source) -> CardFacts:
-    versions = {name: version for name, version in (source.run.get("versions") or {}).items() if isinstance(version, str)}
     archive = source.config["model"].get("archive")
     return CardFacts(
         name="",
@@ -207,11 +207,16 @@ def _card_facts(source: Source) -> CardFacts:
         dtype="",
         parameters=0,
         config=source.config,
+        usual=source.run.get("usual"),
         base=source.base,
         examples=source.examples,
         held_out=source.held_out,
+        held_out_prompts=source.held_out_prompts,
         evaluation=source.evaluation,
         rows=source.rows,
-        versions=versions,
+        versions=source.versions,
+        overrides=source.overrides,
+        sample=source.sample,
+        license=base_license(source.base, source.cache_dir),
         notes=[f"The run started from the weights of an earlier run, `{Path(archive).name}`."] if archive else [],
     )

@@ -4,6 +4,7 @@ Only architectures are written whose GGUF form is proved by tests: transformers 
 llama.cpp generates the same tokens. Files are read back once they are written, with transformers' own rules.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +92,8 @@ def _gemma_reason(config, period: int, large: int) -> str | None:
 
 
 def _gemma_more(config) -> dict:
-    caps = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
-    found = {key: value for key, name in caps.items() if (value := getattr(config, name, None)) is not None}
-    return found | {"sliding_window": config.sliding_window}
+    caps = {name: getattr(config, name, None) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    return {name: value for name, value in caps.items() if value is not None} | {"sliding_window": config.sliding_window}
 
 
 def _phi3_more(config) -> dict:
@@ -252,7 +252,7 @@ class GgufFile:
         check_config(config, class_name)
         writer = gguf.GGUFWriter(path, architecture.name)
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(self.name)
+        writer.add_name(self._known_name())
         if self.license:
             writer.add_license(self.license)
         writer.add_file_type(gguf.LlamaFileType[TYPES[self.type][1]])
@@ -266,6 +266,11 @@ class GgufFile:
             writer.close()
         compare_gguf(path, model, self.type)
 
+    def _known_name(self) -> str:
+        """The model's name; llama.cpp takes phi3 in it for Phi-3's first tokenizer, and looks for its tokens."""
+        has_tokens = {"</s>", "<s>", "<unk>", "<|endoftext|>"} <= set(self.vocabulary.values["token_list"])
+        return self.name if has_tokens else re.sub("(phi)-?(?=3)", r"\1 ", self.name, flags=re.IGNORECASE)
+
     def _write_tensors(self, writer, model: nn.Module, architecture: Architecture) -> None:
         """Write one tensor after another, so that memory holds a second copy of one of them only."""
         import gguf
@@ -274,16 +279,16 @@ class GgufFile:
         tensors = list(_named_tensors(model, architecture))
         for name, weight in tensors:
             kind = self._kind(weight)
-            shape = tuple(weight.shape)
-            size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind) if kind.name == "Q8_0" else shape))
-            nbytes = size if kind.name == "Q8_0" else size * {"F32": 4, "F16": 2, "BF16": 2}[kind.name]
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            nbytes = weight.numel() // block * size
+            writer.add_tensor_info(name, tuple(weight.shape), np.dtype(np.float32), nbytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, weight in tensors:
             values = architecture.change(name, weight.detach().float().cpu(), config).contiguous().numpy()
-            data = gguf.quants.quantize(values, self._kind(weight))
+            with np.errstate(over="ignore"):
+                data = gguf.quants.quantize(values, self._kind(weight))
             if data.dtype == np.float16 and not np.isfinite(data).all():
                 raise UserError(f"--gguf: f16 cannot represent weights of {name}, which are too large. Use --gguf bf16.")
             writer.write_tensor_data(data)

@@ -4,34 +4,48 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.saved_run import SavedRun, newest_checkpoint
+from preference_training.configuration.composition import default_values
+from preference_training.configuration.model_names import is_gguf, presets
 from preference_training.configuration.saved import CONFIG, model_config
-from preference_training.configuration.sections import DTYPES, TEMPLATES
+from preference_training.configuration.schema import TEMPLATES
+from preference_training.configuration.sections import DTYPES
 from preference_training.core.errors import UserError, first_line, nearest
 from preference_training.core.machine import pick_device
 from preference_training.core.values import UNREADABLE
 from preference_training.data.chat_templates import run_format
-from preference_training.data.rows.records import Turn
+from preference_training.data.rows.records import Prompt, Turn
 from preference_training.generation.chat_format import ChatFormat
 from preference_training.generation.decoding import Ends, generate
-from preference_training.generation.sampling import POLICY, Sampler, as_trained, choice_of_tokens, ends_of
+from preference_training.generation.sampling import OTHER, POLICY, Sampler, as_trained, choice_of_tokens, ends_of
+from preference_training.generation.servers import Reply, served_model
 from preference_training.generation.settings import GenerationSettings
 from preference_training.generation.streaming import PrefixCache, StreamedDecoding, TextStream
 from preference_training.modeling import loading
-from preference_training.modeling.adapters import CONFIG_FILE, is_adapter, read_adapter_config, reference_mode, saved_base
+from preference_training.modeling.adapters import (
+    CONFIG_FILE,
+    is_adapter,
+    read_adapter_config,
+    reference_mode,
+    saved_base,
+    set_initial_adapter,
+)
 from preference_training.modeling.archives import MODEL_CONFIG, TOKENIZER_CONFIG
+from preference_training.modeling.sources.gguf import gguf_directory
 from preference_training.modeling.state import move_to_devices
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.tracking.run_files import STATE
 
-EXPECTED = "Expected a run directory, a checkpoint (step-N) in one, an export, a model directory, a .gguf file, or a hub id."
-GGUF = ".gguf"
+EXPECTED = (
+    "Expected a run directory, a checkpoint (step-N) in one, an export, a model directory, a .gguf file, a preset, a hub id."
+)
+BEFORE_TRAINING = "before training"
 # Where a model's configuration does not say how many tokens it can read.
 UNLIMITED = 1 << 20
 
@@ -41,8 +55,16 @@ class Responder(Protocol):
 
     name: str
 
-    def respond(self, turns: Sequence[Turn], settings: GenerationSettings | None, say: Callable[[str], None]) -> str:
-        """The response to a conversation, each part of which goes to `say` as it comes. settings: None is the model's own."""
+    def respond(self, turns: Sequence[Turn], changes: dict[str, Any], say: Callable[[str], None]) -> Reply:
+        """The response to a conversation, each part of which goes to `say` as it comes. Raises UserError, and what `say` does.
+
+        changes: settings that differ from the model's own, by their names in GenerationSettings.
+        """
+        raise NotImplementedError
+
+    def responses(self, prompts: Sequence[Prompt], changes: dict[str, Any]) -> list[str]:
+        """The responses to several prompts, each the one that `respond` gives."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,8 @@ class ChatModel:
     """A model in this process that one can talk to. It keeps the cache of the last conversation.
 
     settings: how its generation_config.json advises to choose tokens. system_prompt: what its training began conversations
-    with. is_before_training: its adapter is switched off. saved: the checkpoint that it is from, if it is of a run.
+    with. is_before_training: its adapter is switched off. saved: the checkpoint that it is from, if it is of a run. stream: the
+    name of its noise, another one for each of two models that are compared.
     """
 
     name: str
@@ -64,6 +87,7 @@ class ChatModel:
     saved: SavedRun | None = None
     has_adapter: bool = False
     is_before_training: bool = False
+    stream: str = POLICY
     cache: PrefixCache = field(default_factory=PrefixCache)
 
     @property
@@ -71,38 +95,41 @@ class ChatModel:
         """How many tokens it can read."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
-    def respond(self, turns: Sequence[Turn], settings: GenerationSettings | None, say: Callable[[str], None]) -> str:
-        """The response to a conversation. Raises UserError where it cannot be asked for, and whatever `say` raises."""
-        settings = settings or self.settings
-        prompt = self.prompt_ids(turns)
+    def respond(
+        self, turns: Sequence[Turn], changes: dict[str, Any], say: Callable[[str], None], stops: Sequence[str] = ()
+    ) -> Reply:
+        """The response to a conversation, computed from where the kept cache ends. stops: further texts that end it."""
+        settings = self.settings.changed(changes)
+        prompt = self.prompt_ids(tuple(turns))
         limit = min(settings.max_new_tokens, self.context - len(prompt))
-        stream = TextStream(self.tokenizer, say, self.format.stops, self.format.response)
-        noise = choice_of_tokens([(prompt, 0)], settings.seed, POLICY, settings)
+        stream = TextStream(self.tokenizer, say, (*self.format.stops, *stops), self.format.response)
+        noise = choice_of_tokens([(prompt, 0)], settings.seed, self.stream, settings)
         decoding = StreamedDecoding(noise, limit, self.ends, stream.add)
         with torch.no_grad(), as_trained(self.model), self._weights():
             try:
                 arguments = settings.arguments() | self.cache.take(prompt)
-                generate(self.model, [prompt], self.ends, limit, decoding, **arguments)
+                [ids] = generate(self.model, [prompt], self.ends, limit, decoding, **arguments)
             except KeyboardInterrupt:
                 # In the middle of a forward pass, which has left the cache incomplete.
                 decoding.rows = None
                 raise
             finally:
                 self.cache.keep(decoding.rows)
-        return stream.end()
+        is_cut = len(ids) == limit and ids[-1] not in self.ends.tokens and not stream.is_stopped
+        return Reply(stream.end(), "length" if is_cut else "stop", prompt_tokens=len(prompt), tokens=len(ids))
 
-    def responses(self, conversations: Sequence[Sequence[Turn]], settings: GenerationSettings | None) -> list[str]:
-        """The responses to several conversations, computed in batches; each is the one that `respond` gives."""
-        settings = settings or self.settings
-        prompts = [self.prompt_ids(turns) for turns in conversations]
-        longest = min(self.context, max(map(len, prompts), default=0) + settings.max_new_tokens)
+    def responses(self, prompts: Sequence[Prompt], changes: dict[str, Any]) -> list[str]:
+        """The responses to several prompts, computed in batches."""
+        settings = self.settings.changed(changes)
+        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        longest = min(self.context, max(map(len, ids), default=0) + settings.max_new_tokens)
         sampler = Sampler(self.tokenizer, longest, settings.seed, settings=settings, ends=self.ends.tokens)
         with self._weights():
-            return [self._text(ids) for ids in sampler.responses(self.model, prompts)]
+            return [self._text(found) for found in sampler.responses(self.model, ids, self.stream)]
 
-    def prompt_ids(self, turns: Sequence[Turn]) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt. Raises UserError where it leaves no room for a response."""
-        ids = self.format.prompt_ids(turns)
+        ids = self.format.prompt_ids(prompt)
         if len(ids) >= self.context:
             raise UserError(
                 f"the conversation has {len(ids):,} tokens, and {self.name} reads at most {self.context:,} with the response. "
@@ -141,7 +168,11 @@ def load_for_chat(name: str, options: LoadOptions = LoadOptions()) -> ChatModel:
 
     Raises UserError where there is none, or none that writes text.
     """
+    if name in presets() and not Path(name).exists():
+        name = default_values(model=name)["model"]["name_or_path"] or name
     path = Path(name).expanduser()
+    if is_gguf(name):
+        path = gguf_directory(name)
     if not path.is_dir():
         _check_name(name, path)
         return _load_directory(name, None, options)
@@ -159,25 +190,58 @@ def load_for_chat(name: str, options: LoadOptions = LoadOptions()) -> ChatModel:
     return _load_directory(str(path), path, options)
 
 
+def open_responders(name: str, against: str | None, url: str | None, options: LoadOptions) -> list[Responder]:
+    """Who a name means (`load_for_chat`, or openai:MODEL, ollama:MODEL), and who `against` does: also "reference".
+
+    url: the address of servers. Raises UserError.
+    """
+    found: list[Responder] = [_open(name, url, options)]
+    if against == "reference":
+        [first] = found
+        if not isinstance(first, ChatModel):
+            raise UserError(f"--against reference: nobody knows what {name} was before its training. Name a model.")
+        found.insert(0, load_before_training(first, options))
+    elif against is not None:
+        other = _open(against, url, options)
+        found.insert(0, replace(other, stream=OTHER) if isinstance(other, ChatModel) else other)
+    return found
+
+
+def _open(name: str, url: str | None, options: LoadOptions) -> Responder:
+    served = served_model(name, url)
+    if served is None:
+        return load_for_chat(name, options)
+    served.check()
+    return served
+
+
+def newest_of(names: Sequence[str]) -> str:
+    """The only name, or of several run directories, which a shell makes of runs/mine_*, the newest. Raises UserError."""
+    if len(names) == 1:
+        return names[0]
+    others = [name for name in names if not Path(name).is_dir()]
+    if others:
+        raise UserError(f"{others[0]}: expected one model, or run directories, of which the newest is taken.")
+    return max(names, key=lambda name: Path(name).stat().st_mtime)
+
+
 def load_before_training(chat: ChatModel, options: LoadOptions = LoadOptions()) -> ChatModel:
     """The model that a run started from: its own weights without the adapter, or those that it loaded. Raises UserError."""
-    name = "before training"
     if chat.has_adapter:
-        return replace(chat, name=name, is_before_training=True, cache=PrefixCache(), notes=())
+        set_initial_adapter(chat.model, chat.saved.initial_adapter if chat.saved else None)
+        return replace(chat, name=BEFORE_TRAINING, is_before_training=True, stream=OTHER, cache=PrefixCache(), notes=())
     if chat.saved is None:
         raise UserError(
             f"--against reference: {chat.name} is not a run of this project, so that the model it started from is unknown. "
             "Name it: --against DIRECTORY, or a hub id."
         )
     model = _placed(chat.saved.load_initial_model(), options)
-    return replace(chat, name=name, model=model, saved=None, cache=PrefixCache(), notes=())
+    return replace(chat, name=BEFORE_TRAINING, model=model, stream=OTHER, saved=None, cache=PrefixCache(), notes=())
 
 
 def _check_name(name: str, path: Path) -> None:
-    """Raise UserError for a name that is neither a GGUF file nor may be a hub id."""
+    """Raise UserError for a name that cannot be a hub id."""
     if path.is_file():
-        if path.suffix == GGUF:
-            return
         raise UserError(f"{name}: this file is no model. {EXPECTED}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir():
         beside = [str(each) for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
@@ -204,7 +268,7 @@ def _load_checkpoint(path: Path, options: LoadOptions) -> ChatModel:
         else:
             name, system = recorded, None
     loaded = _Loaded(saved.load_model(), tokenizer, options, path if (path / "generation_config.json").is_file() else None)
-    return loaded.chat(str(path), name, system, saved)
+    return loaded.chat(f"{path.parent.name} {path.name}", name, system, saved)
 
 
 def _load_directory(name: str, path: Path | None, options: LoadOptions) -> ChatModel:
@@ -227,7 +291,7 @@ def _load_directory(name: str, path: Path | None, options: LoadOptions) -> ChatM
         stored = str(stored).removeprefix("torch.")
         model = loading.load_model(replace(config, policy_dtype=stored if stored in DTYPES else "float32"), tokenizer)
     template = options.template or ("chat" if tokenizer.chat_template else "raw")
-    return _Loaded(model, tokenizer, options, path).chat(name, template, None, None)
+    return _Loaded(model, tokenizer, options, path).chat(path.resolve().name if path else name, template, None, None)
 
 
 def _refuse_reward_model(path: Path, head: str) -> None:
@@ -240,7 +304,7 @@ class _Loaded:
     """A model as it was loaded. directory: that with its generation_config.json, if there is any."""
 
     model: nn.Module
-    tokenizer: object
+    tokenizer: Any
     options: LoadOptions
     directory: Path | None
 

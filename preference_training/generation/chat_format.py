@@ -1,11 +1,9 @@
 """The prompts of a conversation as training rendered and tokenized them."""
 
-from collections.abc import Sequence
-
 from preference_training.data.chat_templates import conversation_format, end_tokens
-from preference_training.data.rendering.encoding import Encoder
-from preference_training.data.rows.records import Turn
-from preference_training.data.rows.templates import build_template
+from preference_training.data.rendering.encoding import Encoder, Texts
+from preference_training.data.rows.records import Prompt, Turn
+from preference_training.data.rows.templates import build_template, turns_of
 from preference_training.data.tokenization import bos_ids
 
 
@@ -19,14 +17,23 @@ class ChatFormat:
         self._template = build_template(name, None, tokenizer)
         self._encoder, self._bos = Encoder(tokenizer), bos_ids(tokenizer)
 
-    def prompt_ids(self, turns: Sequence[Turn]) -> list[int]:
-        """The token ids of the prompt that asks for a response to a conversation. Raises UserError where it has no format."""
-        # Training reads a text that is alone as it is, and renders conversations.
-        is_text = self.name == "raw" and len(turns) == 1
-        text, _ = self._template(turns[0].content if is_text else tuple(turns), [])
-        [[ids], _] = self._encoder.encode([text], [])
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt, which asks for a response. Raises UserError where it has no format."""
+        if self.name == "raw" and len(prompt) == 1 and not isinstance(prompt, str):
+            # Training reads a text that is alone as it is, and renders conversations.
+            prompt = prompt[0].content
+        text, _ = self._template(prompt, [])
+        [ids] = self._encoder.encode(Texts([text], [], [])).prompts
         return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
 
     def response(self, text: str) -> str:
         """The text of a response as a turn: without the space that hh puts before it."""
         return text.removeprefix(" ") if self.name == "hh" else text
+
+
+def with_system(prompt: Prompt, system: str | None) -> Prompt:
+    """A prompt with a system prompt, unless it has one of its own."""
+    if not system:
+        return prompt
+    turns = turns_of(prompt)
+    return turns if turns[0][0] in ("system", "developer") else (Turn("system", system), *turns)

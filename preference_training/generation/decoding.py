@@ -105,6 +105,8 @@ class DecodedRows:
         self.process = arguments["logits_processor"]
         self.arguments = {name: value for name, value in arguments.items() if name not in OF_DECODING}
         cached = arguments["past_key_values"].get_seq_length() if arguments.get("past_key_values") is not None else 0
+        if cached:
+            self.preallocate()
         self._forward(is_first_iteration=True, next_sequence_length=ids.shape[1] - cached if cached else None)
 
     def processed_scores(self) -> Tensor:
@@ -121,7 +123,8 @@ class DecodedRows:
         """Give plain layers of the cache room for all tokens to come."""
         layers = getattr(self.arguments.get("past_key_values"), "layers", [])
         for number, layer in enumerate(layers):
-            if type(layer) in (DynamicLayer, PreallocatedLayer) and layer.get_seq_length():
+            is_short = type(layer) is DynamicLayer or (type(layer) is PreallocatedLayer and layer.room < self.room)
+            if is_short and layer.get_seq_length():
                 layers[number] = PreallocatedLayer(layer, self.room)
 
     def append(self, tokens: Sequence[int]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from preference_training.generation.decoding import DecodedRows, Decoding, Ends, PreallocatedLayer
 
@@ -105,8 +105,8 @@ class PrefixCache:
 
 def is_croppable(cache) -> bool:
     """Whether a cache can be cut back to any of its lengths without loss."""
-    layers = getattr(cache, "layers", [])
-    return bool(layers) and all(_holds_everything(layer) for layer in layers)
+    # Subclasses hold states beside their layers.
+    return type(cache) is DynamicCache and all(_holds_everything(layer) for layer in cache.layers)
 
 
 def _holds_everything(layer) -> bool:

@@ -33,6 +33,9 @@ ModelHead = Literal["lm", "value"]
 # What the examples of a loss are: single responses (SFT); a preferred and a dispreferred response; responses, the best first;
 # a response that is labeled desirable or undesirable, with a mismatched one, of another prompt.
 ExampleKind = Literal["targets", "pairs", "rankings", "labels"]
+# What a loss learns, as far as the usual learning rate depends on it: single responses; preferences measured against a
+# reference, or without one; without one, but with the likelihood of chosen responses in the loss; labels; a reward model.
+Learns = Literal["responses", "log-ratios", "margins", "odds", "labels", "rewards"]
 # What a loss makes of the margins of pairs: nothing, or it reads those that the data has, or every pair must have one, or one
 # above 0.
 MarginUse = Literal["unread", "optional", "required", "positive"]
@@ -179,6 +182,8 @@ class Loss(ABC):
     # Whether it reads `policy_tokens` and `reference_tokens`; and whether it reads `policy_tokens` with `collision`.
     reads_tokens: bool = False
     reads_collision: bool = False
+    # Whether the likelihood of chosen responses is a part of it, which keeps a model without a reference in place.
+    has_likelihood: bool = False
     # What its rewards are beta times of; None if it has no rewards, or does not declare them.
     reward: ClassVar[Reward | None] = None
     # What the held-out loss depends on besides the policy, so that it cannot be compared between runs or between evaluations of
@@ -199,6 +204,15 @@ class Loss(ABC):
         if self.needs_positive_margins:
             return "positive"
         return "required" if self.needs_margins else "optional" if self.reads_margins else "unread"
+
+    @property
+    def learns(self) -> Learns:
+        """What it learns, as far as the usual learning rate depends on it."""
+        if self.model_head == "value":
+            return "rewards"
+        if self.examples in ("targets", "labels"):
+            return "responses" if self.examples == "targets" else "labels"
+        return "log-ratios" if self.needs_reference else "odds" if self.has_likelihood else "margins"
 
     @property
     def reference_update(self) -> ReferenceUpdate | None:

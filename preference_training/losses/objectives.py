@@ -406,6 +406,8 @@ class ORPOLoss(PerTokenLoss):
 
     average: str = "responses"
 
+    has_likelihood = True
+
     def losses(self, chosen: Tensor, rejected: Tensor, policy: Tensor, examples: Examples) -> Tensor:
         """The ORPO loss of each pair."""
         return orpo_loss(chosen, rejected, self.beta, policy[examples.first] / examples.token_divisor(self.average))

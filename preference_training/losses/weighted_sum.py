@@ -47,7 +47,11 @@ def _build_part(part: Any, where: str, seed: int) -> Part:
         raise UserError(f"{where}.{unknown[0]}: loss={name} has no such key; {nearest(unknown[0], known[name])}")
     keys = default_values(loss=name)["loss"] | given
     check_section(LossConfig, keys, where)
-    loss = build_loss(**keys, seed=seed)
+    try:
+        loss = build_loss(**keys, seed=seed)
+    except UserError as error:
+        # It names keys as those of the only loss.
+        raise UserError(f"{where}{str(error).removeprefix('loss')}") from error
     if loss.examples not in ("pairs", "targets") or loss.reference_update is not None or loss.model_head == "value":
         raise UserError(f"{where}.name: found {name}, expected a loss of pairs with a frozen reference, or sft.")
     return Part(loss, float(weight))
@@ -83,6 +87,7 @@ class MixedLoss(Loss):
         self.reads_margins = any(loss.reads_margins for loss in losses)
         self.reads_tokens = any(loss.reads_tokens for loss in losses)
         self.reads_collision = any(loss.reads_collision for loss in losses)
+        self.has_likelihood = any(loss.has_likelihood or loss.examples == "targets" for loss in losses)
         self.evaluation_depends_on = next((loss.evaluation_depends_on for loss in losses if loss.evaluation_depends_on), None)
 
     def batch_statistics(self, policy: Tensor, reference: Tensor | None, examples: Examples) -> MixStatistics:

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -52,13 +53,10 @@ def has_adapter(model: nn.Module) -> bool:
 def build_lora_config(model_config: ModelConfig, model: nn.Module, unsupported: Iterable[str]):
     """peft's LoraConfig for a model, from a `model` configuration or from the adapter that training starts from.
 
-    unsupported: names of layers to exclude where `lora.target_modules` names none. Raises UserError where peft is not
-    installed.
+    unsupported: names of layers to exclude where `lora.target_modules` names none.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise UserError(f"model.lora.r: an adapter needs the package peft. {INSTALL}") from error
+    from peft import LoraConfig
+
     lora, archive = model_config.lora, model_config.archive
     targets = lora.target_modules
     if is_adapter(archive):
@@ -107,6 +105,8 @@ def add_adapter(model: nn.Module, model_config: ModelConfig, base: str | None = 
     was loaded from. Raises UserError for target modules that the model does not have, or on which an adapter would have no
     effect.
     """
+    if find_spec("peft") is None:
+        raise UserError(f"model.lora.r: an adapter needs the package peft. {INSTALL}")
     model.requires_grad_(False)
     starts_from_adapter = is_adapter(model_config.archive)
     base = base or _base_location(model_config)
@@ -353,6 +353,22 @@ def load_adapter(archive: str, model: nn.Module) -> None:
     for adapter in (TRAINED_ADAPTER, INITIAL_ADAPTER):
         for name, weight in adapter_weights(dict(model.named_parameters()), adapter).items():
             weight.copy_(found[name])
+
+
+@torch.no_grad()
+def set_initial_adapter(model: nn.Module, archive: str | None) -> None:
+    """Have a loaded model compute in `reference_mode` with the adapter of an archive, or, for None, without any.
+
+    A model is loaded as if training went on from its adapter, with a copy of it for the reference.
+    """
+    from safetensors.torch import load_file
+
+    if archive is None:
+        model.delete_adapter(INITIAL_ADAPTER)
+        return
+    found = load_file(Path(archive) / WEIGHTS_FILE)
+    for name, weight in adapter_weights(dict(model.named_parameters()), INITIAL_ADAPTER).items():
+        weight.copy_(found[name])
 
 
 # ---- merge ----------------------------------------------------------------------------------------------------------------

@@ -241,19 +241,21 @@ def _load_checkpoint(loader, checkpoint: Path, model_config: ModelConfig, tokeni
     portable = {"liger_kernels": False, "attn_implementation": "auto", "autocast_dtype": None}
     lora = replace(model_config.lora, **adapter_options(str(checkpoint)))
     config = replace(model_config, archive=str(checkpoint), lora=lora, **portable)
-    with torch.random.fork_rng(devices=[]):
-        if (seed := _read_seed(checkpoint)) is not None:
-            torch.manual_seed(seed)
-            # Runs that did not save their base model had tried their optimizer on such a layer before they built the model.
-            nn.Linear(1, 1)
+    with seeded_as_its_run(checkpoint):
         return loader(config, tokenizer, cache_dir, saved_base(checkpoint))
 
 
-def _read_seed(checkpoint: Path) -> int | None:
-    """The seed of a checkpoint's run; None where it is not recorded."""
+@contextmanager
+def seeded_as_its_run(checkpoint: Path):
+    """Context in which a model from scratch is built with the random weights that a checkpoint's run began with."""
     config = read_run_info(checkpoint).get("config")
     seed = config.get("seed") if isinstance(config, dict) else None
-    return seed if isinstance(seed, int) else None
+    with torch.random.fork_rng(devices=[]):
+        if isinstance(seed, int):
+            torch.manual_seed(seed)
+            # Runs try their optimizer on such a layer before they build the model.
+            nn.Linear(1, 1)
+        yield
 
 
 def merge_and_cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

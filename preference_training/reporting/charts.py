@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 import numpy
 from markupsafe import Markup
 
-from preference_training.core.metric_names import EXAMPLES
-
 BUCKETS = 120
 # Differences of larger values may overflow.
 MAX_MAGNITUDE = 1e150
@@ -21,10 +19,16 @@ MAX_MAGNITUDE = 1e150
 TABLE_ROWS = 12
 # Up to this many points, each has a marker and an error bar.
 MAX_MARKERS = 30
+# Measurements are joined, by a faint line, from so many on.
+FEWEST_JOINED = 4
 # Combinations of color, dash pattern and marker in page.css; further lines reuse them.
 NUM_STYLES = 24
 # Width and height of the narrowest plot, on a phone, and of a character in a point's label. Unit: pixels.
 PLOT, CHARACTER = (280, 170), (6.8, 14)
+# Values that differ by less, relative to their size, are drawn as equal: what is left is noise.
+FLAT = 1e-3
+# Units of an axis, and their letters.
+UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Line:
     """A named line of N points, [N] float64, all finite, by rising x.
 
     low, high: the interval or range of each point, if known. labels: [N] names of single points ("" for none), which are then
-    drawn unconnected. style: number of its color, dash pattern and marker. is_sparse: mark each point.
+    drawn unconnected. style: number of its color, dash pattern and marker. is_sparse: its points are measurements, far apart:
+    each is marked, and what joins them is faint. is_noisy: drawn as its running mean. raw: [N], what y is the running mean of.
     """
 
     name: str
@@ -43,14 +48,36 @@ class Line:
     labels: tuple[str, ...] = ()
     style: int = 0
     is_sparse: bool = False
+    is_noisy: bool = False
+    raw: numpy.ndarray | None = None
 
 
-def metric_line(rows: Sequence[dict], name: str, label: str, style: int = 0, is_sparse: bool = False) -> Line | None:
+@dataclass(frozen=True)
+class Axes:
+    """What the axes of a chart show.
+
+    low, high: no value of y can lie beyond; ignored where one does. shown: values of y that are always visible. guide: a value
+    of y with a line, and its name. marks: values of x with a line.
+    """
+
+    x_name: str = "examples"
+    low: float | None = None
+    high: float | None = None
+    shown: tuple[float, ...] = ()
+    guide: tuple[float, str] | None = None
+    marks: tuple[float, ...] = ()
+
+
+DEFAULT_AXES = Axes()
+
+
+def metric_line(rows: Sequence[dict], x: numpy.ndarray, name: str, label: str, **look) -> Line | None:
     """The line of a metric over examples, from rows of metrics.jsonl; None without any finite value.
 
-    Intervals come from NAME/low and NAME/high, where all rows have them.
+    x: the examples of these rows, by `metric_values`. look: of `Line`. Intervals come from NAME/low and NAME/high, where all
+    rows have them.
     """
-    x, y = metric_values(rows, EXAMPLES), metric_values(rows, name)
+    y = metric_values(rows, name)
     is_finite = ~numpy.isnan(x + y)
     if not is_finite.any():
         return None
@@ -59,13 +86,17 @@ def metric_line(rows: Sequence[dict], name: str, label: str, style: int = 0, is_
     if f"{name}/low" in rows[int(is_finite.argmax())]:
         found = [metric_values(rows, f"{name}/{bound}")[is_finite] for bound in ("low", "high")]
         bounds = bounds if numpy.isnan(found).any() else found
-    return Line(label, x[is_finite], y[is_finite], *bounds, style=style, is_sparse=is_sparse)
+    return Line(label, x[is_finite], y[is_finite], *bounds, **look)
 
 
 def metric_values(rows: Sequence[dict], name: str) -> numpy.ndarray:
     """A metric's values in N rows of metrics.jsonl: [N] float64, NaN for what cannot be drawn."""
     values = [row.get(name) for row in rows]
-    if set(map(type, values)) != {float}:
+    kinds = set(map(type, values))
+    if kinds == {type(None)}:
+        return numpy.full(len(values), math.nan)
+    # Numbers of both kinds in one list take much longer.
+    if kinds != {float} and not (kinds == {int} and max(values) < MAX_MAGNITUDE and min(values) > -MAX_MAGNITUDE):
         values = list(map(_to_float, values))
     found = numpy.array(values, float)
     return numpy.where(numpy.abs(found) < MAX_MAGNITUDE, found, math.nan)
@@ -97,6 +128,14 @@ def downsample(line: Line, buckets: int = BUCKETS) -> Line:
     return replace(line, x=mean(line.x), y=mean(line.y), low=low, high=high)
 
 
+def running_mean(values: numpy.ndarray) -> numpy.ndarray:
+    """The mean of each value and its neighbors, a tenth of all, as far as there are as many on both sides: [N]."""
+    places = numpy.arange(len(values))
+    radius = numpy.minimum(len(values) // 20, numpy.minimum(places, places[::-1]))
+    sums = numpy.concatenate([[0.0], numpy.cumsum(values)])
+    return (sums[places + radius + 1] - sums[places - radius]) / (2 * radius + 1)
+
+
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
     """About so many round numbers between low and high."""
     step = 10 ** math.floor(math.log10(max(high - low, 1e-300) / about))
@@ -109,12 +148,22 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     return found
 
 
-def tick_label(value: float) -> str:
-    """A round number as an axis label, as short as possible: 0.5, 500, 20k, 6.4M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= max(size, 1e4) and abs(value) < 1e13:
-            return f"{value / size:.6g}{letter}"
-    return format_number(value)
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Round numbers as labels of an axis, as short as they can be told apart, in one unit: 0.00, 0.25, or 0, 5k, 10k."""
+    size = max((abs(value) for value in values), default=0.0)
+    if size and not 1e-3 <= size < 1e13:
+        exponent = math.floor(math.log10(size))
+        scaled = [value / 10.0**exponent for value in values]
+        return [f"{text}e{exponent}" if float(text) else "0" for text in _alike(scaled)]
+    unit, letter = next((unit for unit in UNITS if size >= max(unit[0], 1e4)), (1, ""))
+    return [f"{text}{letter}" if float(text.replace(",", "")) else "0" for text in _alike([value / unit for value in values])]
+
+
+def _alike(values: Sequence[float]) -> list[str]:
+    """Numbers with the same number of decimals, as few as they need."""
+    tolerance = 1e-6 * max((abs(value) for value in values), default=0.0)
+    decimals = next((n for n in range(9) if all(abs(round(value, n) - value) <= tolerance for value in values)), 9)
+    return [f"{value:,.{decimals}f}" for value in values]
 
 
 def format_number(value: float) -> str:
@@ -137,7 +186,7 @@ class Frame:
     top: float
 
     @classmethod
-    def around(cls, lines: Sequence[Line]) -> "Frame":
+    def around(cls, lines: Sequence[Line], axes: Axes = DEFAULT_AXES) -> "Frame":
         """The range of some lines, with padding; long lines count with their means and the central 90% of their values.
 
         So an outlier does not flatten the rest, and a nearly constant line is not drawn as a moving one.
@@ -147,7 +196,9 @@ class Frame:
         bounds = [bound for line in lines if len(line.x) <= MAX_MARKERS for bound in (line.low, line.high) if bound is not None]
         usual = [numpy.quantile(line.y, [0.05, 0.95]) for line in lines]
         y = numpy.concatenate([*(line.y for line in drawn), *bounds, *usual])
-        return cls(*_padded(x.min(), x.max(), 0.02), *_padded(y.min(), y.max(), 0.06))
+        low, high = possible(lines, axes)
+        y = numpy.concatenate([y.clip(low, high), axes.shown])
+        return cls(*_padded(x.min(), x.max(), 0.02, 1e-9), *_padded(y.min(), y.max(), 0.06, FLAT))
 
     def project(self, x: numpy.ndarray, y: numpy.ndarray) -> list[str]:
         """Points in SVG coordinates, as "x,y"."""
@@ -157,35 +208,58 @@ class Frame:
         return [f"{a:.1f},{b:.1f}" for a, b in zip(across.tolist(), down.tolist(), strict=True)]
 
 
-def _padded(low: float, high: float, share: float) -> tuple[float, float]:
+def possible(lines: Sequence[Line], axes: Axes) -> tuple[float, float]:
+    """The bounds of what y can be, infinite where there are none."""
+    low, high = -math.inf if axes.low is None else axes.low, math.inf if axes.high is None else axes.high
+    least, most = min(line.y.min() for line in lines), max(line.y.max() for line in lines)
+    return low if least >= low else -math.inf, high if most <= high else math.inf
+
+
+def _padded(low: float, high: float, share: float, flat: float) -> tuple[float, float]:
     size = max(abs(low), abs(high))
-    # The mean of equal values may differ from them by rounding.
-    padding = (high - low) * share if high - low > 1e-9 * size else max(size * 0.1, 1e-9)
+    padding = (high - low) * share if high - low > flat * size else max(size * 0.1, 1e-9)
     return float(low - padding), float(high + padding)
 
 
-def chart(title: str, lines: Sequence[Line | None], note: str = "", x_name: str = "examples") -> Markup:
+def chart(
+    title: str, lines: Sequence[Line | None], note: str = "", axes: Axes = DEFAULT_AXES, has_legend: bool = True
+) -> Markup:
     """A figure with legend, plot, readout and table; empty without any line."""
     full = [line for line in lines if line is not None]
     if not full:
         return Markup()
-    drawn, frame = [downsample(line) for line in full], Frame.around(full)
+    drawn, frame = [_as_drawn(line) for line in full], Frame.around(full, axes)
     parts = [
         Markup('<figure class="chart"><figcaption><strong>{}</strong>{}</figcaption>').format(title, _note(note)),
-        Markup('<ul class="legend">{}</ul>').format(Markup().join(map(_legend, drawn))),
-        _plot(title, drawn, frame, x_name),
-        _table(title, full, x_name),
-        Markup('<script type="application/json">{}</script></figure>').format(Markup(_chart_data(drawn, frame, x_name))),
+        legend(drawn if has_legend else ()),
+        _plot(title, drawn, frame, axes),
+        _table(title, full, axes.x_name),
+        Markup('<script type="application/json">{}</script></figure>').format(Markup(_chart_data(drawn, frame, axes.x_name))),
     ]
     return Markup("\n").join(parts)
+
+
+def _as_drawn(line: Line) -> Line:
+    """A line with few points, of a noisy one the running mean."""
+    short = downsample(line)
+    if not line.is_noisy:
+        return short
+    # Where points were averaged, the range of each bucket shows the noise already.
+    return replace(short, y=running_mean(short.y), raw=short.y if short is line else None)
 
 
 def _note(note: str) -> Markup:
     return Markup(" <span>{}</span>").format(note) if note else Markup()
 
 
+def legend(lines: Sequence[Line]) -> Markup:
+    """The names of some lines, each with a piece of it."""
+    return Markup('<ul class="legend">{}</ul>').format(Markup().join(map(_legend, lines)))
+
+
 def _legend(line: Line) -> Markup:
-    stroke = Markup() if line.labels else Markup('<line x1="1" y1="5" x2="29" y2="5"/>')
+    look = Markup(' class="faint"') if line.is_sparse and _has_markers(line) else Markup()
+    stroke = Markup() if line.labels else Markup('<line{} x1="1" y1="5" x2="29" y2="5"/>').format(look)
     dot = _markers(["15,5"]) if _has_markers(line) else Markup()
     sample = Markup('<svg viewBox="0 0 30 10" aria-hidden="true">{}{}</svg>').format(stroke, dot)
     return Markup('<li class="s{}">{}{}</li>').format(line.style % NUM_STYLES, sample, line.name)
@@ -197,20 +271,44 @@ def _markers(places: Iterable[str]) -> Markup:
     return Markup('<path class="dots" d="{}"/><path class="holes" d="{}"/>').format(at, at)
 
 
-def _plot(title: str, lines: Sequence[Line], frame: Frame, x_name: str) -> Markup:
+def _plot(title: str, lines: Sequence[Line], frame: Frame, axes: Axes) -> Markup:
     described = "; ".join(f"{line.name}: {format_number(line.y[0])} to {format_number(line.y[-1])}" for line in lines)
-    across = [(_percent(x, frame.left, frame.right), tick_label(x)) for x in ticks(frame.left, frame.right)]
-    up = [(_percent(y, frame.bottom, frame.top), tick_label(y)) for y in ticks(frame.bottom, frame.top, about=5)]
-    labels = [Markup('<span class="x" style="left:{}%">{}</span>').format(*place) for place in across]
-    labels += [Markup('<span class="y" style="bottom:{}%">{}</span>').format(*place) for place in up]
-    grid = " ".join(f"M0 {1000 - 10 * float(share):.1f}H1000" for share, _ in up)
-    svg = Markup(
-        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{}"><path class="grid" d="{}"/>{}</svg>'
-    ).format(f"{title}. {described}", grid, Markup().join(_line_svg(line, frame) for line in lines))
+    across, (low, high) = ticks(frame.left, frame.right), possible(lines, axes)
+    up = ticks(max(low, frame.bottom), min(high, frame.top), about=5)
+    labels = [
+        Markup('<span class="x" style="left:{}%">{}</span>').format(_percent(x, frame.left, frame.right), text)
+        for x, text in zip(across, tick_labels(across), strict=True)
+    ]
+    labels += [
+        Markup('<span class="y" style="bottom:{}%">{}</span>').format(_percent(y, frame.bottom, frame.top), text)
+        for y, text in zip(up, tick_labels(up), strict=True)
+    ]
+    svg = Markup('<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{}">{}{}</svg>').format(
+        f"{title}. {described}", _grid(frame, axes, up), Markup().join(_line_svg(line, frame) for line in lines)
+    )
     return Markup(
-        '<div class="plot" tabindex="0" role="group" aria-label="{}: arrow keys read its values">{}{}{}<i class="cursor"></i>'
-        '<div class="readout" aria-live="polite"></div></div><p class="axis">{}</p>'
-    ).format(title, svg, Markup().join(labels), _point_labels(lines, frame), x_name)
+        '<div class="plot" tabindex="0" role="group" aria-label="{}: arrow keys read its values">{}{}{}{}'
+        '<i class="cursor"></i><div class="readout" aria-live="polite"></div></div><p class="axis">{}</p>'
+    ).format(title, svg, Markup().join(labels), _guide_name(frame, axes), _point_labels(lines, frame, axes), axes.x_name)
+
+
+def _grid(frame: Frame, axes: Axes, up: Sequence[float]) -> Markup:
+    """Lines at the labels of y; the guide, and the marks of x."""
+    height = lambda y: 1000 - 10 * float(_percent(y, frame.bottom, frame.top))  # noqa: E731
+    grid = Markup('<path class="grid" d="{}"/>').format(" ".join(f"M0 {height(y):.1f}H1000" for y in up))
+    if axes.guide and frame.bottom < axes.guide[0] < frame.top:
+        grid += Markup('<path class="guide" d="M0 {}H1000"/>').format(f"{height(axes.guide[0]):.1f}")
+    if axes.marks:
+        across = [10 * float(_percent(x, frame.left, frame.right)) for x in axes.marks]
+        grid += Markup('<path class="mark-x" d="{}"/>').format(" ".join(f"M{x:.1f} 0V1000" for x in across))
+    return grid
+
+
+def _guide_name(frame: Frame, axes: Axes) -> Markup:
+    if not axes.guide or not frame.bottom < axes.guide[0] < frame.top:
+        return Markup()
+    share = _percent(axes.guide[0], frame.bottom, frame.top)
+    return Markup('<span class="guide-name" style="bottom:{}%">{}</span>').format(share, axes.guide[1])
 
 
 def _percent(value: float, low: float, high: float) -> str:
@@ -228,8 +326,12 @@ def _line_svg(line: Line, frame: Frame) -> Markup:
             parts.append(Markup('<path class="bar" d="{}"/>').format(bars))
         else:
             parts.append(Markup('<polygon class="band" points="{}"/>').format(" ".join(below + above[::-1])))
-    if not line.labels:
-        parts.append(Markup('<polyline points="{}"/>').format(" ".join(places)))
+    if line.raw is not None:
+        parts.append(Markup('<polyline class="raw" points="{}"/>').format(" ".join(frame.project(line.x, line.raw))))
+    # Few measurements say nothing of what is between them.
+    if not line.labels and not (line.is_sparse and 1 < len(places) < FEWEST_JOINED):
+        look = Markup(' class="faint"') if line.is_sparse and _has_markers(line) else Markup()
+        parts.append(Markup('<polyline{} points="{}"/>').format(look, " ".join(places)))
     if _has_markers(line):
         parts.append(_markers(places))
     return Markup('<g class="s{}">{}</g>').format(line.style % NUM_STYLES, Markup().join(parts))
@@ -240,11 +342,14 @@ def _has_markers(line: Line) -> bool:
     return bool(line.labels) or len(line.x) == 1 or (line.is_sparse and len(line.x) <= MAX_MARKERS)
 
 
-def _point_labels(lines: Sequence[Line], frame: Frame) -> Markup:
+def _point_labels(lines: Sequence[Line], frame: Frame, axes: Axes) -> Markup:
     """Labels next to their points, where the narrowest plot has room; legend and table have them all."""
     width, height = PLOT
     points = [(line, k, *_narrow_position(line.x[k], line.y[k], frame)) for line in lines for k in range(len(line.labels))]
     taken = [(x - 5, x + 5, y - 5, y + 5) for _, _, x, y in points]
+    if axes.guide:
+        y = _narrow_position(frame.left, axes.guide[0], frame)[1]
+        taken.append((width - CHARACTER[0] * len(axes.guide[1]) - 5, width, y - CHARACTER[1], y + 2 * CHARACTER[1]))
     found = []
     for line, k, x, y in points:
         half, high = len(line.labels[k]) * CHARACTER[0] / 2, CHARACTER[1]
@@ -291,9 +396,8 @@ def _table_lines(lines: Sequence[Line]) -> list[Line]:
     if any(line.labels for line in lines):
         return list(lines)
     marked = [_pick_points(line) if line.is_sparse else None for line in lines]
-    x = [line.x for line in marked if line is not None]
-    first, last = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
-    places = numpy.unique(numpy.concatenate(x)) if x else numpy.unique(numpy.linspace(first, last, TABLE_ROWS))
+    x = [line.x for line in marked if line is not None] or [_pick_points(max(lines, key=lambda line: len(line.x))).x]
+    places = numpy.unique(numpy.concatenate(x))
     return [_means_near(places, line) if few is None else few for few, line in zip(marked, lines, strict=True)]
 
 

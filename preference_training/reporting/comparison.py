@@ -7,10 +7,12 @@ Runs that differ only in their seed form a group, shown with its mean and spread
 
 import csv
 import io
+import os
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy
 from markupsafe import Markup
@@ -31,11 +33,19 @@ from preference_training.core.metric_names import (
 from preference_training.core.secrets import without_secrets
 from preference_training.evaluation.phrasing import too_few, with_interval
 from preference_training.losses.registry import evaluation_depends_on_run, example_kind, find_loss, parts_of, training_keys
-from preference_training.reporting.charts import Line, chart, format_number
+from preference_training.reporting.charts import Line, chart, format_number, legend
+from preference_training.reporting.examples import (
+    MAX_CHARACTERS,
+    last_question,
+    response_before,
+    rows_by_prompt,
+    truncate,
+)
 from preference_training.reporting.model_card import is_shown
 from preference_training.reporting.pages.rendering import render
+from preference_training.reporting.run_charts import ACCURACY_AXES, axes_of
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import ASIDE, METRICS
+from preference_training.tracking.run_files import ASIDE, METRICS, REPORT
 
 PAGE, TABLE = "comparison.html", "comparison.csv"
 ACCURACY = EVAL_ACCURACY
@@ -47,6 +57,11 @@ CURVES = {
     TRAIN_LOSS: "training loss",
     GRAD_NORM: "gradient norm",
 }  # fmt: skip
+# More settings than these do not fit beside the numbers; of more runs, intervals and legends would hide the lines.
+MAX_KEY_COLUMNS, MAX_INTERVALS = 4, 8
+# Of a group's name. Unit: characters.
+MAX_NAME = 48
+MAX_PROMPTS = 8
 # The only setting in which the runs of a group differ.
 SEED = "seed"
 
@@ -124,9 +139,12 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The settings of the group, or its runs' labels where there is no other group."""
-        settings = ", ".join(f"{key.removeprefix('loss.')}={value}" for key, value in self.settings.items())
-        return settings or ", ".join(run.label for run in self.runs)
+        """The settings of the group; its runs' labels where these would be too long, or there is no other group."""
+        settings = ", ".join(f"{key.removeprefix('loss.')}={setting_text(value)}" for key, value in self.settings.items())
+        if settings and len(settings) <= MAX_NAME:
+            return settings
+        first, *others = [run.label for run in self.runs]
+        return f"{first} and {len(others)} more" if len(others) > 2 else ", ".join([first, *others])
 
     def line(self, metric: str, label: str, style: int) -> Line | None:
         """A metric's line: of one run with its interval; of several the mean and the range at the points that all have."""
@@ -139,6 +157,11 @@ class Group:
         columns = numpy.array([[dict(zip(line.x.tolist(), line.y.tolist(), strict=True))[at] for at in x] for line in lines])
         bounds = columns.min(0), columns.max(0)
         return replace(lines[0], x=numpy.array(x), y=columns.mean(0), low=bounds[0], high=bounds[1])
+
+
+def setting_text(value: object) -> str:
+    """A value as the command line has it; nothing for a key that a run does not have."""
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
@@ -167,18 +190,24 @@ def _sort_key(value) -> tuple:
 # ---- the page ---------------------------------------------------------------------------------------------------------------
 
 
-def comparison_page(runs: Sequence[RunRecord]) -> str:
-    """The HTML of a comparison."""
+def comparison_page(runs: Sequence[RunRecord], folder: Path) -> str:
+    """The HTML of a comparison that lies in a folder, from which its links begin."""
     groups = group_runs(runs)
+    keys = differing_keys(runs)
+    columns = {name: title for name, title in COLUMNS.items() if any(name in run.last_evaluation for run in runs)}
     return render(
         "comparison.html",
         number=len(runs),
-        keys=differing_keys(runs),
+        keys=keys,
+        in_columns=len(keys) <= MAX_KEY_COLUMNS,
+        differences=[(key, [setting_text(group.settings.get(key)) for group in groups]) for key in keys],
         warnings=comparability_warnings(runs),
-        columns=[title for name, title in COLUMNS.items() if any(name in run.last_evaluation for run in runs)],
-        rows=[table_row(group) for group in groups],
+        columns=[*columns.values(), "held-out prompts"],
+        rows=[table_row(group, list(columns), folder) for group in groups],
         frontiers=[figure for figure in frontier_charts(groups) if figure],
+        legend=shared_legend(groups),
         charts=[figure for name, title in CURVES.items() if (figure := curve_chart(groups, name, title))],
+        samples=sample_table(groups),
     )
 
 
@@ -203,14 +232,23 @@ def comparability_warnings(runs: Sequence[RunRecord]) -> list[str]:
     return found
 
 
-def table_row(group: Group) -> dict:
+def table_row(group: Group, metrics: Sequence[str], folder: Path) -> dict:
     """A group's row of the table."""
-    cells = [table_cell(group.runs, name) for name in COLUMNS if any(name in run.last_evaluation for run in group.runs)]
     return {
-        "settings": list(group.settings.values()),
-        "cells": cells,
-        "runs": [{"label": run.label, "seed": run.settings.get(SEED), "status": run.status} for run in group.runs],
+        "name": group.name,
+        "settings": [setting_text(value) for value in group.settings.values()],
+        "cells": [*(table_cell(group.runs, name) for name in metrics), prompts_cell(group.runs)],
+        "runs": [
+            {"label": run.label, "seed": run.settings.get(SEED), "status": run.status, "report": report_link(run, folder)}
+            for run in group.runs
+        ],
     }
+
+
+def report_link(run: RunRecord, folder: Path) -> str:
+    """The address of a run's report for a page in a folder, relative so that both can be moved together; empty without one."""
+    report = run.directory / REPORT
+    return quote(os.path.relpath(report.resolve(), folder.resolve())) if report.is_file() else ""
 
 
 def table_cell(runs: Sequence[RunRecord], name: str) -> str:
@@ -225,14 +263,58 @@ def table_cell(runs: Sequence[RunRecord], name: str) -> str:
     else:
         values = [row[name] for row in rows]
         found = f"{statistics.fmean(values):.3g} ± {statistics.stdev(values):.2g}"
-    prompts = [row[HELD_OUT_PROMPTS] for row in rows if isinstance(row.get(HELD_OUT_PROMPTS), int | float)]
-    return f"{found} ({min(prompts):.0f} prompts: too few)" if prompts and too_few(min(prompts), name) else found
+    return found
+
+
+def prompts_cell(runs: Sequence[RunRecord]) -> str:
+    """How many held-out prompts the numbers of some runs are of, at least."""
+    found = [run.last_evaluation.get(HELD_OUT_PROMPTS) for run in runs]
+    prompts = [number for number in found if isinstance(number, int | float)]
+    return "" if not prompts else f"{min(prompts):,.0f}" + ": too few" * bool(too_few(min(prompts), ""))
 
 
 def curve_chart(groups: Sequence[Group], name: str, title: str) -> Markup:
     """The chart of a metric with a line for each group."""
     lines = [group.line(name, group.name, style) for style, group in enumerate(groups)]
-    return chart(f"{title[0].upper()}{title[1:]}", lines)
+    if len(groups) > MAX_INTERVALS:
+        lines = [line and replace(line, low=None, high=None) for line in lines]
+    return chart(f"{title[0].upper()}{title[1:]}", lines, axes=axes_of(name), has_legend=not shared_legend(groups))
+
+
+def shared_legend(groups: Sequence[Group]) -> Markup:
+    """One legend for all charts, where each would be longer than the chart; empty otherwise."""
+    if len(groups) <= MAX_INTERVALS:
+        return Markup()
+    return legend([Line(group.name, *numpy.zeros((2, 2)), style=style, is_sparse=True) for style, group in enumerate(groups)])
+
+
+# ---- samples ----------------------------------------------------------------------------------------------------------------
+
+
+def sample_table(groups: Sequence[Group]) -> list[dict]:
+    """The latest responses of each group's first run to the same prompts, and those before training where all agree on them."""
+    runs = {group.name: rows_by_prompt(group.runs[0].samples) for group in groups}
+    # A template of its own renders a question differently.
+    asked = {name: {last_question(prompt): rows for prompt, rows in found.items()} for name, found in runs.items()}
+    found = []
+    for question in dict.fromkeys(question for rows in asked.values() for question in rows):
+        answered = {name: rows[question] for name, rows in asked.items() if question in rows}
+        if len(answered) > 1 or len(groups) == 1:
+            found.append({"question": truncate(question), "columns": sample_columns(answered)})
+    return found[:MAX_PROMPTS]
+
+
+def sample_columns(answered: dict[str, list[dict]]) -> list[tuple[str, str]]:
+    """What stands side by side of one prompt: title and text."""
+    room = MAX_CHARACTERS if len(answered) <= MAX_INTERVALS else MAX_CHARACTERS // 3
+    before = {found[1] for rows in answered.values() if (found := response_before(rows))}
+    shown = [("before training", truncate(before.pop(), room))] if len(before) == 1 else []
+    for name, rows in answered.items():
+        shown.append((f"{name}, after {rows[-1]['examples']:,} examples", truncate(rows[-1]["policy"].strip(), room)))
+    return shown
+
+
+# ---- accuracy and distance --------------------------------------------------------------------------------------------------
 
 
 def frontier_charts(groups: Sequence[Group]) -> Iterator[Markup]:
@@ -240,8 +322,11 @@ def frontier_charts(groups: Sequence[Group]) -> Iterator[Markup]:
     for measure in (KL, FALL):
         found = [(group, line) for style, group in enumerate(groups) if (line := frontier_points(group, measure, style))]
         lines = [line for _, line in found]
-        note = "held out; upper left is better"
-        yield chart("Reward accuracy and distance", [frontier_line(found), *lines], note, x_name=f"{measure}, nats")
+        if sum(len(line.x) for line in lines) < 2:
+            continue
+        axes, title = replace(ACCURACY_AXES, x_name=f"{measure}, nats"), "Reward accuracy and distance"
+        has_legend = not shared_legend(groups)
+        yield chart(title, [frontier_line(found), *lines], "held out; upper left is better", axes, has_legend)
 
 
 def frontier_line(points: Sequence[tuple[Group, Line]]) -> Line | None:
@@ -293,7 +378,7 @@ def write_comparison(paths: Sequence[Path], to: Path) -> list[Path]:
     runs = read_runs(find_runs(paths))
     try:
         to.mkdir(parents=True, exist_ok=True)
-        write_atomically(to / PAGE, comparison_page(runs))
+        write_atomically(to / PAGE, comparison_page(runs, to))
         write_atomically(to / TABLE, comparison_csv(runs))
     except OSError as error:
         raise UserError(f"--to: cannot write {to}: {error.strerror}. Expected a writable folder with enough space.") from error

@@ -19,7 +19,7 @@ from preference_training.data.quality.pairs import Baseline, Votes
 from preference_training.data.quality.sample_size import DISAGREEMENT, pairs_needed, smallest_difference
 from preference_training.data.quality.words import decode
 from preference_training.evaluation.intervals import share_interval
-from preference_training.reporting.charts import Line, chart
+from preference_training.reporting.charts import Axes, Line, chart
 from preference_training.reporting.pages.rendering import render
 
 PAGE = "data_report.html"
@@ -27,6 +27,7 @@ PAGE = "data_report.html"
 DIFFERENCES, DISAGREEMENTS = (0.005, 0.01, 0.02, 0.05), (DISAGREEMENT, 0.3)
 # Of prompts and items shown as examples. Unit: characters.
 MOST_SHOWN = 600
+LENGTHS = Axes("tokens", low=0, high=1)
 
 
 @dataclass(frozen=True)
@@ -210,13 +211,13 @@ def length_charts(quality: DataQuality) -> Iterator[Markup]:
     """Which share of prompts and of responses is up to how long."""
     train = quality.train
     prompts = [cumulative(train.prompt_lengths, "training", 0), cumulative(quality.held_out.prompt_lengths, "held-out", 1)]
-    yield chart("Prompts", prompts, "share with at most so many tokens", x_name="tokens")
+    yield chart("Prompts", prompts, "share with at most so many tokens", LENGTHS)
     if len(train.pairs):
         sides = {"preferred": train.pairs.preferred_lengths, "dispreferred": train.pairs.other_lengths}
         lines = [cumulative(lengths, name, style) for style, (name, lengths) in enumerate(sides.items())]
     else:
         lines = [cumulative(train.response_lengths, "training", 0)]
-    yield chart("Responses", lines, "share with at most so many tokens", x_name="tokens")
+    yield chart("Responses", lines, "share with at most so many tokens", LENGTHS)
 
 
 def cumulative(lengths: numpy.ndarray, name: str, style: int) -> Line | None:

@@ -12,8 +12,15 @@ from preference_training.reporting.flagged_pairs import KINDS
 
 # Limits of a page: prompts, evaluations of each prompt, pairs of each kind, and characters of a text.
 MAX_PROMPTS, MAX_EVALUATIONS, MAX_PAIRS, MAX_CHARACTERS = 16, 4, 20, 1200
+# Of two texts that have less in common, differences are not marked: all of it is different.
+LEAST_ALIKE = 0.4
 # The shape of a row of samples.jsonl.
 SAMPLE = {"prompt": str, "policy": str, "examples": int}
+
+
+# How templates begin a turn of the user, and what ends it.
+USER = re.compile(r"(?:<\|?[\w ]*\|?>\s*|\A|\n\n|\[)(?:user|User|USER|Human|INST)\b(?:<\|?\w+\|?>|[:\]\s])*|<\|user\|>\s*")
+END = re.compile(r"<\|?/?\w+\|?>|\[/INST\]|\n\nAssistant:")
 
 
 @dataclass(frozen=True)
@@ -25,32 +32,64 @@ class Samples:
 
     @classmethod
     def select(cls, rows: Iterable[dict]) -> "Samples":
-        """The first prompts with their responses at a few evaluations, and the differences of policy and reference."""
-        by_prompt: dict[str, list[dict]] = {}
-        for row in rows:
-            if all(isinstance(row.get(name), kind) for name, kind in SAMPLE.items()):
-                by_prompt.setdefault(row["prompt"], []).append(row)
+        """The first prompts with the responses before training and now, and at a few evaluations between."""
+        by_prompt = rows_by_prompt(rows)
         prompts = [
-            {"prompt": truncate(prompt.strip()), "evaluations": [_responses(row) for row in _spread(found)]}
+            {
+                "question": truncate(last_question(prompt)),
+                "prompt": truncate(prompt.strip()),
+                "columns": before_and_after(found),
+                "between": [(row["examples"], truncate(row["policy"].strip())) for row in _between(found)],
+            }
             for prompt, found in list(by_prompt.items())[:MAX_PROMPTS]
         ]
         return cls(prompts, len(by_prompt) - len(prompts))
 
 
-def _spread(rows: list[dict]) -> list[dict]:
-    """At most MAX_EVALUATIONS rows, evenly spread from the first to the last; the latest first."""
+def rows_by_prompt(rows: Iterable[dict]) -> dict[str, list[dict]]:
+    """The valid rows of a samples.jsonl by their prompts, the latest last."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        if all(isinstance(row.get(name), kind) for name, kind in SAMPLE.items()):
+            found.setdefault(row["prompt"], []).append(row)
+    return found
+
+
+def last_question(prompt: str) -> str:
+    """The last user turn of a prompt as a template has rendered it; the whole prompt where no template is recognized."""
+    *_, begins = (0, *(match.end() for match in USER.finditer(prompt)))
+    ends = END.search(prompt, begins)
+    return prompt[begins : ends.start() if ends else None].strip() or prompt.strip()
+
+
+def response_before(rows: list[dict]) -> tuple[str, str] | None:
+    """What the response to a prompt was before training, of the samples in its rows, and how that is known; None if it is not.
+
+    The reference's response was sampled from the same noise as the latest one, so that a reader sees what has changed.
+    """
+    if isinstance(reference := rows[-1].get("reference"), str):
+        return "reference, which is the model before training", truncate(reference.strip())
+    if rows[0]["examples"] == 0:
+        return "before training", truncate(rows[0]["policy"].strip())
+    return None
+
+
+def before_and_after(rows: list[dict]) -> list[tuple[str, str]]:
+    """The responses to a prompt that are shown side by side: title and text, with their differences marked."""
+    last = rows[-1]
+    title, after = f"after {last['examples']:,} examples", truncate(last["policy"].strip())
+    before = response_before(rows)
+    if before is None or last["examples"] == 0:
+        return [(title if last["examples"] else "before training", after)]
+    return [(before[0], highlight_changes(before[1], after)), (title, highlight_changes(after, before[1]))]
+
+
+def _between(rows: list[dict]) -> list[dict]:
+    """At most MAX_EVALUATIONS rows besides the last, evenly spread, the latest first."""
+    rows = [row for row in rows[:-1] if row["examples"]]
     last = len(rows) - 1
-    kept = {round(last * number / (MAX_EVALUATIONS - 1)) for number in range(MAX_EVALUATIONS)}
+    kept = {round(last * number / (MAX_EVALUATIONS - 1)) for number in range(MAX_EVALUATIONS)} if rows else set()
     return [rows[place] for place in sorted(kept, reverse=True)]
-
-
-def _responses(row: dict) -> dict:
-    policy, reference = truncate(row["policy"].strip()), row.get("reference")
-    if not isinstance(reference, str):
-        return {"examples": row["examples"], "policy": policy, "reference": None}
-    reference = truncate(reference.strip())
-    marked = {"policy": highlight_changes(policy, reference), "reference": highlight_changes(reference, policy)}
-    return {"examples": row["examples"], **marked}
 
 
 def flagged_by_kind(rows: Iterable[dict]) -> dict[str, dict]:
@@ -70,20 +109,23 @@ def flagged_by_kind(rows: Iterable[dict]) -> dict[str, dict]:
     return {kind: facts for kind, facts in found.items() if facts["number"]}
 
 
-def truncate(text: str) -> str:
+def truncate(text: str, room: int = MAX_CHARACTERS) -> str:
     """A text, cut to what a page has room for."""
-    hidden = len(text) - MAX_CHARACTERS
-    return text if hidden <= 0 else f"{text[:MAX_CHARACTERS]} [... {hidden:,} more characters]"
+    hidden = len(text) - room
+    return text if hidden <= 0 else f"{text[:room]} [... {hidden:,} more characters]"
 
 
 def highlight_changes(text: str, other: str) -> Markup:
-    """A text with those words marked as insertions that another text does not have in that place."""
+    """A text with those words marked as insertions that another text does not have in that place; none where most differ."""
     if text == other:
         return escape(text)
     # Each word with the whitespace after it: separate whitespace tokens would match everywhere, which takes minutes.
     before, after = (re.findall(r"^\s+|\S+\s*", each) for each in (other, text))
+    matcher = SequenceMatcher(None, before, after)
+    if matcher.ratio() < LEAST_ALIKE:
+        return escape(text)
     parts = []
-    for change, _, _, start, end in SequenceMatcher(None, before, after).get_opcodes():
+    for change, _, _, start, end in matcher.get_opcodes():
         words = escape("".join(after[start:end]))
         parts.append(Markup("<ins>{}</ins>").format(words) if change != "equal" and words.strip() else words)
     return Markup().join(parts)

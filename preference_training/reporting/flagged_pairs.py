@@ -245,18 +245,19 @@ def labeling_rows(rows: Iterable[dict]) -> list[dict]:
 
 
 def write_labeling_file(run_dir: Path, to: Path) -> int:
-    """Write a run's flagged pairs for the labeling app, as JSON lines; returns their number.
+    """Write a run's flagged pairs for the labeling app, as JSON lines; returns their number, and writes nothing without any.
 
-    Raises UserError for a run without any, and for a file that cannot be written.
+    Raises UserError for a run that does not look for such pairs, and for a file that cannot be written.
     """
-    rows = labeling_rows(flagged_rows(run_dir))
-    if not rows:
+    if not (run_dir / FLAGGED).is_file():
         raise UserError(
-            f"{run_dir}: no {FLAGGED} with pairs. Expected the directory of a run with ledger=true and a preference loss that "
-            "has been evaluated after training steps."
+            f"{run_dir}: no {FLAGGED}. Expected the directory of a run with ledger=true and a preference loss that has been "
+            "evaluated after training steps."
         )
+    rows = labeling_rows(flagged_rows(run_dir))
     try:
-        to.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        if rows:
+            to.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--flagged: cannot write {to}: {error.strerror}. Expected a writable file.") from error
     return len(rows)

@@ -5,12 +5,13 @@ Everything comes from the checkpoint and the run's metrics.jsonl. Local paths an
 
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from preference_training.configuration.composition import default_values
+from preference_training.configuration.composition import default_values, in_open_section, known_keys
 from preference_training.configuration.keys import NOT_SHOWN, is_within
 from preference_training.configuration.schema import keys_with
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, EXAMPLES, TRAIN_ACCURACY, TRAIN_LOSS
@@ -28,9 +29,11 @@ class CardFacts:
     """The content of a model card.
 
     name: what to load the model by. config: the run's configuration, None if unknown. examples: how many it was trained on.
-    held_out: metric → mean at this checkpoint. evaluation: metric → {mean, low, high} and the numbers of examples and prompts,
-    if it was evaluated. rows: metrics.jsonl up to this checkpoint. prompt: an example in the format of training. notes:
-    sentences about this export. adapter: it holds an adapter, not full weights. head: lm, or value for a reward model.
+    held_out: metric → mean at this checkpoint, over held_out_prompts, if known. evaluation: metric → {mean, low, high} and the
+    numbers of examples and prompts, if it was evaluated. rows: metrics.jsonl up to this checkpoint. overrides: those of the
+    run's command line. sample: a prompt of the data and the response to it. prompt: an example in the format of training.
+    notes: sentences about this export. adapter: it holds an adapter, not full weights. head: lm, or value for a reward model.
+    usual: `usual_values` of the run.
     """
 
     name: str
@@ -44,11 +47,16 @@ class CardFacts:
     evaluation: dict = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    held_out_prompts: int | None = None
+    overrides: dict = field(default_factory=dict)
+    sample: tuple[str, str] | None = None
+    license: str | None = None
     prompt: str = PLAIN_PROMPT
     notes: list[str] = field(default_factory=list)
     adapter: bool = False
     head: str = "lm"
     quantized: str | None = None
+    usual: object = None
 
     def summary(self, directory: Path) -> str:
         """One line on the model in a directory."""
@@ -59,7 +67,7 @@ def model_card(facts: CardFacts) -> str:
     """The text of the README.md, with its metadata."""
     sections = [f"---\n{metadata(facts)}\n---", f"# {facts.name.rsplit('/', 1)[-1]}", _introduction(facts), _loading(facts)]
     if facts.config is not None:
-        sections += [_data(facts.config), _configuration(facts.config)]
+        sections += [_data(facts.config), _sample(facts), _command(facts), _configuration(facts.config, facts.usual)]
     sections += [_metrics(facts), _curves(facts.rows), _versions(facts)]
     return without_secrets("\n\n".join(section for section in sections if section) + "\n")
 
@@ -75,6 +83,7 @@ def metadata(facts: CardFacts) -> str:
         "library_name": "peft" if facts.adapter else "transformers",
         "pipeline_tag": "text-classification" if facts.head == "value" else "text-generation",
         "base_model": base,
+        "license": facts.license,
         "datasets": sorted(set(hub_datasets(facts.config))) or None,
         "tags": [*method, *(["lora"] if facts.adapter else [])] or None,
     }
@@ -112,13 +121,10 @@ def _introduction(facts: CardFacts) -> str:
     text = f"{kind} with {facts.parameters:,} parameters in {facts.dtype}"
     if facts.quantized:
         text += f", its linear layers quantized ({facts.quantized})"
-    loss = _find_loss(facts.config)
-    if loss:
-        keys = facts.config["loss"]
+    if loss := _find_loss(facts.config):
         # For a user-defined loss, its name without its local path.
-        own = Path(str(keys.get("function", ""))).name
-        shown = keys if not own else keys.get("options") or {}
-        values = ", ".join(f"{key} {value}" for key, value in shown.items() if key not in ("name", "mode_loss"))
+        own = Path(str(facts.config["loss"].get("function", ""))).name
+        values = ", ".join(f"{key} {value}" for key, value in _loss_values(facts.config["loss"], loss).items())
         text += f", trained by {loss.link if not own else f'{loss.title}, `{own}`,'}"
         text += f" with {values}" if values else ""
     if facts.examples is not None:
@@ -130,23 +136,54 @@ def _introduction(facts: CardFacts) -> str:
     return "\n\n".join([text, *facts.notes])
 
 
+def _loss_values(keys: dict, loss: Registration) -> dict:
+    """The values of a loss that it computes with; what is switched off by default and has stayed so is left out."""
+    if keys.get("function"):
+        return keys.get("options") or {}
+    beta_dpo = find_loss("beta_DPO")
+    others = set(beta_dpo.objective.training_keys if beta_dpo else ()) - set(loss.objective.training_keys)
+    defaults = default_values(loss=keys["name"])["loss"]
+    hidden = {"name", "mode_loss", *others}
+    return {key: value for key, value in keys.items() if key not in hidden and (value or value != defaults.get(key))}
+
+
 def _loading(facts: CardFacts) -> str:
     lines = _value_lines(facts) if facts.head == "value" else _text_lines(facts)
     needed = [package for package, used in (("peft", facts.adapter), ("torchao", facts.quantized)) if used]
     also = f"Requires {needed[0]} in addition to transformers.\n\n" if needed else ""
-    end = " The chat template formats them this way." * (facts.prompt != PLAIN_PROMPT)
     snippet = "\n".join(lines)
-    return f"## Use\n\n{also}```python\n{snippet}\n```\n\nPrompts must have the format of training.{end}"
+    if facts.prompt == PLAIN_PROMPT:
+        end = "The model continues plain texts: it was not trained on conversations, and prompts are passed as they are."
+    else:
+        end = f"The model answers conversations. Its chat template renders prompts as in training:\n\n{_block(facts.prompt)}"
+    return f"## Use\n\n{also}```python\n{snippet}\n```\n\n{end}"
+
+
+def _block(text: str, longest: int = 1000) -> str:
+    """A text as it is, in a block that nothing in it ends."""
+    shown = text if len(text) <= longest else f"{text[:longest]} ..."
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
+    return f"{fence}text\n{shown}\n{fence}"
 
 
 def _text_lines(facts: CardFacts) -> list[str]:
-    return [
+    lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"name = {facts.name!r}",
         "tokenizer = AutoTokenizer.from_pretrained(name)",
         f'model = AutoModelForCausalLM.from_pretrained(name, dtype="{facts.dtype}")',
-        f'inputs = tokenizer({facts.prompt!r}, return_tensors="pt")',
+    ]
+    if facts.prompt == PLAIN_PROMPT:
+        lines.append(f'inputs = tokenizer({facts.prompt!r}, return_tensors="pt")')
+    else:
+        lines += [
+            f"messages = {[{'role': 'user', 'content': QUESTION}]}",
+            'options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
+            "inputs = tokenizer.apply_chat_template(messages, **options)",
+        ]
+    return [
+        *lines,
         "output = model.generate(**inputs, max_new_tokens=64)",
         "print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))",
     ]
@@ -183,6 +220,38 @@ def _data(config: dict) -> str:
     return "## Training data\n\n" + "\n".join(lines) + f"\n\nPrompt template: {template}."
 
 
+def _sample(facts: CardFacts) -> str:
+    if facts.sample is None:
+        return ""
+    prompt, response = facts.sample
+    return f"A held-out prompt:\n\n{_block(prompt)}\n\nand what the model answered to it:\n\n{_block(response)}"
+
+
+def _command(facts: CardFacts) -> str:
+    """The command line of the run, without local directories."""
+    if not facts.overrides:
+        return ""
+    shown = {key: value for key, value in facts.overrides.items() if is_shown(key) or key == "datasets"}
+    words = [shlex.quote(f"{_added(key)}{key}={_override(value)}") for key, value in shown.items()]
+    return "## Training command\n\n```bash\n" + " ".join(["python train.py", *words]) + "\n```"
+
+
+def _added(key: str) -> str:
+    """What Hydra needs before a key that the configuration does not have by itself."""
+    return "" if key in known_keys() or in_open_section(key) else "+"
+
+
+def _override(value) -> str:
+    """A value as Hydra reads it on a command line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_override(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_override, value)) + "]"
+    if isinstance(value, str):
+        return Path(value).name if Path(value).is_absolute() else value
+    return json.dumps(value)
+
+
 def _shown_name(name: str) -> str:
     """A name without local directories."""
     return name if is_hub_id(name) and not _is_file(name) else Path(name).name
@@ -193,18 +262,22 @@ def is_shown(key: str) -> bool:
     return not is_within(key, ("hydra", *keys_with(NOT_SHOWN)))
 
 
-def changed_settings(config: dict) -> dict[str, tuple[object, object]]:
-    """The settings of a run that differ from the defaults in config/: key → (value, default or None)."""
+def changed_settings(config: dict, usual: object = None) -> dict[str, tuple[object, object]]:
+    """The settings of a run that differ from its defaults: key → (value, default or None).
+
+    usual: `usual_values`, as the run recorded them.
+    """
     now = dotted(config)
     # Its default is an interpolation of another key.
     defaults = default_values(model="base_model", loss=config["loss"]["name"], trainer=config["trainer"]["name"])
     before = dotted(defaults) | {"model.reference_dtype": now.get("model.policy_dtype")}
-    changed = [key for key in now if now[key] != before.get(key) and is_shown(key)]
-    return {key: (now[key], before.get(key)) for key in sorted(changed)}
+    no_change = {key: [value] for key, value in before.items()} | (usual if isinstance(usual, dict) else {})
+    changed = [key for key in now if now[key] not in no_change.get(key, [None]) and is_shown(key)]
+    return {key: (now[key], no_change.get(key, [None])[-1]) for key in sorted(changed)}
 
 
-def _configuration(config: dict) -> str:
-    changed = changed_settings(config)
+def _configuration(config: dict, usual: object) -> str:
+    changed = changed_settings(config, usual)
     # A local path.
     changed.pop("loss.function", None)
     rows = [f"| `{key}` | {_cell(value)} | {_cell(default)} |" for key, (value, default) in changed.items()]
@@ -223,13 +296,19 @@ def _metrics(facts: CardFacts) -> str:
         return _intervals(facts.evaluation)
     if not facts.held_out:
         return ""
-    limit = facts.config and facts.config.get("n_eval_examples")
-    number = f"{limit:,} held-out examples (or all of them, if fewer)" if limit else "all held-out examples"
     table = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(facts.held_out.items()))
     return (
-        f"## Held-out metrics\n\nMeans over {number if facts.config else 'the held-out examples'}. A checkpoint does not store "
-        f"the values of single examples, so there are no intervals.\n\n| metric | mean |\n|---|---|\n{table}"
+        f"## Held-out metrics\n\nMeans over {_held_out_number(facts)}. A checkpoint does not store the values of single "
+        "examples, so there are no intervals: `python scripts/evaluate.py` computes them.\n\n"
+        f"| metric | mean |\n|---|---|\n{table}"
     )
+
+
+def _held_out_number(facts: CardFacts) -> str:
+    """Of how many held-out examples metrics are means, as far as that is known."""
+    limit, prompts = facts.config and facts.config.get("n_eval_examples"), facts.held_out_prompts
+    of = "the held-out examples" if prompts is None else f"the examples of {prompts:,} held-out prompts"
+    return f"{of}, at most {limit:,} of them" if limit and (prompts is None or prompts > limit) else of
 
 
 def _intervals(evaluation: dict) -> str:

@@ -1,13 +1,12 @@
-"""What the metrics of a run suggest, in plain words."""
+"""What else the metrics of a run suggest, in plain words; what its reader must know first is in `findings`."""
 
 from collections.abc import Iterator, Sequence
 
 import numpy
 
 from preference_training.core import metric_names
-from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EXAMPLES, GRAD_NORM, HELD_OUT_PROMPTS
-from preference_training.evaluation.phrasing import too_few, with_interval
-from preference_training.losses.registry import evaluation_depends_on_run
+from preference_training.core.metric_names import EVAL_ACCURACY, GRAD_NORM
+from preference_training.evaluation.phrasing import with_interval
 from preference_training.reporting.charts import metric_values
 from preference_training.reporting.run_record import RunRecord
 from preference_training.tracking.run_files import BAD_STEPS
@@ -19,7 +18,7 @@ GUIDE = "docs/reading-the-curves.md"
 
 def observations(run: RunRecord) -> list[str]:
     """Everything that the numbers of a run suggest."""
-    checks = _too_few_prompts, _falling_logps, _accuracy_at_chance, _overfitting, _clipping
+    checks = _falling_logps, _accuracy_at_chance, _clipping
     return [*(f"{text} See {GUIDE}." for check in checks for text in check(run)), *_skipped_steps(run)]
 
 
@@ -33,12 +32,6 @@ def _change(values: list[float]) -> float:
     """The mean of the last tenth minus that of the first tenth."""
     part = max(1, len(values) // 10)
     return (sum(values[-part:]) - sum(values[:part])) / part
-
-
-def _too_few_prompts(run: RunRecord) -> Iterator[str]:
-    prompts = run.last_evaluation.get(HELD_OUT_PROMPTS)
-    if isinstance(prompts, int | float) and (warning := too_few(prompts, "Held-out metrics")):
-        yield f"{warning}."
 
 
 def _falling_logps(run: RunRecord) -> Iterator[str]:
@@ -62,29 +55,10 @@ def _accuracy_at_chance(run: RunRecord) -> Iterator[str]:
     low, high = last.get(f"{accuracy}/low"), last.get(f"{accuracy}/high")
     if low is None or high is None or not run.steps:
         return
-    found = f"Held-out reward accuracy is {with_interval(last[accuracy], low, high)}"
-    if high < 0.5:
-        yield f"{found}, below chance. Are chosen and rejected swapped in the data?"
-    elif low <= 0.5:
-        yield f"{found}, not distinguishable from chance: the run is too short, lr too low, or the held-out set too small."
-
-
-def _overfitting(run: RunRecord) -> Iterator[str]:
-    if evaluation_depends_on_run(*run.loss):
-        return
-    # An earlier version logged beta-DPO's loss at a beta that changes between evaluations.
-    comparable = [row for row in run.evaluations if not metric_names.loss_is_at_beta_used(row)]
-    evaluations = comparable or run.evaluations
-    losses = finite_values(evaluations, EVAL_LOSS)
-    if len(losses) != len(evaluations) or len(losses) < 3:
-        return
-    best = min(range(len(losses)), key=losses.__getitem__)
-    low = evaluations[-1].get(f"{EVAL_LOSS}/low")
-    if low is not None and losses[best] < low:
-        examples = evaluations[best][EXAMPLES]
+    if low <= 0.5 <= high:
         yield (
-            f"Held-out loss was lowest after {examples:,.0f} examples ({losses[best]:.4g}) and is {losses[-1]:.4g} at the end: "
-            "the run has overfitted since. Use an earlier checkpoint, or train for fewer epochs."
+            f"Held-out reward accuracy is {with_interval(last[accuracy], low, high)}, not distinguishable from chance: the run "
+            "is too short, lr too low, or the held-out set too small."
         )
 
 

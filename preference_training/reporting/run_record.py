@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy
+
 from preference_training.configuration.saved import read_config
+from preference_training.core.metric_names import EPOCH, EXAMPLES, LEARNING_RATE, MEMORY, TIME
 from preference_training.core.values import dotted
-from preference_training.reporting.charts import Line, metric_line
+from preference_training.reporting.charts import Line, metric_line, metric_values
 from preference_training.reporting.flagged_pairs import flagged_rows
 from preference_training.tracking.run_files import (
     ABOUT,
@@ -27,6 +30,9 @@ from preference_training.tracking.run_files import (
     read_results,
     split_rows,
 )
+
+# Metrics of a step without noise.
+EXACT = (LEARNING_RATE, EPOCH, MEMORY, TIME)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,14 @@ class RunRecord:
     def line(self, metric: str, label: str, style: int = 0) -> Line | None:
         """The line of a metric: over evaluations, each marked, if it is a held-out one, or else over steps."""
         is_held_out = "eval" in metric
-        return metric_line(self.evaluations if is_held_out else self.steps, metric, label, style, is_sparse=is_held_out)
+        look = {"style": style, "is_sparse": is_held_out, "is_noisy": not is_held_out and metric not in EXACT}
+        rows, x = (self.evaluations, self._examples[1]) if is_held_out else (self.steps, self._examples[0])
+        return metric_line(rows, x, metric, label, **look)
+
+    @cached_property
+    def _examples(self) -> list[numpy.ndarray]:
+        """After how many examples each step and each evaluation was, which all lines share."""
+        return [metric_values(rows, EXAMPLES) for rows in self._split_rows]
 
     @cached_property
     def samples(self) -> list[dict]:

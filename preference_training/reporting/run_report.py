@@ -2,10 +2,11 @@
 
 It is made from the run directory alone, so that it can be rebuilt at any time, also during the run.
 
-    run directory -> RunRecord -> charts, tables, samples, observations -> report.html
+    run directory -> RunRecord -> summary, findings, charts, samples, tables -> report.html
 """
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,32 +14,63 @@ from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
 from preference_training.core.metric_names import (
     CHANGE,
+    EPOCH,
     EVAL_ACCURACY,
     EVAL_LOSS,
     EVAL_MARGIN,
     EXAMPLES_PER_SECOND,
+    HELD_OUT_PROMPTS,
     HIGH,
     LOW,
     MEMORY,
+    MFU,
+    TOKENS_PER_SECOND,
+    UPDATES,
+    change,
 )
 from preference_training.core.values import UNREADABLE
 from preference_training.data.rows.records import DataReport
 from preference_training.evaluation.phrasing import with_interval
 from preference_training.reporting.charts import format_number
 from preference_training.reporting.examples import Samples, flagged_by_kind
+from preference_training.reporting.findings import Finding, findings
 from preference_training.reporting.flagged_pairs import KINDS, PairFinder
-from preference_training.reporting.model_card import changed_settings, dataset_entries
+from preference_training.reporting.model_card import changed_settings
 from preference_training.reporting.observations import finite_values, observations
 from preference_training.reporting.pages.rendering import render
-from preference_training.reporting.run_charts import run_charts
+from preference_training.reporting.run_charts import CHARTS, run_charts
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import METRICS, REPORT
+from preference_training.reporting.summary import (
+    command,
+    data_names,
+    last_moment,
+    name_of,
+    noun,
+    num_examples,
+    reference,
+    summary,
+)
+from preference_training.tracking.run_files import EVENTS, FLAGGED, METRICS, REPORT, SAMPLES
 
 MAX_EVENTS = 200
 # The shape of a row of events.jsonl.
 EVENT = {"time": str, "examples": int, "text": str}
-# The held-out metrics at the top of the page, and their titles.
-HEADLINE = {EVAL_LOSS: "held-out loss", EVAL_ACCURACY: "reward accuracy", EVAL_MARGIN: "reward margin"}
+# The held-out metrics at the top of the page: their titles, and what they mean.
+HEADLINE = {
+    EVAL_ACCURACY: ("reward accuracy", "share of held-out pairs whose preferred response has the higher reward; chance is 0.5"),
+    EVAL_MARGIN: ("reward margin", "reward of the preferred response minus that of the rejected one, held out"),
+    EVAL_LOSS: ("held-out loss", "mean over the held-out examples; lower is better"),
+}
+# The medians of a run's steps at the top of the page.
+SPEEDS = {TOKENS_PER_SECOND: "tokens per second", EXAMPLES_PER_SECOND: "examples per second"}
+# What each metric is called in words: as its chart and its line there.
+WORDS = {
+    metric: f"{spec.title}: {label}".removesuffix(", held out").removesuffix(": held out")
+    for spec in CHARTS
+    for metric, label in spec.metrics.items()
+}
+# Files of a run directory that a report has a link to.
+LINKED = ("config.yaml", METRICS, EVENTS, SAMPLES, FLAGGED)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -73,14 +105,15 @@ def report_writer(config, run_dir: Path, loss, tokenizer, data):
 
 def report_page(run: RunRecord) -> str:
     """The HTML of a run's report."""
-    datasets = dataset_entries(run.config) if "datasets" in run.config else []
     return render(
         "report.html",
-        name=run.config.get("exp_name", run.directory.name),
-        directory=run.directory.name,
-        progress=run.progress,
-        observations=observations(run),
-        numbers=headline(run),
+        name=name_of(run),
+        summary=summary(run),
+        findings=[*findings(run), *(Finding("observation", "note", text) for text in observations(run))],
+        numbers=[*headline(run), *speeds(run)],
+        facts=run_facts(run),
+        command=command(run),
+        links=[name for name in LINKED if (run.directory / name).is_file()],
         charts=run_charts(run),
         held_out=held_out_table(run),
         results=evaluation_lines(run),
@@ -89,28 +122,77 @@ def report_page(run: RunRecord) -> str:
         kinds=KINDS,
         events=Events.select(run),
         data=data_table(run),
-        data_sets=[str(entry.get("name") or entry.get("path")) for entry in datasets],
+        data_sets=data_names(run),
         changed=settings_table(run),
-        facts=start_facts(run),
+        machine=start_facts(run),
     )
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------------------------
 
 
-def headline(run: RunRecord) -> list[dict]:
-    """The numbers at the top of the page: name, value and a qualification."""
-    last, found = run.last_evaluation, []
-    for metric, title in HEADLINE.items():
+def headline(run: RunRecord) -> Iterator[dict]:
+    """The held-out numbers at the top of the page: name, value, qualifications, and what they mean."""
+    first, last = run.evaluations[0] if len(run.evaluations) > 1 else {}, run.last_evaluation
+    for metric, (title, meaning) in HEADLINE.items():
         if isinstance(last.get(metric), int | float):
             value, _, interval = _estimate(last, metric).partition(" ")
-            found.append({"name": title, "value": value, "more": f"95%: {interval}" if interval else ""})
-    speeds, memory = finite_values(run.steps, EXAMPLES_PER_SECOND), finite_values(run.steps, MEMORY)
-    if speeds:
-        found.append({"name": "examples per second", "value": format_number(statistics.median(speeds)), "more": "median"})
-    if memory:
-        found.append({"name": "memory", "value": f"{max(memory):.3g} GiB", "more": "peak"})
-    return found
+            before, changed = first.get(metric), _estimate(last, change(metric)[0])
+            size = ("95%, " * bool(interval) + held_out_size(run)).removesuffix(", ")
+            more = [interval, size, f"{format_number(before)} at first" if _are_numbers(before) else ""]
+            more.append(f"change {changed}" if changed != "-" and _are_numbers(before) else "")
+            yield {"name": title, "value": value, "more": [text for text in more if text], "meaning": meaning}
+
+
+def held_out_size(run: RunRecord) -> str:
+    """On how many examples the held-out numbers are, in words; empty where it is not known."""
+    number, limit = num_examples(run, "held out"), run.settings.get("n_eval_examples")
+    if number:
+        number = min(number, limit) if isinstance(limit, int) else number
+        return f"{number:,} {noun(run, number)}"
+    prompts = run.last_evaluation.get(HELD_OUT_PROMPTS)
+    return f"{prompts:,.0f} prompts" if isinstance(prompts, int | float) else ""
+
+
+def speeds(run: RunRecord) -> Iterator[dict]:
+    """How fast the run was, and the memory it took: name, value and a qualification."""
+    for metric, title in SPEEDS.items():
+        if values := finite_values(run.steps, metric):
+            value = format_number(float(f"{statistics.median(values):.3g}"))
+            yield {"name": title, "value": value, "more": ["median"], "meaning": ""}
+    if shares := finite_values(run.steps, MFU):
+        meaning = "model FLOPs utilization: the share of the GPU's peak arithmetic that the model's needs take"
+        yield {"name": "MFU", "value": f"{statistics.median(shares):.0%}", "more": ["of the GPU's peak"], "meaning": meaning}
+    if memory := finite_values(run.steps, MEMORY):
+        yield {"name": "memory", "value": f"{max(memory):.3g} GiB", "more": ["peak"], "meaning": ""}
+
+
+def run_facts(run: RunRecord) -> dict[str, str]:
+    """What the run did, in words: name → value."""
+    settings, updates = run.settings, run.rows[-1].get(UPDATES) if run.rows else None
+    rate, warm_up = settings.get("lr"), settings.get("warmup_steps")
+    schedule = {"linear": "linear to", "cosine": "cosine to"}.get(settings.get("lr_schedule"), "")
+    last = settings.get("final_lr_share")
+    end = f", {schedule} {format_number(rate * last)}" if schedule and _are_numbers(rate, last) else ""
+    share = settings.get("warmup_share")
+    warmed = f", after {warm_up:,} step{'s' * (warm_up != 1)} of warm-up" if isinstance(warm_up, int) and warm_up else ""
+    warmed = f", after a warm-up of {share:.0%} of the run" if warm_up is None and _are_numbers(share) and share else warmed
+    size, epoch = settings.get("batch_size"), finite_values(run.steps, EPOCH)
+    return {
+        name: text
+        for name, text in {
+            "progress": run.progress + (f", {epoch[-1]:.3g} epochs" if epoch else ""),
+            "batch": f"{size:,} {noun(run, size)}" if isinstance(size, int) and updates else "",
+            "learning rate": f"{format_number(rate)}{end}{warmed}" if _are_numbers(rate) else "",
+            "reference": reference(run),
+            "last event": last_moment(run),
+        }.items()
+        if text
+    }
+
+
+def _are_numbers(*values: object) -> bool:
+    return all(isinstance(value, int | float) for value in values)
 
 
 def held_out_table(run: RunRecord) -> list[dict]:
@@ -119,7 +201,14 @@ def held_out_table(run: RunRecord) -> list[dict]:
         return []
     first, last = run.evaluations[0], run.last_evaluation
     metrics = [name for name in last if "eval" in name and not name.endswith((LOW, HIGH, CHANGE))]
-    return [{"name": name, "first": _estimate(first, name), "last": _estimate(last, name)} for name in metrics]
+    return [
+        {
+            "words": WORDS.get(name, ""),
+            "name": name,
+            "values": [_estimate(first, name), _estimate(last, name), _estimate(last, change(name)[0])],
+        }
+        for name in metrics
+    ]
 
 
 def _estimate(row: dict, metric: str) -> str:
@@ -185,7 +274,7 @@ def data_table(run: RunRecord) -> list[dict]:
 def settings_table(run: RunRecord) -> dict:
     """The settings that differ from the defaults: key → (value, default)."""
     try:
-        return changed_settings(run.config)
+        return changed_settings(run.config, run.about.get("usual"))
     except UNREADABLE:
         return {}
 

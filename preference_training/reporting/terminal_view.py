@@ -18,9 +18,10 @@ from preference_training.configuration.saved import read_config
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import EXAMPLES, EXAMPLES_PER_SECOND, HELD_OUT_PROMPTS
 from preference_training.evaluation.phrasing import too_few
-from preference_training.reporting.charts import Line, downsample, tick_label, ticks
+from preference_training.reporting.charts import Line, downsample, tick_labels, ticks
 from preference_training.reporting.run_charts import CHARTS
 from preference_training.reporting.run_record import RunRecord
+from preference_training.reporting.summary import duration_text, status, summary
 from preference_training.tracking.run_files import ABOUT, EVENTS, METRICS, counted, json_object, rows_in
 
 # The charts of the report that are shown, in this order, as far as there are values and space.
@@ -93,11 +94,11 @@ def screen(live: LiveRun, width: int, height: int) -> Group:
     """The view of a run, for a terminal of so many columns and lines."""
     run = live.record
     name = run.config.get("exp_name", run.label)
-    head = Text.assemble((str(name), "bold"), f"  {run.directory}", no_wrap=True, overflow="ellipsis")
-    facts = run.progress, *speed_facts(run), *prompt_warning(run)
-    status = Text(" | ".join(facts), no_wrap=True, overflow="ellipsis")
+    head = Text.assemble((str(name), "bold"), f"  {summary(run)}", no_wrap=True, overflow="ellipsis")
+    facts = *([status(run)] if run.rows else []), run.progress, *speed_facts(run), *prompt_warning(run), str(run.directory)
+    below = Text(" | ".join(facts), no_wrap=True, overflow="ellipsis")
     events = [event_line(event, width) for event in live.rows[EVENTS][-MAX_EVENTS:]]
-    return Group(head, status, charts(run, width, height - 4 - len(events)), *events)
+    return Group(head, below, charts(run, width, height - 4 - len(events)), *events)
 
 
 def speed_facts(run: RunRecord) -> Iterator[str]:
@@ -110,7 +111,7 @@ def speed_facts(run: RunRecord) -> Iterator[str]:
     yield f"{speed:.4g} examples/s"
     left = (total if isinstance(total, int) else 0) - rows[-1][EXAMPLES]
     if left > 0:
-        yield f"{left / speed / 60:.0f} min left" if left > 120 * speed else f"{left / speed:.0f} s left"
+        yield f"{duration_text(left / speed)} left"
 
 
 def prompt_warning(run: RunRecord) -> Iterator[str]:
@@ -174,8 +175,9 @@ def plot(title: str, lines: list[Line], width: int, height: int) -> Text:
     )
     rows = picture.splitlines()
     # The title and the upper edge precede the first row of the plot.
-    for value in ticks(low, high, max(4, height // 2)):
-        rows[2 + min(height - 1, int((high - value) / (high - low) * height))] += f" {tick_label(value)}"
+    values = ticks(low, high, max(4, height // 2))
+    for value, label in zip(values, tick_labels(values), strict=True):
+        rows[2 + min(height - 1, int((high - value) / (high - low) * height))] += f" {label}"
     ends = f"{left:,.0f}", f"{right:,.0f}"
     rows.insert(3 + height, f" {ends[0]}".ljust(width + 2 - len(ends[1])) + ends[1])
     return Text.from_ansi("\n".join(rows), no_wrap=True)

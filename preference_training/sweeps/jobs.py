@@ -5,14 +5,14 @@ line with the same `sweep_dir` runs what is missing and nothing else: a complete
 interrupted one resumes from its newest checkpoint. Launchers run jobs in this process or in others, on this machine or on
 others, so all of this lies in files.
 
-    sweep.json    of a sweep: which start of it this is
+    sweep.json    of a sweep: which start of it this is, and the keys that it sweeps over
     jobs.json     of a sweep: each job's identity and directory
     job.json      of a job: overrides, state, objective or error, how often it was started
 """
 
 import json
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -118,18 +118,29 @@ class SweepDirectory:
     # That of the sweep that this process has started, None in a process that only runs jobs.
     started_here: ClassVar["SweepDirectory | None"] = None
 
-    def begin(self) -> None:
-        """Mark a new start of the sweep. Raises OSError where the directory cannot be written."""
+    def begin(self, swept: Sequence[str] = ()) -> None:
+        """Mark a new start of the sweep, over some keys. Raises OSError where the directory cannot be written."""
         self.path.mkdir(parents=True, exist_ok=True)
         if SweepDirectory.started_here is None:
             (self.path / STOP).unlink(missing_ok=True)
-            _write_json(self.path / START, {"start": uuid.uuid4().hex})
+            _write_json(self.path / START, {"start": uuid.uuid4().hex, "swept": list(swept)})
         SweepDirectory.started_here = self
 
     @property
     def start(self) -> str | None:
         """The id of the newest start of the sweep."""
         return json_object(self.path / START).get("start")
+
+    def own_values(self, overrides: Sequence[str]) -> dict[str, str]:
+        """What a job's command line says of the keys that are swept over: key → value."""
+        swept = json_object(self.path / START).get("swept", [])
+        given = dict(text.lstrip("+").split("=", 1) for text in overrides if "=" in text)
+        return {key: given[key] for key in swept if key in given}
+
+    def label(self, directory: Path, overrides: Sequence[str]) -> str:
+        """A job's number and what is its own: job 3: loss.beta=0.1."""
+        own = " ".join(f"{key}={value}" for key, value in self.own_values(overrides).items())
+        return f"job {directory.relative_to(self.path)}" + f": {own}" * bool(own)
 
     def stop(self) -> None:
         """Have no further job begin."""

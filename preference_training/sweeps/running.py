@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from preference_training.core.errors import UserError, first_line
+from preference_training.core.labeled_output import labeled_output
 from preference_training.core.metric_names import smaller_is_better
 from preference_training.core.signals import SIGNALS, StoppedError
 from preference_training.sweeps.gpus import gpus_of_this_process
@@ -25,7 +26,7 @@ def run_job(run: Callable, request: Request) -> float | None:
     """
     sweep = SweepDirectory(request.sweep)
     directory = sweep.claim(request)
-    with Job(directory).locked():
+    with labeled_output(sweep.label(directory, request.overrides)), Job(directory).locked():
         job, start = Job.read(directory), sweep.start
         if job.state in OVER:
             print(f"sweep: {directory} is {job.state} already", flush=True)

@@ -5,8 +5,14 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 
 from preference_training.core.errors import first_line
+from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, HIGH, LOW, smaller_is_better
 from preference_training.core.signals import STOPPED
-from preference_training.sweeps.jobs import OVER, SweepDirectory
+from preference_training.evaluation.phrasing import with_interval
+from preference_training.sweeps.jobs import OVER, Job, SweepDirectory
+from preference_training.tracking.run_files import METRICS, metric_rows
+
+# Metrics of the table of jobs, besides the objective.
+SHOWN = (EVAL_LOSS, EVAL_ACCURACY)
 
 
 def run_to_end(main: Callable[[], object]) -> None:
@@ -46,6 +52,52 @@ def _run_despite_deaths(main: Callable[[], object]) -> None:
             sys.argv.append(f"sweep_dir={sweep.path}")
 
 
+def job_table(sweep: SweepDirectory, objective: str, compares: bool = True) -> list[str]:
+    """The jobs of the latest start of a sweep as lines, sorted by their objective, the best first and marked.
+
+    compares: whether the objective compares them; without it no job is the best.
+    """
+    jobs = sorted(sweep.jobs_of_this_start(), key=lambda job: _rank(job, objective))
+    if not jobs:
+        return []
+    own = [sweep.own_values(job.overrides) for job in jobs]
+    keys = list(dict.fromkeys(key for values in own for key in values))
+    last = [_last_evaluation(job) for job in jobs]
+    metrics = [objective, *(name for name in SHOWN if name != objective and any(name in row for row in last))]
+    best = next((job for job in jobs if job.state == "complete" and _objective(job) is not None), None) if compares else None
+    rows = [["", "job", *keys, *metrics, "state"]]
+    for job, values, row in zip(jobs, own, last, strict=True):
+        shown = row | ({objective: found} if (found := _objective(job)) is not None else {})
+        mark = "best" if job is best and len(jobs) > 1 else ""
+        cells = [values.get(key, "") for key in keys] + [_value_text(shown, name) for name in metrics]
+        rows.append([mark, job.directory.name, *cells, str(job.state)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _objective(job: Job) -> float | None:
+    value = job.record.get("objective")
+    return value if isinstance(value, int | float) else None
+
+
+def _rank(job: Job, objective: str) -> tuple[bool, float]:
+    """A sort key: the best objective first, jobs without one last."""
+    value = _objective(job)
+    return value is None, (value or 0.0) * (1 if smaller_is_better(objective) else -1)
+
+
+def _last_evaluation(job: Job) -> dict:
+    return next((row for row in reversed(metric_rows(job.directory / METRICS)) if EVAL_LOSS in row), {})
+
+
+def _value_text(row: dict, metric: str) -> str:
+    """A metric, with its interval where there is one."""
+    value, low, high = (row.get(f"{metric}{end}") for end in ("", LOW, HIGH))
+    if not isinstance(value, int | float):
+        return "-"
+    return with_interval(value, low, high) if isinstance(low, int | float) and isinstance(high, int | float) else f"{value:.4g}"
+
+
 def print_missing_jobs() -> int:
     """Print the state of the jobs of this process's sweep; returns its exit status, 0 where none is missing.
 
@@ -56,10 +108,9 @@ def print_missing_jobs() -> int:
     missing = [job for job in jobs if job.state not in OVER]
     if not missing:
         return 0
-    of_all = set.intersection(*(set(job.overrides) for job in jobs))
     lines = [f"sweep: {len(jobs) - len(missing)} of {len(jobs)} jobs are complete"]
     for job in missing:
-        own = " ".join(text for text in job.overrides if text not in of_all)
+        own = " ".join(f"{key}={value}" for key, value in sweep.own_values(job.overrides).items())
         fate = job.record.get("error") or ("its process is still running" if job.is_running else "its process has ended")
         lines.append(f"  {job.directory.name}{f' ({own})' * bool(own)}: {job.state}: {fate}")
     lines.append(f"The same command line with sweep_dir={sweep.path} runs what is missing.")

@@ -30,12 +30,10 @@ class Sweep(Callback):
         # Composed without what is swept over, and not validated.
         sweep, sweeper = SweepDirectory(Path(config.hydra.sweep.dir).absolute()), config.hydra.sweeper
         _check_direction(sweeper.get("direction"), str(config.objective))
-        searched = (*map(str, sweeper.get("params") or ()), *_swept(config.hydra.overrides.task))
-        parts = OmegaConf.to_container(config.loss).get("parts")
-        for text in comparison_warnings(str(config.objective), str(config.loss.get("name")), searched, parts):
+        for text in _warnings(config):
             print(f"warning: {text}", flush=True)
         try:
-            sweep.begin()
+            sweep.begin(_searched(config))
         except OSError as error:
             _refuse(f"sweep_dir: {sweep.path} cannot be written to: {error.strerror}. Expected a folder of yours, with room.")
         # For processes that the launcher starts, which may have another working directory.
@@ -45,19 +43,33 @@ class Sweep(Callback):
         _forward_signals(config.hydra.launcher.get("_target_", ""), sweep)
 
     def on_multirun_end(self, config, **_) -> None:
-        """Compare the jobs, in comparison.html and comparison.csv; prints why where that fails."""
+        """Compare the jobs, in a table, comparison.html and comparison.csv; prints why where that fails."""
         from preference_training.reporting.comparison import write_comparison
+        from preference_training.sweeps.summary import job_table
 
         if config.dry_run:
             # Nothing was run.
             return
         directory = Path(config.hydra.sweep.dir)
+        warnings = _warnings(config)
+        print(*job_table(SweepDirectory(directory.absolute()), str(config.objective), compares=not warnings), sep="\n")
+        print(*(f"warning: {text}" for text in warnings), sep="\n", end="\n" * bool(warnings), flush=True)
         try:
             page, _ = write_comparison([directory], directory)
         except UserError as error:
             print(f"comparison: {error}", flush=True)
         else:
             print(f"comparison: {page}", flush=True)
+
+
+def _searched(config) -> list[str]:
+    """The keys that a sweep varies: in its command line, and in its sweeper's own configuration."""
+    return [*map(str, config.hydra.sweeper.get("params") or ()), *_swept(config.hydra.overrides.task)]
+
+
+def _warnings(config) -> list[str]:
+    parts = OmegaConf.to_container(config.loss).get("parts")
+    return comparison_warnings(str(config.objective), str(config.loss.get("name")), _searched(config), parts)
 
 
 def _refuse(problem: str) -> None:
@@ -78,7 +90,7 @@ def _check_direction(direction, objective: str) -> None:
 
 def _swept(overrides: Iterable[str]) -> list[str]:
     """The keys over which a command line sweeps."""
-    given = {text.partition("=")[0]: text.partition("=")[2] for text in overrides}
+    given = {text.partition("=")[0].lstrip("+"): text.partition("=")[2] for text in overrides}
     # choice(VALUE) is how a key is given that only some choices of a swept group have.
     once = re.compile(r"choice\([^,()]*\)")
     return [key for key, value in given.items() if ("," in value or "(" in value) and not once.fullmatch(value)]

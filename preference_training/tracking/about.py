@@ -17,12 +17,17 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "peft")
 
 
 def write_about(
-    run_dir: Path, names: Sequence[str], splits: Sequence[Sequence[DataReport]], examples: int | None, device
+    run_dir: Path,
+    names: Sequence[str],
+    splits: Sequence[Sequence[DataReport]],
+    examples: int | None,
+    device,
+    sizes: dict | None = None,
 ) -> None:
     """Write about.json: the data and what was skipped of it, the machine, the versions, and the state of this code.
 
     splits: the reports of the training data and, if there is one, of the held-out split, for the data sets of these names.
-    examples: how many the run trains on in all. device: where it computes. Raises OSError.
+    examples: how many the run trains on in all. device: where it computes. sizes: further facts. Raises OSError.
     """
     data = {
         split: [{"name": name, **report.as_dict()} for name, report in zip(names, reports, strict=True)]
@@ -31,6 +36,7 @@ def write_about(
     about = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "examples": examples,
+        **(sizes or {}),
         "data": data,
         "machine": machine(device),
         "versions": {"python": platform.python_version(), **versions()},

@@ -5,6 +5,7 @@ Reading is lenient, since the run may be going on, or a kill or a full disk has 
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from preference_training.core.values import UNREADABLE, find_mismatch
 
 METRICS, SAMPLES, BAD_STEPS, EVENTS = "metrics.jsonl", "samples.jsonl", "bad_batches.jsonl", "events.jsonl"
 RESULTS_FILE, ABOUT, FLAGGED = "results.json", "about.json", "flagged_pairs.jsonl"
+# The lock of the process that runs it.
+LOCK = ".lock"
 # Of a sweep's jobs: what became of the job; that it was pruned.
 JOB, PRUNED = "job.json", "pruned.json"
 REPORT = "report.html"
@@ -39,7 +42,14 @@ def json_lines(file: Path) -> Iterator[dict]:
 def rows_in(lines: bytes) -> Iterator[dict]:
     """The JSON objects among lines."""
     # Bytes: a text may hold what Python takes for the end of a line, and half a row may end within a letter.
-    for line in lines.split(b"\n"):
+    listed = [line for line in lines.split(b"\n") if line]
+    with suppress(ValueError, RecursionError):
+        # Much faster than line by line.
+        rows = json.loads(b"[%s]" % b",".join(listed))
+        if len(rows) == len(listed):
+            yield from (row for row in rows if isinstance(row, dict))
+            return
+    for line in listed:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

@@ -26,7 +26,7 @@ from preference_training.core.metric_names import (
     TRAIN_LOSS,
     TRAIN_MARGIN,
 )
-from preference_training.tracking.dashboards import Dashboard
+from preference_training.tracking.dashboards.base import Dashboard
 from preference_training.tracking.run_files import BAD_STEPS, EVENTS, METRICS, SAMPLES
 
 Metrics = dict[str, float | Tensor]
@@ -67,6 +67,8 @@ class Tracker:
         self.writing = threading.RLock()
         self.min_interval = min_interval
         self.pending: list[Metrics] = []
+        # Kinds of findings that events.jsonl has.
+        self.recorded: set[str] = set()
         self.last_line = float("-inf")
         self.console = _ProgressBar(total) if sys.stdout.isatty() else _Lines(total)
 
@@ -95,7 +97,7 @@ class Tracker:
         """Write every pending step; the console and dashboards get the last one."""
         if not self.pending:
             return
-        rows = [_numbers(metrics) for metrics in self.pending]
+        rows = [as_numbers(metrics) for metrics in self.pending]
         self.pending = []
         self._write(METRICS, rows)
         self.last_line = time.monotonic()
@@ -106,7 +108,7 @@ class Tracker:
     def log_evaluation(self, metrics: Metrics) -> None:
         """Write an evaluation's metrics to all sinks, at once."""
         self.flush()
-        row = _numbers(metrics)
+        row = as_numbers(metrics)
         self._write(METRICS, [row])
         self.examples = row[EXAMPLES]
         shown = ", ".join(f"{name} {row[name]:.4g}" for name in row if name.endswith((EVAL_LOSS, "accuracies", "margins")))
@@ -148,9 +150,20 @@ class Tracker:
         self.console.log_message(text)
         self._record_event(text)
 
-    def _record_event(self, text: str) -> None:
+    def log_finding(self, kind: str, text: str) -> None:
+        """As `log_message`, of what the run's reader must know: in events.jsonl it has its kind, as `finding`."""
+        self.console.log_message(text)
+        self.record_finding(kind, text)
+
+    def record_finding(self, kind: str, text: str) -> None:
+        """A finding in events.jsonl alone, which the end of the run prints; each kind once."""
+        if kind not in self.recorded:
+            self.recorded.add(kind)
+            self._record_event(text, finding=kind)
+
+    def _record_event(self, text: str, **more: str) -> None:
         moment = datetime.now().astimezone().isoformat(timespec="seconds")
-        self._write(EVENTS, [{"time": moment, "examples": self.examples, "text": text}])
+        self._write(EVENTS, [{"time": moment, "examples": self.examples, "text": text} | more])
 
     def _write(self, name: str, rows: list[dict]) -> None:
         """Append rows to a file. Those that a full disk does not take are written with the next ones: the run continues."""
@@ -179,10 +192,14 @@ class NoTracker:
     def ignore(self, *_) -> None:
         """Do nothing."""
 
-    log_step = log_evaluation = log_samples = log_bad_step = report = flush = log_message = ignore
+    def log_finding(self, _kind: str, text: str) -> None:
+        """A message, where those are not ignored."""
+        self.log_message(text)
+
+    log_step = log_evaluation = log_samples = log_bad_step = report = flush = log_message = record_finding = ignore
 
 
-def _numbers(metrics: Metrics) -> dict[str, float]:
+def as_numbers(metrics: Metrics) -> dict[str, float]:
     """Metrics as floats. Tensors are stacked first: one synchronization with the device per step, not per metric."""
     tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
     values = torch.stack([value.double().cpu() for value in tensors.values()]).tolist() if tensors else []

@@ -8,7 +8,6 @@ from pathlib import Path
 from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.micro_batches import evaluation_batches
 from preference_training.batching.packing import TokenBudget
-from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.configuration.schema import RunConfig
@@ -17,14 +16,14 @@ from preference_training.core.files import first_existing
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.chat_templates import detect_format, end_tokens, serve_as_trained
 from preference_training.distributed.placement import Placement
+from preference_training.evaluation.pruning import Pruning
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.reference_cache import ReferencePlan, cache_path, cached_reference
 from preference_training.modeling.token_budget import common_budget, token_budget
 from preference_training.tracking.ledger import Ledger
 from preference_training.training.parts import Batches, Models, Observers
-from preference_training.training.preparation import PreparedRun
-from preference_training.training.pruning import Pruning
+from preference_training.training.preparation import PreparedRun, run_schedule
 from preference_training.training.start_check import StartCheck
 
 
@@ -120,13 +119,7 @@ def build_batches(
             f"processes. Expected at least {number * ranks.size}, or fewer processes or gradient_accumulation_steps."
         )
     return BatchIterator(
-        Schedule(
-            prompts,
-            size,
-            config.seed,
-            length=RunLength(n_epochs=config.n_epochs, n_examples=config.n_examples, n_steps=config.n_steps),
-            replacement=config.sampling == "replacement",
-        ),
+        run_schedule(config, prompts),
         number,
         Packing(budget=budget, ranks=ranks, first_budget=first_budget),
     )

@@ -1,5 +1,7 @@
 """A run's evaluations: held-out metrics, samples, the best value so far, early stopping and pruning."""
 
+import math
+
 from torch import nn
 
 from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_used, smaller_is_better
@@ -43,7 +45,7 @@ class Evaluator:
         state.evaluated_at = state.examples
         changes = self._changes()
         self._compare_with_best()
-        tracker.log_evaluation(state.held_out | interval_metrics(self.held_out) | changes | state.counters())
+        self.observers.log_evaluation(state.held_out | interval_metrics(self.held_out) | changes | state.counters())
         for text in warnings:
             tracker.log_message(f"warning: {text}")
         if self.batches.sample_prompts:
@@ -72,6 +74,9 @@ class Evaluator:
         """Count the evaluations since `objective` was best; log it when that ends the run."""
         objective, state = self.config.objective, self.state
         value = state.held_out[objective]
+        if math.isnan(value) and state.best is None:
+            # Nothing is worse than no number: it ends no run, and is no best value that all later ones would be compared with.
+            return
         if state.best is None or (value < state.best if smaller_is_better(objective) else value > state.best):
             state.best, state.evaluations_since_best = value, 0
             return
@@ -97,8 +102,10 @@ class Evaluator:
 
     def responses(self, model: nn.Module | None = None) -> list[str]:
         """A model's responses to the sample prompts; the policy's, unless another is given."""
-        sampler = Sampler(self.tokenizer, self.config.max_length, self.config.seed, self.ranks)
-        return sampler.texts(self.models.policy if model is None else model, self.batches.sample_prompts)
+        config, prompts = self.config, self.batches.sample_prompts
+        longest = max(map(len, prompts), default=0) + (config.max_sample_length or config.max_length)
+        sampler = Sampler(self.tokenizer, min(config.max_length, longest), config.seed, self.ranks)
+        return sampler.texts(self.models.policy if model is None else model, prompts)
 
     def sample(self) -> list[dict]:
         """Responses of the policy, and of the reference where there is one, to the sample prompts.

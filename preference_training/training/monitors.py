@@ -2,12 +2,15 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from preference_training.configuration.schema import RunConfig
 from preference_training.core.metric_names import EXAMPLES, TOKENS_SAVED, TRAIN_ACCURACY, TRAIN_CHOSEN_LOGPS, TRAIN_LOSS
 from preference_training.core.process_group import to_local
+from preference_training.tracking.tracker import NoTracker, Tracker
+from preference_training.training.optimization import warmup_steps
 
 # Steps that a mean is taken over, and after which it means something.
 STEPS = 100
@@ -19,11 +22,22 @@ VALUES = 1024
 CHANGED = 1 / 3
 
 
+def warmup_warning(warmup: int, steps: int, lr: float) -> str | None:
+    """The warning for a warm-up that is not over before a run of so many steps is; None where it is."""
+    if warmup < steps:
+        return None
+    share = steps / (warmup + 1)
+    return (
+        f"warm-up takes {warmup:,} steps, and the run has {steps:,}: the learning rate rises to {lr * share:.2g}, {share:.0%} "
+        f"of lr={lr:g}, and the run will hardly learn. Set warmup_share=0.1, which is a tenth of any run, or warmup_steps=0."
+    )
+
+
 class TrainingMonitor:
     """Watches every step's metrics and warns. spike: how many times its running mean a loss may be; None switches that off."""
 
-    def __init__(self, log_message: Callable[[str], None], spike: float | None = None):
-        self.log_message, self.spike = log_message, spike
+    def __init__(self, tracker: Tracker | NoTracker, spike: float | None = None):
+        self.tracker, self.spike = tracker, spike
         self.newest: dict[str, deque[float]] = {
             name: deque(maxlen=STEPS) for name in (TRAIN_LOSS, TRAIN_CHOSEN_LOGPS, TRAIN_ACCURACY)
         }
@@ -32,12 +46,17 @@ class TrainingMonitor:
         # The sum of the steps' shares, and how many there were.
         self.tokens_saved, self.sharing_steps = 0.0, 0
 
+    def check_warmup(self, config: RunConfig, steps: int) -> None:
+        """Warn before the first step where the learning rate will not have risen when the last one is taken."""
+        if text := warmup_warning(warmup_steps(config, steps), steps, config.lr):
+            self.warn("warm-up", text)
+
     def observe(self, metrics: dict[str, float]) -> None:
         """Observe the metrics of a step."""
         at = f"after {metrics[EXAMPLES]} examples"
         losses = self.newest[TRAIN_LOSS]
         if self.spike is not None and len(losses) == STEPS and metrics[TRAIN_LOSS] > self.spike * abs(_mean(losses)):
-            self.log_message(
+            self.tracker.log_message(
                 f"warning: {at} the loss is {metrics[TRAIN_LOSS]:.4g}, its mean over {STEPS} steps {_mean(losses):.4g}"
             )
         for name in self.newest.keys() & metrics.keys():
@@ -52,7 +71,7 @@ class TrainingMonitor:
         """Log what prefix sharing has saved, where it was on."""
         if self.sharing_steps:
             share = self.tokens_saved / self.sharing_steps
-            self.log_message(f"prefix sharing: {share:.0%} of the tokens of all rows did not have to be computed")
+            self.tracker.log_message(f"prefix sharing: {share:.0%} of the tokens of all rows did not have to be computed")
 
     def _check_chosen(self, at: str) -> None:
         chosen = self.newest[TRAIN_CHOSEN_LOGPS]
@@ -98,7 +117,7 @@ class TrainingMonitor:
         """Warn once for each kind."""
         if kind not in self.warned:
             self.warned.append(kind)
-            self.log_message(f"warning: {text}")
+            self.tracker.log_finding(kind, f"warning: {text}")
 
     def state_dict(self) -> dict:
         """The recent metrics and the warnings given, as plain values."""

@@ -95,6 +95,15 @@ class MasterWeights(torch.optim.Optimizer):
                 self.masters[weight] = nn.Parameter(weight.detach().float()) if is_low_precision(weight) else weight
             inner["params"] = [self.masters[weight] for weight in mine["params"]]
 
+    def sum_gradients_in_float32(self, summed: bool) -> None:
+        """Have autograd sum the gradients of several backward passes in float32, not in the weights' dtype.
+
+        One alone keeps the weights' dtype, which is all that it is computed in. Those of sharded weights are FSDP's.
+        """
+        for weight in chain.from_iterable(group["params"] for group in self.param_groups):
+            if is_low_precision(weight) and not isinstance(weight, DTensor):
+                weight.grad_dtype = torch.float32 if summed else weight.dtype
+
     @torch.no_grad()
     def step(self, closure=None):
         """Update the master weights by the gradients of the weights, which are gone then, and round the weights to them."""
@@ -161,7 +170,7 @@ def pending_updates(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tens
 
 def warmup_steps(config, total_steps: int) -> int:
     """Over how many of a run's optimizer steps the learning rate rises: `warmup_share` of them, else `warmup_steps`."""
-    return config.warmup_steps if config.warmup_share is None else round(config.warmup_share * total_steps)
+    return (config.warmup_steps or 0) if config.warmup_share is None else round(config.warmup_share * total_steps)
 
 
 def schedule(config, total_steps: int) -> Callable[[int], float]:

@@ -1,32 +1,39 @@
 """A validated run before any model is loaded: its loss, its tokenizer, and the tokenized prompts of its splits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy
+import torch
 
-from preference_training.checkpointing.resume import find_data_version
+from preference_training.batching.schedule import RunLength, Schedule
+from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.checkpointing.resume import check_same_config, checkpoint_to_resume, find_run
+from preference_training.configuration.keys import listed
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_objective
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.core.machine import allow_tf32, quiet_libraries, tune_malloc
 from preference_training.core.random_streams import seed_everything
-from preference_training.data.entries import Entry, check_examples, read_entries
+from preference_training.data.entries import Entry, check_examples, is_path, read_entries
 from preference_training.data.preparation import Prepared, count_identical_pairs, exclude_held_out, overlap, prepare
 from preference_training.data.prompt_table import PromptTable
+from preference_training.data.rendering.choice import choose_templates
 from preference_training.data.rendering.settings import VERSION, VERSIONS, TokenSettings
+from preference_training.evaluation.pruning import build_pruner
 from preference_training.evaluation.task_suites import check_harness
 from preference_training.losses.base import Loss
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.limits import check_limits, check_rows, model_limits
-from preference_training.modeling.loading import check_model
+from preference_training.modeling.loading import build_untrained, check_model
 from preference_training.modeling.sources.checks import check_sources
 from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
+from preference_training.training.defaults import fit_lr, fit_steps, settle_dtypes
 from preference_training.training.optimization import check_optimizer, precision_notices
-from preference_training.training.pruning import build_pruner
 
 # In a checkpoint, as transformers names it.
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -57,7 +64,9 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     tune_malloc(keep_freed=not config.trainer.is_sharded)
     allow_tf32(config.tf32)
     seed_everything(config.seed)
-    check_optimizer(config)
+    config = settle_dtypes(config, run_dir)
+    # A learning rate that is not known yet is valid.
+    check_optimizer(replace(config, lr=config.lr or 1.0))
     pruner = build_pruner(config.pruner, config.pruner_kwargs) if config.pruner else None
     if config.eval_only and config.evaluation.task_names:
         check_harness()
@@ -69,24 +78,87 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     check_live(config, loss)
     if config.contamination_files and not config.dry_run:
         print("contamination_files: read by dry_run=true alone, which compares them with the training data", flush=True)
-    for line in [] if config.eval_only else precision_notices(config):
-        print(line, flush=True)
     config = with_converted_model(config)
     check_sources(config.model, config.cache_dir)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
-    for line in check_model(config.model, tokenizer, config.cache_dir):
-        print(line, flush=True)
+    lines = [line] if (line := adapter_notice(config)) else []
+    lines += check_model(config.model, tokenizer, config.cache_dir)
+    config = fit_lr(config, loss.learns, partial(count_parameters, config, tokenizer))
+    lines += [] if config.eval_only else precision_notices(config)
     limits = model_limits(config, tokenizer)
     entries = read_entries(config)
     check_examples(entries, loss, config.loss.name, config.cache_dir)
+    earlier = find_run(config.resume, run_dir, config.exp_name)
+    config, entries = fit_templates(config, entries, tokenizer, earlier)
     if notice := other_template_notice(config, entries, tokenizer):
-        print(notice, flush=True)
+        lines.append(notice)
+    print(*config.chosen.values(), *lines, sep="\n", end="\n" * bool(config.chosen or lines), flush=True)
+    check_resumed(config, earlier)
     check_limits(config, entries, tokenizer, limits)
     # Before the processes join: those that wait for the data have no time-out then.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
-    data = prepare_data(config, entries, tokenizer, loss, splits, data_version(config, run_dir))
+    data = prepare_data(config, entries, tokenizer, loss, splits, data_version(earlier))
     check_rows(config, tokenizer, limits, [split.table for split in data])
+    if "train" in splits:
+        said, schedule = config.chosen, run_schedule(config, data[0].table)
+        config = fit_steps(config, schedule.total_examples, schedule.total_steps)
+        for line in [line for key, line in config.chosen.items() if key not in said]:
+            print(line, flush=True)
     return PreparedRun(config, run_dir, in_sweep, loss, tokenizer, data, entries, pruner)
+
+
+def adapter_notice(config: RunConfig) -> str | None:
+    """The notice for LoRA adapters, which any rank switches on."""
+    lora = config.model.lora
+    if lora.r is None:
+        return None
+    return f"model.lora.r: LoRA adapters of rank {lora.r} (alpha {lora.alpha:g}) are trained, all other weights are frozen"
+
+
+def count_parameters(config: RunConfig, tokenizer) -> int:
+    """The number of the model's parameters, without an adapter's; reads no weights."""
+    plain = replace(config.model, lora=replace(config.model.lora, r=None), quantization=None)
+    with torch.device("meta"):
+        return build_untrained(plain, tokenizer, config.cache_dir).num_parameters()
+
+
+def fit_templates(
+    config: RunConfig, entries: Sequence[Entry], tokenizer, earlier: Checkpoint | None
+) -> tuple[RunConfig, list[Entry]]:
+    """Decide the template of each entry without one; config.yaml keeps the null. A resumed run keeps its templates."""
+    if earlier is not None:
+        kept = earlier.run.get("templates") or [None] * len(entries)
+        found = dict(enumerate(kept)) if len(kept) == len(entries) else {}
+        chosen = {number: template for number, template in found.items() if entries[number].template is None}
+    else:
+        choices = choose_templates(entries, tokenizer, config.cache_dir)
+        chosen = {number: choice.template for number, choice in choices.items()}
+        lines = "\n".join(dict.fromkeys(choice.line for choice in choices.values()))
+        config = replace(config, chosen={**config.chosen, "template": lines}) if lines else config
+    templates = [entry.template or chosen.get(number) for number, entry in enumerate(entries)]
+    entries = [replace(entry, template=template) for entry, template in zip(entries, templates, strict=True)]
+    if not any(chosen.values()):
+        return config, entries
+    if set(templates) == {"chat"}:
+        return replace(config, template="chat"), entries
+    given = [
+        each if isinstance(each, dict) else {("path" if is_path(each) else "name"): each} for each in listed(config.datasets)
+    ]
+    return replace(config, datasets=[each | {"template": one} for each, one in zip(given, templates, strict=True)]), entries
+
+
+def check_resumed(config: RunConfig, earlier: Checkpoint | None) -> None:
+    """Raise UserError where a run cannot be resumed as configured, or there is none where `resume` says."""
+    if config.resume not in (None, "auto") and earlier is None:
+        checkpoint_to_resume(config.resume, Path(), config.exp_name)
+    if earlier is not None and not config.eval_only:
+        check_same_config(earlier, config.as_dict())
+
+
+def run_schedule(config: RunConfig, prompts: PromptTable) -> Schedule:
+    """The steps of a run over prepared prompts."""
+    length = RunLength(n_epochs=config.n_epochs, n_examples=config.n_examples, n_steps=config.n_steps)
+    return Schedule(prompts, config.batch_size, config.seed, length, replacement=config.sampling == "replacement")
 
 
 def other_template_notice(config: RunConfig, entries: Sequence[Entry], tokenizer) -> str | None:
@@ -120,11 +192,9 @@ def check_live(config: RunConfig, loss: Loss) -> None:
         )
 
 
-def data_version(config: RunConfig, run_dir: Path) -> int:
+def data_version(earlier: Checkpoint | None) -> int:
     """The version of the rules by which data is prepared: that of the resumed run, the newest for a new one."""
-    found = None
-    if config.resume:
-        found = find_data_version(config.resume, run_dir, config.exp_name)
+    found = earlier and earlier.data_version
     if found is not None and found not in VERSIONS:
         raise UserError(
             f"resume: the data of that run was prepared by version {found} of the rules, and this code knows those up to "
@@ -209,6 +279,9 @@ def report_split(prepared, entries: list, split: str, what: str, needed: bool) -
         raise UserError(f"datasets: {names}: expected at least one {kind} example, and none is left: {why}.")
     prompts, what = "prompt" + "s" * (len(prepared.table) != 1), what.removesuffix("s") if examples == 1 else what
     lines = [f"  {name}: {line}" for name, line in found]
+    if split == "test" and len(prepared.table):
+        empty = [e.name for e, report in zip(entries, prepared.reports, strict=True) if not report.num_prompts]
+        lines += [f"  {name}: nothing is held out of it (held_out_share)" for name in empty]
     print(f"{split}: {len(prepared.table)} {prompts}, {examples} {what}", *lines, sep="\n", flush=True)
 
 

@@ -17,23 +17,30 @@ from preference_training.checkpointing.resume import (
     roll_back,
     set_aside,
 )
+from preference_training.configuration.composition import usual_values
+from preference_training.configuration.rerun import write_rerun
 from preference_training.configuration.run_dirs import writable
 from preference_training.configuration.saved import save_config
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.data.chat_templates import detect_format
 from preference_training.distributed.placement import Placement
-from preference_training.tracking.dashboards import RunStart, start_dashboards
+from preference_training.tracking.dashboards.base import RunStart
+from preference_training.tracking.dashboards.starting import start_dashboards
+from preference_training.tracking.run_files import LOCK
 from preference_training.tracking.tracker import Tracker
+from preference_training.training.preparation import PreparedRun
 
 
-def describe_run(placement: Placement, data, checkpoint: Checkpoint | None) -> dict:
+def describe_run(prepared: PreparedRun, placement: Placement, checkpoint: Checkpoint | None) -> dict:
     """What a run is made of, in plain values, as its checkpoints store it."""
-    config = placement.config.as_dict()
+    config, data = prepared.config.as_dict(), prepared.data
     return {
         "config": config,
         "data": [split.fingerprint for split in data],
         "data_version": data[0].version,
+        "usual": usual_values(prepared.config),
+        "templates": [entry.template for entry in prepared.entries],
         "began_with": placement.began_with,
         "prompt_format": detect_format(config, data[0].table, placement.tokenizer),
         "wandb_id": checkpoint.run["wandb_id"] if checkpoint else uuid.uuid4().hex,
@@ -71,6 +78,7 @@ def open_run_dir(
         if config.resume:
             roll_back(run_dir, checkpoint.path if checkpoint else None)
         save_config(config, run_dir)
+        write_rerun(config, run_dir)
         start = RunStart(about["config"], run_dir, about["wandb_id"], seen)
         dashboards = start_dashboards(config.dashboard_names, start)
         return Tracker(run_dir, total, config.minimum_log_interval_secs, dashboards, report, seen)
@@ -87,7 +95,7 @@ def report_earlier_run(config: RunConfig, run_dir: Path) -> None:
 @contextmanager
 def lock_run_dir(run_dir: Path):
     """Inside, no other run may use the directory. Raises UserError where one does, or where nothing can be written."""
-    lock = FileLock(run_dir / ".lock", timeout=0)
+    lock = FileLock(run_dir / LOCK, timeout=0)
     try:
         with writable(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -98,5 +106,5 @@ def lock_run_dir(run_dir: Path):
         yield
     finally:
         # Before it is released: a run that starts now finds no lock, or one that is held.
-        (run_dir / ".lock").unlink(missing_ok=True)
+        (run_dir / LOCK).unlink(missing_ok=True)
         lock.release()

@@ -1,43 +1,68 @@
 """A run from its prepared data to its last checkpoint, or one that evaluates only."""
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.schedule import Schedule
 from preference_training.checkpointing.resume import checkpoint_to_resume
 from preference_training.configuration.run_dirs import writable
-from preference_training.core.errors import UserError
-from preference_training.core.signals import StopRequests
+from preference_training.core.errors import UserError, first_line
+from preference_training.core.signals import StoppedError, StopRequests
+from preference_training.data.preparation import Prepared
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import Placement
-from preference_training.modeling.adapters import BASE_DIR, saved_base
+from preference_training.modeling.adapters import BASE_DIR, has_adapter, saved_base
 from preference_training.tracking.about import write_about
-from preference_training.tracking.tracker import NoTracker
+from preference_training.tracking.callbacks import Callbacks
+from preference_training.tracking.tracker import NoTracker, Tracker
 from preference_training.training.assembly import assemble, checkpoint_writer, observe
+from preference_training.training.defaults import usual_lr
 from preference_training.training.evaluator import Evaluator
 from preference_training.training.parts import Batches, Models, Observers, RunState
 from preference_training.training.preparation import PreparedRun, check_same_data
 from preference_training.training.run_directory import describe_run, lock_run_dir, open_run_dir, prepare_run_dir
 
 
-def train_or_evaluate(prepared: PreparedRun, trainer_class, placement: Placement, report_writer) -> float | None:
+@dataclass(frozen=True)
+class Readers:
+    """Who reads a run: packages below this one, which it is handed by, and a user's callbacks.
+
+    report_writer: builds the function that writes the run's report. conclude: makes of a finished run's directory its findings
+    and last lines. None for neither.
+    """
+
+    report_writer: Callable | None = None
+    conclude: Callable | None = None
+    callbacks: Sequence[object] = ()
+
+
+def train_or_evaluate(prepared: PreparedRun, trainer_class, placement: Placement, readers: Readers) -> float | None:
     """Train, or evaluate only. Returns the held-out metric named by `objective`.
 
-    With several processes this is one of them. report_writer: builds the function that writes the run's report.
+    With several processes this is one of them.
     """
     if prepared.config.eval_only:
         return evaluate(prepared, placement)
-    return train(prepared, trainer_class, placement, report_writer)
+    return train(prepared, trainer_class, placement, readers)
 
 
-def train(prepared: PreparedRun, trainer_class, placement: Placement, report_writer=None) -> float | None:
+def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: Readers | None = None) -> float | None:
     """Train on a placement, from the beginning or from a checkpoint of the same run."""
     config, run_dir, data, ranks = prepared.config, prepared.run_dir, prepared.data, placement.ranks
+    readers = readers or Readers()
+    callbacks = Callbacks(readers.callbacks, ranks.is_rank_zero)
     check_same_data(data, ranks)
     # Rank 0 looks for a checkpoint, and all ranks follow it.
     found = checkpoint_to_resume(config.resume, run_dir, config.exp_name) if ranks.is_rank_zero else None
     checkpoint, run_dir = ranks.broadcast((found, found.path.parent if found else run_dir))
+    last_lines: Sequence[str] = ()
     with ExitStack() as opened:
+        # Left last: everything is written then.
+        opened.enter_context(_end_of_run(callbacks, run_dir))
         if ranks.is_rank_zero:
             opened.enter_context(lock_run_dir(run_dir))
             # Before the model is loaded: what it is made of is read from the run directory, or kept there.
@@ -48,23 +73,17 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
         stop = opened.enter_context(StopRequests(config.max_wall_time))
         if ranks.is_rank_zero:
             total = batches.train.schedule.total_examples
-            about = describe_run(placement, data, checkpoint)
-            report = report_writer and report_writer(config, run_dir, prepared.loss, placement.tokenizer, data)
+            about = describe_run(prepared, placement, checkpoint)
+            report = readers.report_writer and readers.report_writer(config, run_dir, prepared.loss, placement.tokenizer, data)
             tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
             if notice:
                 tracker.log_message(notice)
-            with writable(run_dir):
-                write_about(
-                    run_dir,
-                    [entry.name for entry in prepared.entries],
-                    [split.reports for split in data],
-                    total,
-                    placement.device,
-                )
+            _write_about(prepared, placement, run_dir, total, _sizes(models, batches, data) | {"usual": about["usual"]})
             opened.enter_context(tracker)
         else:
             about, tracker = {}, opened.enter_context(NoTracker())
         observers = observe(prepared, placement, run_dir, tracker, stop)
+        observers.callbacks = callbacks
         if not config.debug:
             writer = checkpoint_writer(prepared, placement, models.policy, run_dir, about, tracker.log_message)
             observers.writer = opened.enter_context(writer)
@@ -75,12 +94,57 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
             tracker.log_message("resume: that run is complete; a larger n_epochs, n_examples or n_steps would continue it")
         else:
             trainer.train()
+            if readers.conclude and ranks.is_rank_zero:
+                last_lines = _conclude(partial(readers.conclude, run_dir, not prepared.in_sweep), tracker)
         if observers.writer and observers.writer.failed:
             raise UserError(
                 f"local_dirs: the last checkpoint of {run_dir} could not be written. Make room, then resume={run_dir}."
             )
-    print(f"run directory: {run_dir}", flush=True)
+    print(*last_lines, f"run directory: {run_dir}", sep="\n", flush=True)
     return trainer.state.held_out[config.objective] if trainer.state.held_out else None
+
+
+@contextmanager
+def _end_of_run(callbacks: Callbacks, run_dir: Path) -> Iterator[None]:
+    """Tell callbacks when what is inside has ended or was stopped; not of a mistake or a bug."""
+    try:
+        yield
+    except StoppedError:
+        callbacks.call("on_end", run_dir)
+        raise
+    callbacks.call("on_end", run_dir)
+
+
+def _write_about(prepared: PreparedRun, placement: Placement, run_dir: Path, total: int, more: dict) -> None:
+    """Write about.json, for a run over `total` examples. Raises UserError."""
+    names, reports = [entry.name for entry in prepared.entries], [split.reports for split in prepared.data]
+    with writable(run_dir):
+        write_about(run_dir, names, reports, total, placement.device, more | {"chosen": prepared.config.chosen})
+
+
+def _sizes(models: Models, batches: Batches, data: Sequence[Prepared]) -> dict:
+    """How many optimizer steps a run has, its model's size and usual learning rate, and what its splits hold."""
+    tables = {name: split.table for name, split in zip(("train", "held out"), data, strict=True)}
+    sizes = {
+        name: {"examples": int(table.num_examples.sum()), "responses": table.num_responses} for name, table in tables.items()
+    }
+    parameters = sum(weight.numel() for weight in models.policy.parameters())
+    usual = usual_lr(models.loss.learns, parameters, has_adapter(models.policy))
+    return {"steps": batches.train.schedule.total_steps, "parameters": parameters, "usual_lr": usual, **sizes}
+
+
+def _conclude(conclude: Callable, tracker: Tracker) -> Sequence[str]:
+    """Record what a run has found out about itself; the lines in which it ends."""
+    tracker.flush()
+    try:
+        conclusion = conclude()
+    except Exception as error:  # whatever is wrong with what it reads, the run has ended well
+        tracker.log_message(f"warning: the findings of the run could not be made: {first_line(error)}")
+        return ()
+    for finding in conclusion.findings:
+        if finding.severity != "note":
+            tracker.record_finding(finding.kind, finding.line)
+    return conclusion.lines
 
 
 def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
@@ -101,7 +165,7 @@ def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
         if checkpoint is None and ranks.is_rank_zero:
             opened.enter_context(lock_run_dir(run_dir))
             notice = prepare_run_dir(config, run_dir, None)
-            about = describe_run(placement, data, None)
+            about = describe_run(prepared, placement, None)
             tracker = open_run_dir(config, run_dir, about, None)
             if notice:
                 tracker.log_message(notice)

@@ -166,6 +166,7 @@ class TrainingStep:
         mean_length = sum(micro_batch.first_tokens for micro_batch in micro_batches) / num_examples
         result = BatchResult(micro_batches)
         packs_left = sum(len(micro_batch.packs) for micro_batch in micro_batches)
+        self.updater.expect_gradients(packs_left)
         for micro_batch in micro_batches:
             for output, policy, pack in self.pack_losses(micro_batch, mean_length):
                 packs_left -= 1

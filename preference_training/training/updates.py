@@ -63,6 +63,11 @@ class Updater:
 
     # ---- one step -------------------------------------------------------------------------------------------------------
 
+    def expect_gradients(self, packs: int) -> None:
+        """Prepare for the backward passes of so many packs, whose gradients are summed."""
+        if self.has_masters:
+            self.optimizer.sum_gradients_in_float32(packs > 1)
+
     def clip_gradient(self) -> Tensor:
         """Unscale the gradient and clip it to `max_grad_norm`; returns its global norm before that, a scalar."""
         self.scaler.unscale_(self.optimizer)

@@ -22,7 +22,7 @@ from preference_training.checkpointing.checkpoint import Checkpoint, DamagedErro
 from preference_training.checkpointing.resume import (
     check_same_run,
     checkpoint_to_resume,
-    find_data_version,
+    find_run,
     resumable,
     roll_back,
 )
@@ -313,10 +313,10 @@ def test_a_run_on_other_data_or_other_weights_is_refused(key, told, same_run):
 
 def test_a_run_that_says_no_version_of_its_data_began_with_the_first(finished, run_dir, tmp_path, same_run):
     new = tmp_path / "new"
-    assert find_data_version(None, new, "run") is None
-    assert find_data_version("auto", tmp_path / "elsewhere" / "new", "run") is None
+    assert find_run(None, new, "run") is None
+    assert find_run("auto", tmp_path / "elsewhere" / "new", "run") is None
     for resume in ("auto", str(run_dir), str(run_dir / "step-8"), str(run_dir / "LATEST")):
-        assert find_data_version(resume, run_dir.with_name("new"), "run") == 1
+        assert find_run(resume, run_dir.with_name("new"), "run").data_version == 1
     assert same_run(ABOUT, ABOUT | {"data_version": 1}) is None
     assert same_run(ABOUT, ABOUT | {"data_version": 2}).startswith("resume: the data of ")
 
@@ -326,18 +326,20 @@ def test_the_version_of_the_data_is_that_of_the_newest_checkpoint_whose_state_is
         state = json.loads((run_dir / step / "state.json").read_text())
         state["run"]["data_version"] = version
         forge(run_dir / step, json.dumps(state))
-    assert find_data_version(str(run_dir), run_dir, "run") == 1
+    assert find_run(str(run_dir), run_dir, "run").data_version == 1
     forge(run_dir / "step-12", "{")
-    assert find_data_version("auto", run_dir.with_name("new"), "run") == 5
-    assert find_data_version(str(run_dir / "step-4"), run_dir, "run") == 7
+    assert find_run("auto", run_dir.with_name("new"), "run").data_version == 5
+    assert find_run(str(run_dir / "step-4"), run_dir, "run").data_version == 7
 
 
-def test_a_version_of_the_data_that_this_code_does_not_know_is_refused_and_an_old_one_is_said(run_dir, compose, capsys):
+def test_a_version_of_the_data_that_this_code_does_not_know_is_refused_and_an_old_one_is_said(run_dir, capsys):
     from preference_training.training import preparation
 
-    config = compose("loss=dpo", f"resume={run_dir}")
-    assert preparation.data_version(compose("loss=dpo"), run_dir) == VERSION
-    assert preparation.data_version(config, run_dir) == 1
+    def version_of_run() -> int:
+        return preparation.data_version(find_run(str(run_dir), run_dir, "run"))
+
+    assert preparation.data_version(None) == VERSION
+    assert version_of_run() == 1
     assert (
         "resume: the data stays as at the start of the run, by version 1 of the rules: a prompt is held"
         in capsys.readouterr().out
@@ -346,7 +348,7 @@ def test_a_version_of_the_data_that_this_code_does_not_know_is_refused_and_an_ol
     state["run"]["data_version"] = VERSION + 1
     forge(run_dir / "step-12", json.dumps(state))
     with pytest.raises(UserError, match=f"by version {VERSION + 1} of the rules, and this code knows those up to {VERSION}"):
-        preparation.data_version(config, run_dir)
+        version_of_run()
 
 
 def test_ranks_that_have_prepared_other_data_stop_before_they_train():

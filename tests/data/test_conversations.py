@@ -17,6 +17,7 @@ from preference_training.data.rows.conversations import (
     parse_turns,
     part_conversations,
     split_conversation,
+    with_roles,
 )
 from preference_training.data.rows.records import DataReport, PreferenceRecord, Turn, message_of
 from preference_training.data.tokenization import tokenize_records
@@ -370,8 +371,12 @@ def test_prompts_that_are_rendered_already_are_read_as_they_are(template, end):
             (Turn("assistant", "", CALL),),
         ),
         (
-            [{"role": "assistant", "tool_calls": '[{"name": "f", "arguments": {"x": 1, "y": null}}]'}],
+            [{"role": "assistant", "tool_calls": '[{"name": "f", "id": null, "arguments": {"x": 1}}]'}],
             (Turn("assistant", "", CALL),),
+        ),
+        (  # An argument may be null.
+            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1, "y": None}}]}],
+            (Turn("assistant", "", CALL.replace('"x": 1', '"x": 1, "y": null')),),
         ),
         ([{"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}], (Turn("assistant", "", CALL),)),
         (
@@ -397,7 +402,7 @@ def test_messages_of_every_dialect_are_turns(messages, turns):
         ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "has a part of the type 'input_audio'"),
         ({"role": "user", "content": [{"type": "text", "text": "x"}, {"video": "a.mp4"}]}, "has a part of the type 'video'"),
         ({"role": "user", "content": [3]}, "has a part of the type 'int'"),
-        ({"role": "assistant", "content": None}, "turn 1 is None, expected a text"),
+        ({"role": "assistant", "content": None}, "turn 1 is null, expected a text"),
         ({"role": "user", "content": ""}, "turn 1 is empty"),
         ({"role": "user", "content": {"a": 1}}, "turn 1 is dict, expected a text"),
         ({"role": "assistant", "content": "", "tool_calls": ["x"]}, "turn 1 has the tool call 'x'. Expected {function: {name"),
@@ -412,10 +417,23 @@ def test_messages_that_are_no_turns_are_reported_by_name(message, told):
 
 
 def test_roles_may_be_mapped():
-    assert parse_turns([{"role": "Narrator", "content": "x"}], "messages", {"narrator": "system"}) == (Turn("system", "x"),)
+    row = with_roles({"messages": [{"role": "Narrator", "content": "x"}], "role": "narrator"}, {"narrator": "system"})
+    assert parse_turns(row["messages"], "messages") == (Turn("system", "x"),)
+    assert row["role"] == "narrator"
 
 
-def test_tools_are_a_list_of_objects_or_its_text():
+@pytest.mark.parametrize("template", ["chat", "chatml", "hh"])
+def test_an_assistant_turn_of_weight_0_between_others_is_read_and_not_scored(template):
+    tokenizer = tokenizer_of("SmolLM 2")
+    turns = (*TWO, Turn("user", "q3"), Turn("assistant", "a3"))
+    unlearned = (*TWO[:-1], TWO[-1]._replace(rest='{"weight": 0}'), *turns[-2:])
+    every, some = (learned(tokenizer, of, template=template) for of in (turns, unlearned))
+    assert (some.prompt_ids, some.responses) == (every.prompt_ids, every.responses)
+    first, _, last = scored(every)
+    assert scored(some) == [first, last]
+
+
+def test_tools_are_objects_or_their_text():
     for value in (json.loads(TOOLS), TOOLS, [json.dumps(json.loads(TOOLS)[0])]):
         assert parse_tools(value, "tools") == TOOLS
     assert [parse_tools(value, "tools") for value in (None, "", "[]", [])] == [""] * 4

@@ -178,6 +178,11 @@ SHARE = "expected 0 to below 1."
         ({"responses": "r"}, NUMBERS_OR),
         ({"responses": "r", "scores": "s", "ranks": "k"}, NUMBERS_OR),
         ({"scores": "s"}, "scores needs responses."),
+        (
+            {"roles": {"bot": "robot"}},
+            "roles: found {'bot': 'robot'}, expected {NAME: ROLE}, with the roles system, developer,",
+        ),
+        ({"roles": "bot"}, "roles: found 'bot', expected {NAME: ROLE}"),
         ({"ranks": "s", "response": "r"}, "ranks needs responses."),
         ({"score": "s"}, "score needs response."),
         ({"score": "s", "responses": "r", "ranks": "k"}, "score needs response."),
@@ -459,10 +464,10 @@ def test_a_file_of_every_format_gives_the_same_records(tmp_path, suffix):
             [(0, 1), (2, 1)],
             "better",
             1,
-            f"{path}, train prompt 1",
+            f"{path}, rows 1, 3",
             ("good 0", "better"),
         ),
-        PreferenceRecord("question 1", ["good 1", "bad 1"], [(0, 1)], "good 1", 2, f"{path}, train prompt 2"),
+        PreferenceRecord("question 1", ["good 1", "bad 1"], [(0, 1)], "good 1", 2, f"{path}, row 2"),
     ]
     assert report == DataReport(rows_read=3)
 

@@ -589,11 +589,11 @@ def test_the_prompts_of_a_named_set_are_what_its_registration_says(tmp_path, nam
 
 
 BLANK = {
-    "hh": ("chosen", "field 'chosen' is None, expected a text."),
-    "shp": ("score_A", "field 'score_A' is None, expected a number."),
-    "se": ("question", "field 'question' is None, expected a text."),
-    "ultrafeedback": ("chosen", "field 'chosen' is None, expected a text."),
-    "orca": ("question", "field 'question' is None, expected a text."),
+    "hh": ("chosen", "field 'chosen' is null, expected a text."),
+    "shp": ("score_A", "field 'score_A' is null, expected a number."),
+    "se": ("question", "field 'question' is null, expected a text."),
+    "ultrafeedback": ("chosen", "field 'chosen' is null, expected a text."),
+    "orca": ("question", "field 'question' is null, expected a text."),
     "nectar": (
         "answers",
         "no field 'answers.answer', the row has prompt, answers, turns, num_responses, source, good_natured.",
@@ -616,9 +616,9 @@ def test_a_blank_in_a_named_set_is_counted_or_stops_the_run_with_its_row_and_fie
 @pytest.mark.parametrize(
     ("answers", "told"),
     [
-        (None, "field 'answers' is None, expected a list."),
-        ([{"text": None, "pm_score": 1}], "field 'answers.text' is None, expected a text."),
-        ([{"text": "a", "pm_score": None}], "field 'answers.pm_score' is None, expected a number."),
+        (None, "field 'answers' is null, expected a list."),
+        ([{"text": None, "pm_score": 1}], "field 'answers.text' is null, expected a text."),
+        ([{"text": "a", "pm_score": None}], "field 'answers.pm_score' is null, expected a number."),
         ([None], "no field 'answers.text', the row has question, answers."),
     ],
 )
@@ -764,7 +764,7 @@ def test_an_invalid_row_of_a_directory_is_reported_with_directory_number_and_fil
     write(tmp_path / "mine" / "train.jsonl", [*triplets(0, 2), triplets(2, 3)[0] | {"chosen": None}])
     with pytest.raises(UserError) as refused:
         own(tmp_path / "mine", {})
-    assert str(refused.value).startswith(f"datasets: {tmp_path / 'mine'}/, row 3 of train.jsonl: field 'chosen' is None")
+    assert str(refused.value).startswith(f"datasets: {tmp_path / 'mine'}/, row 3 of train.jsonl: field 'chosen' is null")
 
 
 def no_files(directory: Path) -> None:

@@ -129,8 +129,10 @@ def test_entries_of_a_mixture_have_their_own_sources_numbers_and_truncation_mode
     assert [entry.dataset.truncation_mode for entry in entries] == ["keep_start", "keep_end"]
     toys, own = (list(load_records(entry, "train")) for entry in entries)
     assert len(toys) == TRAIN_PROMPTS and 0 < len(own) < 40
-    for name, records in (("toy", toys), (path, own)):
-        assert [record.source for record in records] == [f"{name}, train prompt {n + 1}" for n in range(len(records))]
+    assert [record.source for record in toys] == [f"toy, train prompt {n + 1}" for n in range(len(toys))]
+    rows = [next(n for n, row in enumerate(triplets(40), start=1) if row["prompt"] == record.prompt) for record in own]
+    assert [record.source for record in own] == [f"{path}, row {number}" for number in rows]
+    for records in (toys, own):
         assert [record.number for record in records] == [n + 1 for n in range(len(records))]
 
 
@@ -256,7 +258,7 @@ SOUND = {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
             ("p", SOUND | {"responses": ["a", "x\ud800"]}),
             r"response 1 holds half a surrogate pair \('\\ud800'",
         ),
-        (("p", SOUND | {"sft_target": None}), "sft_target is None, expected a text"),
+        (("p", SOUND | {"sft_target": None}), "sft_target is null, expected a text"),
         (("p", {"responses": ["a"], "sft_target": "a"}), "the record has no pairs"),
         (("p", {}), "the record has no pairs, responses, sft_target"),
         (("p\udfff", SOUND), "the prompt holds half a surrogate pair"),
@@ -523,7 +525,7 @@ def test_rows_of_a_file_that_are_skipped_are_counted_once_for_both_splits(tmp_pa
         ({"prompt": "p", "rejected": "r"}, "no field 'chosen', the row has prompt, rejected"),
         ({}, "no field 'chosen', the row has no fields"),
         ({"prompt": "p", "chosen": 3, "rejected": "r"}, "field 'chosen' is int, expected a text"),
-        ({"prompt": None, "chosen": "c", "rejected": "r"}, "field 'prompt' is None, expected a text"),
+        ({"prompt": None, "chosen": "c", "rejected": "r"}, "field 'prompt' is null, expected a text"),
         ({"prompt": "p", "chosen": "c", "rejected": [5]}, "field 'rejected' is int, expected a text"),
         ({"prompt": "p", "chosen": "c", "rejected": {"r": 1}}, "field 'rejected' is dict, expected a text"),
         ({"prompt": "p", "chosen": "", "rejected": "r"}, "field 'chosen' is empty"),

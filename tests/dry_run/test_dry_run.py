@@ -23,6 +23,7 @@ from preference_training.dry_run.preview import (
     describe_data,
     describe_examples,
     describe_steps,
+    describe_warmup,
     first_steps,
     histogram,
     tokens_shown,
@@ -204,6 +205,14 @@ def test_steps_and_what_sharing_saves_are_those_of_the_run():
     # 30 examples in batches of 4 within each epoch of 10: 3 steps an epoch. A prompt of 4 tokens with responses of 2 and 3.
     assert lines[0].strip() == "9 steps of 4 examples, 30 in total; 30 tokens per step on average"
     assert "270 tokens in the first 9 steps instead of 390 in rows: 31% less with prefix sharing (if the model" in lines[1]
+
+
+def test_a_warm_up_that_would_not_be_over_is_said_with_the_steps(compose):
+    schedule = Schedule(table(*(TokenizedPrompt([1, n], [A, B], [(0, 1)]) for n in range(10))), 4)
+    [line] = describe_warmup(compose("warmup_steps=3", "lr=0.01"), schedule)
+    # Three steps: the last has 3/4 of lr.
+    assert line.startswith("  warning: warm-up takes 3 steps, and the run has 3: the learning rate rises to 0.0075, 75%")
+    assert describe_warmup(compose("warmup_steps=2"), schedule) == []
 
 
 def test_a_response_of_several_pairs_is_a_row_of_each_without_sharing():

@@ -18,10 +18,10 @@ from preference_training.evaluation.judges import (
     NoVerdictError,
     RewardModelJudge,
     build_judge,
-    parse_retry_after,
     parse_verdict,
     verdict_by_score,
 )
+from preference_training.generation.servers import parse_retry_after
 from tests.support.files import GOLDEN
 from tests.support.judge_servers import Reply, serving, shorter_wins, verdict
 
@@ -71,9 +71,9 @@ def test_the_request_that_identifies_a_verdict_is_what_was_sent(judge_at):
 
 
 def test_a_url_may_be_the_servers_or_the_complete_one(judge_at):
-    assert judge_at("http://x").url == "http://x/v1/chat/completions"
-    assert judge_at("http://x/", "ollama").url == "http://x/api/chat"
-    assert judge_at("http://x/api/chat", "ollama").url == "http://x/api/chat"
+    assert judge_at("http://x").server.url == "http://x/v1/chat/completions"
+    assert judge_at("http://x/", "ollama").server.url == "http://x/api/chat"
+    assert judge_at("http://x/api/chat", "ollama").server.url == "http://x/api/chat"
 
 
 TEXTS = st.text(min_size=0, max_size=40)

@@ -10,10 +10,12 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from filelock import FileLock
+from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +23,7 @@ import train
 from preference_training.checkpointing.writer import publish
 from preference_training.core.errors import UserError
 from preference_training.export import directory
-from preference_training.export.checkpoint import export
+from preference_training.export.checkpoint import export, gguf_type
 from preference_training.export.options import ExportOptions
 from preference_training.export.policy_pt import convert
 from preference_training.export.quantization import quantization_config
@@ -33,6 +35,7 @@ from tests.support.files import ROOT
 from tests.support.go_templates import read_modelfile
 from tests.support.hub_stand_in import TOKEN, serving
 
+CREATE = "ollama create me/toy --quantize q4_K_M -f"
 TRAIN = (
     *("loss=dpo", "model.from_config.num_hidden_layers=1", "n_examples=32", "n_eval_examples=8", "do_first_eval=false"),
     *("eval_every=16", "sample_during_eval=false", "wandb.enabled=false", "reference_logps=live", "local_run_dir=runs/it"),
@@ -78,6 +81,7 @@ def test_a_run_is_exported_to_a_directory_to_ollama_and_to_the_hub(folder, tmp_p
     with serving() as hub:
         hub.files["me/my_model"] = {"model-00007-of-00009.safetensors": b"stale", "notes.txt": b"mine"}
         hub.private["me/my_model"] = True
+        monkeypatch.setenv("PATH", str(tmp_path))
         for name, value in {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}.items():
             monkeypatch.setenv(name, value)
         out = tmp_path / "my_model"
@@ -92,7 +96,11 @@ def test_a_run_is_exported_to_a_directory_to_ollama_and_to_the_hub(folder, tmp_p
     assert sent.pop("notes.txt") == b"mine", "what is not a weight stays"
     assert sent == {path.name: path.read_bytes() for path in out.iterdir()}, "the same bytes, and no stale weights"
     assert len(hub.commits) == 1
-    assert lines[-2] == f"for Ollama: ollama create me/toy --quantize q4_K_M -f {out / 'Modelfile'}"
+    served = dict(line.split(": ", 1) for line in lines if line.startswith("for "))
+    assert served == {
+        "for vLLM": f"vllm serve {out} --dtype float32",
+        "for Ollama (not on this machine": f"https://ollama.com/download): {CREATE} {out / 'Modelfile'}",
+    }
     assert lines[-1] == f"on the hub: {hub.address}/me/my_model"
     assert not [line for line in lines if TOKEN in line]
     commands = read_modelfile((out / "Modelfile").read_text())
@@ -130,6 +138,56 @@ def test_the_exported_chat_template_writes_the_prompt_of_training(folder, tmp_pa
     assert text == "\n\nHuman: How do I clean a bike?\n\nAssistant:"
     assert "16 examples" in (tmp_path / "out" / "README.md").read_text(), "a checkpoint is exported as it was then"
     assert "| 32 |" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_a_server_does_to_the_weights_is_said(folder, tmp_path):
+    _, note, vllm = export(folder / "runs" / "it", options(tmp_path))
+    assert note.startswith("note: vLLM serves float32 weights in bfloat16 unless --dtype float32 is given")
+    assert vllm == f"for vLLM: vllm serve {tmp_path / 'out'} --dtype float32"
+
+
+def test_a_gguf_file_is_written_beside_its_modelfile_and_holds_the_same_model(folder, tmp_path):
+    lines = export(folder / "runs" / "it", options(tmp_path, gguf="f32", ollama="toy"))
+    out = tmp_path / "out"
+    assert (out / "Modelfile").read_text().splitlines()[1] == "FROM ./out-f32.gguf"
+    assert f"for llama.cpp: llama-server -m {out / 'out-f32.gguf'} --jinja" in lines
+    assert not [line for line in lines if "pre-tokenizer" in line], "Ollama reads its name in the file"
+    assert torch.equal(logps(out, gguf_file="out-f32.gguf"), logps(folder / "runs" / "it" / "LATEST"))
+    [template] = GGUFReader(out / "out-f32.gguf").fields["tokenizer.chat_template"].contents().splitlines()
+    assert template == (out / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "expected"),
+    [
+        ("LlamaForCausalLM", {"ollama": "x"}, None),
+        ("LlamaForCausalLM", {"ollama": "x", "gguf": "auto"}, "bf16"),
+        ("LlamaForCausalLM", {"gguf": "auto", "dtype": "float32"}, "f16"),
+        # Ollama does not convert it from safetensors.
+        ("Qwen3ForCausalLM", {"ollama": "x"}, "bf16"),
+        ("GPTNeoXForCausalLM", {}, None),
+    ],
+)
+def test_ollama_has_a_gguf_file_where_it_needs_one(architecture, values, expected, tmp_path):
+    source = SimpleNamespace(stored_config={"architectures": [architecture]}, dtype="bfloat16")
+    assert gguf_type(source, options(tmp_path, **values)) == expected
+
+
+def test_an_export_is_a_model_that_can_be_trained_again(folder, tmp_path, compose):
+    export(folder / "runs" / "it", options(tmp_path))
+    config = compose(
+        *("model=blank_model", f"model.name_or_path={tmp_path / 'out'}", "n_examples=16", "n_eval_examples=8", "loss=dpo"),
+        *("batch_size=8", "eval_every=16", "sample_during_eval=false", "wandb.enabled=false", "reference_logps=live"),
+        *(f"local_run_dir={tmp_path / 'run'}", f"local_dirs=[{tmp_path}]"),
+    )
+    train.run(config, tmp_path / "run")
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    [last] = [
+        row["logps_eval/chosen"]
+        for row in map(json.loads, (folder / "runs" / "it" / "metrics.jsonl").read_text().splitlines())
+        if row.get("counters/examples") == 32 and "logps_eval/chosen" in row
+    ]
+    assert first["logps_eval/chosen"] == pytest.approx(last, rel=1e-6), "the held-out log-probs that the run ended with"
 
 
 def test_weights_in_another_dtype_and_in_several_files_are_the_same_weights(folder, tmp_path, monkeypatch):
@@ -225,6 +283,7 @@ def test_a_lack_of_space_is_noticed_before_writing(folder, tmp_path, monkeypatch
         ({"ollama": "a b"}, "--ollama: found 'a b', expected a name"),
         ({"ollama": "x", "quantize": "int8"}, "--quantize: Ollama quantizes the full weights itself"),
         ({"quantize": "int9"}, "--quantize: no format 'int9'; did you mean int8?"),
+        ({"gguf": "q8_0", "quantize": "int8"}, "--quantize: a GGUF file has quantized weights of its own. Use --gguf q8_0"),
         ({"push": "me/it"}, "--push: no hub token"),
     ],
 )
@@ -339,8 +398,8 @@ def adapter(folder, tmp_path) -> Path:
     return published(made)
 
 
-def test_an_adapter_is_exported_as_one(adapter, tmp_path):
-    [line] = export(adapter, options(tmp_path))
+def test_an_adapter_is_exported_as_one(adapter, folder, tmp_path):
+    line, vllm = export(adapter, options(tmp_path))
     out = tmp_path / "out"
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= names(out)
     assert "model.safetensors" not in names(out) and "state.json" not in names(out)
@@ -348,11 +407,15 @@ def test_an_adapter_is_exported_as_one(adapter, tmp_path):
         assert (out / name).read_bytes() == (adapter / name).read_bytes()
     # One layer, r = 2: [2, 128] and [128, 2].
     assert "512 parameters" in line
+    # Chat template and end tokens are those of training, not of the base model. The rank is the smallest that vLLM takes.
+    serving = f"--max-lora-rank 8 --tokenizer {out} --generation-config {out} --chat-template {out / 'chat_template.jinja'}"
+    base = folder / "runs" / "it" / "step-16"
+    assert vllm == f"for vLLM: vllm serve {base} --enable-lora --lora-modules out={out} {serving} --dtype float32"
     card = ModelCard.load(out / "README.md")
     assert card.data.library_name == "peft" and card.data.tags == ["dpo", "lora"]
 
 
-@pytest.mark.parametrize("values", [{"dtype": "bfloat16"}, {"quantize": "int8"}, {"ollama": "x"}])
+@pytest.mark.parametrize("values", [{"dtype": "bfloat16"}, {"quantize": "int8"}, {"ollama": "x"}, {"gguf": "f16"}])
 def test_what_needs_a_whole_model_asks_for_merge(values, adapter, tmp_path):
     with pytest.raises(UserError, match=r"this checkpoint holds an adapter\. Add --merge"):
         export(adapter, options(tmp_path, **values))
@@ -384,14 +447,15 @@ def test_an_export_that_gives_another_model_is_refused_and_nothing_is_left(folde
 
 def test_a_comparison_without_log_probs_for_lack_of_memory_is_noted(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("preference_training.checkpointing.saved_models.free_memory", lambda _: 1000)
-    _, note = export(folder / "runs" / "it", options(tmp_path))
+    _, note, *_ = export(folder / "runs" / "it", options(tmp_path))
     assert note.startswith("note: not enough memory to compare log-probs")
     assert torch.equal(logps(tmp_path / "out"), logps(folder / "runs" / "it" / "LATEST"))
 
 
 def test_the_effect_of_rounding_to_a_shorter_dtype_is_noted(folder, tmp_path):
-    _, note = export(folder / "runs" / "it", options(tmp_path, dtype="bfloat16"))
+    _, note, vllm = export(folder / "runs" / "it", options(tmp_path, dtype="bfloat16"))
     assert re.fullmatch(r"note: rounding the weights to bfloat16 changes log-probs by up to [\d.e-]+ nats per token", note)
+    assert vllm == f"for vLLM: vllm serve {tmp_path / 'out'}"
 
 
 def test_checkpoint_and_export_have_the_chat_template_and_the_end_tokens_of_training(folder, tmp_path):

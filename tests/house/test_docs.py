@@ -214,6 +214,13 @@ def test_quick_start_can_be_followed(clone):
     assert any("win rate against reference, judged by toy" in text for text in printed.values())
 
 
+def test_the_page_on_python_can_be_followed(clone):
+    [printed] = follow_page("docs/python.md", clone).values()
+    run_dir, stopped = printed.splitlines()[-1].split(" ", 1)
+    assert stopped.startswith("callback: the loss is small enough 0.2")
+    assert (Path(run_dir) / "LATEST" / "model.safetensors").is_file()
+
+
 @pytest.mark.long
 def test_your_own_data_can_be_followed(clone):
     rows = {

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preference_training.core.metric_names import MEASURED
 from preference_training.reporting.comparison import find_runs
+from preference_training.reporting.findings import findings
+from preference_training.reporting.run_record import RunRecord
+from preference_training.reporting.run_report import report_page
 from preference_training.tracking.ledger import read_ledger
 from tests.support import forked
 from tests.support.files import GOLDEN, ROOT
@@ -37,7 +41,7 @@ def test_the_default_run_leaves_what_the_readme_says(tmp_path):
     )
     [run_dir] = [path for path in (tmp_path / "runs").iterdir() if path.name != "prepared_data"]
     names = {path.name for path in run_dir.iterdir()}
-    written = {"config.yaml", "about.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "report.html"}
+    written = {"config.yaml", "about.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "report.html", "rerun.yaml"}
     assert names == {*written, "step-16", "step-24", "LATEST", "wandb"}
     assert (run_dir / "LATEST").resolve() == run_dir / "step-24"
     assert (run_dir / "LATEST" / "policy.pt").is_file()
@@ -49,6 +53,36 @@ def test_the_default_run_leaves_what_the_readme_says(tmp_path):
     archived = torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)["state"]
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in archived.items())
     assert model(ids).logits.isfinite().all()
+
+
+TINY = (
+    "loss=dpo", "batch_size=8", "n_eval_examples=24", "n_eval_model_samples=0", "wandb.enabled=false", "local_run_dir=run",
+    "model.from_config.hidden_size=32", "model.from_config.intermediate_size=64", "save_policy_pt=false",
+)  # fmt: skip
+
+
+def test_a_run_that_learns_nothing_says_so_at_its_start_at_its_end_and_in_its_report(tmp_path):
+    out = train(tmp_path, *TINY, "n_steps=9", "warmup_steps=150", "lr=5e-7")
+    before, after = out.split("held out, after 0 examples")
+    warned = "warning: warm-up takes 150 steps, and the run has 9: the learning rate rises to 3e-08, 6% of lr=5e-07"
+    learned = "warning: the run has learned next to nothing: held-out loss was 0.6931 at the start and is 0.6931 at the end"
+    assert warned in before and warned in after and learned in after and learned not in before
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["finding"] for event in events if "finding" in event] == ["warm-up", "nothing learned"]
+    page = report_page(RunRecord.read(tmp_path / "run"))
+    assert "warm-up takes 150 steps" in page and "learned next to nothing" in page
+
+
+def test_a_sound_run_ends_with_its_numbers_and_without_a_warning(tmp_path):
+    out = train(tmp_path, *TINY, "n_steps=40", "warmup_share=0.1", "lr=3e-3")
+    assert "warning: " not in out and "note: " not in out
+    last = out.split("\n\n")[-1].splitlines()
+    assert re.match(r"  held-out loss: 0\.6931 -> 0\.[0-5]\d* \[0\.\d+, 0\.\d+\]", last[1]), last
+    assert last[-3:] == ["talk to it: python scripts/chat.py run", "report: run/report.html", f"run directory: {tmp_path}/run"]
+    rows = metrics(tmp_path / "run")
+    assert findings(RunRecord.read(tmp_path / "run")) == []
+    steps = [row for row in rows if "loss/train" in row]
+    assert all({"lr", "epoch", "time", "tokens_per_second", "examples_per_second"} <= row.keys() for row in steps)
 
 
 @pytest.fixture(scope="module")

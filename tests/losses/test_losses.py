@@ -41,6 +41,7 @@ from preference_training.losses.objectives import (
     RewardShift,
 )
 from preference_training.losses.registry import build_loss, losses
+from preference_training.losses.zero_margin import loss_at_zero_margin
 from tests.support.files import CONFIG_DIR
 from tests.support.losses import (
     BY_KIND,
@@ -639,6 +640,7 @@ from dataclasses import dataclass
 from preference_training.losses.formulas import gap
 from preference_training.losses.objectives import LogRatioLoss
 from preference_training.losses.registry import register_loss
+from preference_training.losses.zero_margin import loss_at_zero_margin
 
 
 @register_loss("capped", "capped DPO", "2401.00001")
@@ -718,3 +720,31 @@ def test_a_new_loss_is_one_module_and_its_file_of_keys(tmp_path):
 def test_a_loss_moves_the_reference_exactly_where_its_file_says_when():
     for name in losses().keys() - {"own", "beta_DPO"}:
         assert (default(name).reference_update is not None) is ("reference_update_every" in group_keys("loss")[name]), name
+
+
+@pytest.mark.parametrize(
+    ("loss", "value"),
+    [
+        ({"name": "dpo"}, math.log(2)),
+        ({"name": "dpo", "label_smoothing": 0.2}, math.log(2)),
+        ({"name": "dpo", "mode_loss": "beta_DPO", "mode_weight": 0.5, "a": 0.6}, math.log(2)),
+        # (0 - 1 / (2 beta))^2
+        ({"name": "ipo", "beta": 0.25}, 4.0),
+        ({"name": "hinge", "beta": 0.1}, 1.0),
+        # Both halves at their threshold.
+        ({"name": "bco", "beta": 0.1}, 2 * math.log(2)),
+        ({"name": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}, 0.5),
+        ({"name": "mix", "parts": [{"name": "dpo"}, {"name": "hinge", "weight": 2.0}]}, math.log(2) + 2),
+        # What depends on the response, its label, or the policy alone.
+        ({"name": "rpo", "beta": 0.1, "alpha": 1.0}, None),
+        ({"name": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 2.0}, None),
+        ({"name": "plackett_luce", "beta": 0.1}, None),
+        ({"name": "dpo", "reference_free": True}, None),
+        ({"name": "simpo", "beta": 2.0, "gamma": 1.0}, None),
+        ({"name": "sft"}, None),
+    ],
+    ids=str,
+)
+def test_what_a_loss_is_while_policy_and_reference_agree_is_found_by_computing_it(loss, value):
+    found = loss_at_zero_margin(build_loss(**loss))
+    assert found == (None if value is None else pytest.approx(value, rel=1e-9))

@@ -61,6 +61,7 @@ def test_a_mix_needs_a_reference_and_margins_where_a_part_does():
         ([{"name": "dpo", "bta": 0.1}], r"loss\.parts\[0\]\.bta: loss=dpo has no such key; did you mean beta\?"),
         ([{"name": "dpo", "beta": -1}], r"loss\.parts\[0\]\.beta: found -1, expected a number above 0"),
         ([{"name": "sft", "average": "token"}], r"loss\.parts\[0\]\.average: found 'token', expected responses or tokens"),
+        ([{"name": "dpo", "label_smoothing": 2}], r"^loss\.parts\[0\]\.label_smoothing: found 2"),
         ([{"name": "sft"}], r"loss\.parts: found no loss of pairs"),
         ([{"name": "dpo"}, {"name": "kto"}], r"loss\.parts\[1\]\.name: found kto, expected a loss of pairs"),
         ([{"name": "tr_dpo"}], r"loss\.parts\[0\]\.name: found tr_dpo, expected a loss of pairs with a frozen reference"),

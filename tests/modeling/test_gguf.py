@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from preference_training.configuration.model_names import local_gguf
 from preference_training.core.errors import UserError
+from preference_training.export.source import base_license
 from preference_training.modeling.loading import load_model
 from preference_training.modeling.sources.gguf import converted, with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
@@ -34,6 +35,7 @@ def write_gguf(path, architecture="llama"):
     torch.manual_seed(0)
     writer = GGUFWriter(path, architecture)
     writer.add_name("tiny")
+    writer.add_license("apache-2.0")
     writer.add_block_count(BLOCKS)
     writer.add_context_length(64)
     writer.add_embedding_length(WIDTH)
@@ -112,6 +114,7 @@ def test_the_directory_is_one_of_an_ordinary_model(tmp_path, file):
     assert tokenizer.eos_token == "<|endoftext|>"
     ends = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
     assert ends == [WORDS.index("<|endoftext|>"), WORDS.index("<|im_end|>")]
+    assert base_license(str(directory), None) == "apache-2.0"
 
 
 def test_a_file_is_converted_once_whatever_it_is_called(tmp_path, file, capsys):

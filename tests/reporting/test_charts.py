@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from preference_training.reporting.charts import (
     BUCKETS,
+    FEWEST_JOINED,
     MAX_MAGNITUDE,
     MAX_MARKERS,
+    Axes,
     Frame,
     Line,
     chart,
@@ -21,7 +23,8 @@ from preference_training.reporting.charts import (
     json_in_html,
     metric_line,
     metric_values,
-    tick_label,
+    running_mean,
+    tick_labels,
     ticks,
 )
 from preference_training.reporting.examples import highlight_changes
@@ -79,11 +82,78 @@ def test_numbers_are_short(value, text):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (0.25, "0.25"), (5000, "5,000"), (20000, "20k"), (6.4e6, "6.4M"), (-15000, "-15k"), (2e15, "2e+15")],
-)
-def test_labels_of_axes_are_shorter_still(value, text):
-    assert tick_label(value) == text
+    ("values", "texts"),
+    [
+        ([0], "0"), ([0.25], "0.25"), ([5000], "5,000"), ([20000], "20k"), ([6.4e6], "6.4M"), ([-15000], "-15k"),
+        ([2e15], "2e15"),
+        ([0, 0.25, 0.5], "0.00 0.25 0.50"),
+        ([0, 5000, 10000], "0 5k 10k"),
+        ([0.6931, 0.69312, 0.69314], "0.69310 0.69312 0.69314"),
+        ([-1000.5, -1000, -999.5], "-1,000.5 -1,000.0 -999.5"),
+        ([0, 5e-7, 1e-6], "0 0.5e-6 1.0e-6"),
+    ],
+)  # fmt: skip
+def test_labels_of_axes_are_short_and_in_one_unit(values, texts):
+    assert tick_labels(values) == [text if text.strip("0.") else "0" for text in texts.split()]
+
+
+@given(FINITE, st.floats(1e-3, 1e3))
+def test_no_two_labels_of_an_axis_are_equal(low, share):
+    # Axes show no smaller range than a thousandth of their values.
+    high = low + share * abs(low)
+    assume(high > low and high - low > 1e-280 and abs(high) < 1e300)
+    found = tick_labels(ticks(low, high, about=5))
+    assert len(set(found)) == len(found)
+    assert max(map(len, found)) <= 9 or not 1e-3 < abs(low) < 1e9
+
+
+def labels(figure: str, axis: str) -> list[float]:
+    return [float(label.text) for label in BeautifulSoup(figure, "html.parser").select(f".plot > .{axis}")]
+
+
+def test_an_axis_names_no_value_that_is_impossible():
+    shares = line([0.5, 1.0], low=numpy.array([0.3, 0.9]), high=numpy.array([0.7, 1.05]))
+    found = labels(chart("Accuracy", [shares], axes=Axes(low=0, high=1)), "y")
+    assert min(found) >= 0 and max(found) == 1
+    losses = line([0.7, 0.01], low=numpy.array([0.6, -0.1]), high=numpy.array([0.8, 0.1]))
+    assert min(labels(chart("Loss", [losses], axes=Axes(low=0)), "y")) == 0
+    assert min(labels(chart("Loss", [line([0.7, -0.5])], axes=Axes(low=0)), "y")) < 0, "a loss that can be negative"
+
+
+def test_what_is_within_rounding_of_equal_is_drawn_flat():
+    stuck = math.log(2) + 1e-6 * numpy.sin(numpy.arange(50))
+    frame = Frame.around([line(stuck)])
+    assert frame.top - frame.bottom > 0.1, "and not as a moving line"
+    found = labels(chart("Loss", [line(stuck)]), "y")
+    assert len(set(found)) == len(found) >= 3
+
+
+def test_a_guide_is_drawn_where_it_is_visible_and_a_value_that_must_be_shown_is():
+    guided = BeautifulSoup(chart("Accuracy", [line([0.8, 0.9])], axes=Axes(guide=(0.5, "chance"))), "html.parser")
+    assert guided.select(".guide") == guided.select(".guide-name") == []
+    shown = BeautifulSoup(chart("Accuracy", [line([0.8, 0.9])], axes=Axes(shown=(0.5,), guide=(0.5, "chance"))), "html.parser")
+    assert shown.select_one(".guide-name").text == "chance" and len(shown.select(".guide")) == 1
+
+
+def test_a_noisy_line_is_drawn_as_its_running_mean_over_its_values():
+    noisy = numpy.arange(40) + 5.0 * (-1) ** numpy.arange(40)
+    page = BeautifulSoup(chart("Loss", [line(noisy, is_noisy=True)]), "html.parser")
+    raw, mean = ([float(point.split(",")[1]) for point in path["points"].split()] for path in page.select(".plot polyline"))
+    assert numpy.abs(numpy.diff(mean[2:-2])).max() < numpy.abs(numpy.diff(raw)).min()
+    # 40 values: two neighbors on each side, as far as there are two.
+    assert running_mean(noisy)[20] == pytest.approx(noisy[18:23].mean())
+    assert (running_mean(noisy)[0], running_mean(noisy)[1]) == (noisy[0], pytest.approx(noisy[:3].mean()))
+
+
+def test_a_few_measurements_are_not_joined_and_more_only_faintly():
+    for points, joined in ((1, 1), (FEWEST_JOINED - 1, 0), (FEWEST_JOINED, 1)):
+        page = BeautifulSoup(chart("Loss", [line(range(points), is_sparse=True)]), "html.parser")
+        assert len(page.select(".plot polyline")) == joined
+    assert page.select_one(".plot polyline")["class"] == ["faint"]
+
+
+def read(rows: list[dict], name: str) -> Line | None:
+    return metric_line(rows, metric_values(rows, "counters/examples"), name, "held out")
 
 
 def test_a_metrics_line_has_its_finite_values_and_their_intervals():
@@ -93,11 +163,11 @@ def test_a_metrics_line_has_its_finite_values_and_their_intervals():
         {"counters/examples": 8, "loss/eval": math.nan},
         {"counters/examples": 12, "loss/eval": 0.25, "loss/eval/low": 0.2, "loss/eval/high": 0.3},
     ]
-    found = metric_line(rows, "loss/eval", "held out")
+    found = read(rows, "loss/eval")
     assert (found.x.tolist(), found.y.tolist(), found.low.tolist()) == ([4, 12], [0.5, 0.25], [0.4, 0.2])
-    assert metric_line(rows[1:], "loss/eval", "held out").high.tolist() == [0.3]
-    assert metric_line([*rows, {"counters/examples": 16, "loss/eval": 1.0}], "loss/eval", "held out").low is None
-    assert metric_line(rows, "absent", "absent") is None
+    assert read(rows[1:], "loss/eval").high.tolist() == [0.3]
+    assert read([*rows, {"counters/examples": 16, "loss/eval": 1.0}], "loss/eval").low is None
+    assert read(rows, "absent") is None
 
 
 VALUES = (
@@ -172,6 +242,10 @@ def test_the_frame_of_a_long_line_covers_the_spread_of_its_values():
 def test_only_a_few_points_are_marked(points, marks):
     page = BeautifulSoup(chart("Loss", [line(range(points), is_sparse=True)]), "html.parser")
     assert len(page.select(".plot .dots")) == marks
+
+
+def test_two_texts_with_little_in_common_have_no_marks():
+    assert highlight_changes("one two three four", "five six seven four") == "one two three four"
 
 
 def test_changed_words_are_highlighted():

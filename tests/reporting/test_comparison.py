@@ -53,7 +53,7 @@ def runs_in(folder: Path) -> list:
 
 
 def parsed(folder: Path) -> BeautifulSoup:
-    return BeautifulSoup(comparison_page(runs_in(folder)), "html.parser")
+    return BeautifulSoup(comparison_page(runs_in(folder), folder), "html.parser")
 
 
 def test_runs_that_differ_only_in_their_seed_form_a_group_and_groups_are_sorted_by_their_settings(sweep):
@@ -65,10 +65,10 @@ def test_runs_that_differ_only_in_their_seed_form_a_group_and_groups_are_sorted_
 def test_the_table_has_the_mean_and_the_standard_deviation_over_seeds(sweep):
     page = parsed(sweep)
     rows = [[cell.get_text(" ") for cell in row.find_all(["th", "td"])] for row in page.find("table").find_all("tr")]
-    assert rows[0] == ["loss.beta", "held-out loss", "reward accuracy", "runs"]
+    assert rows[0] == ["run", "loss.beta", "held-out loss", "reward accuracy", "held-out prompts", "state"]
     # 0.6 and 0.7: the mean is 0.65, the deviation of each from it 0.05, and sqrt(2 * 0.05^2 / (2 - 1)) = 0.071.
-    assert rows[1][:3] == ["0.05", "0.5 ± 0", "0.65 ± 0.071"]
-    assert "1 (seed 0): 8 examples" in rows[1][3] and "3 (seed 1)" in rows[1][3]
+    assert rows[1][1:4] == ["0.05", "0.5 ± 0", "0.65 ± 0.071"]
+    assert rows[1][0].split() == ["1", "(seed", "0)", "3", "(seed", "1)"] and rows[1][5].count("8 examples, 2 updates") == 2
     assert "They differ in loss.beta." in page.get_text()
 
 
@@ -117,11 +117,60 @@ def test_a_mix_depends_on_its_run_as_its_parts_do_and_has_the_rewards_of_its_fir
     assert [distance(run) for run in runs_in(tmp_path)] == [(FALL, 4.0), (FALL, 4.0), (FALL, pytest.approx(20))]
 
 
-def test_a_number_from_too_few_prompts_is_marked(tmp_path):
+def test_numbers_from_too_few_prompts_are_marked(tmp_path):
     write_run(tmp_path / "a", [evaluation(8, 0.6, **{"counters/held_out_prompts": 9})])
     write_run(tmp_path / "b", [evaluation(8, 0.6, **{"counters/held_out_prompts": 10})], beta=0.2)
-    text = parsed(tmp_path).find("table").get_text(" ")
-    assert "0.6 [0.5, 0.7] (9 prompts: too few)" in text and text.count("too few") == 2
+    cells = [row.find_all("td")[-2].text for row in parsed(tmp_path).find("tbody").find_all("tr")]
+    assert cells == ["9: too few", "10"]
+
+
+def test_each_run_has_a_link_to_its_report_that_can_be_moved_with_it(tmp_path):
+    for name in ("one run", "other"):
+        write_run(tmp_path / "runs" / name, [evaluation(8, 0.6)], optimizer=name)
+    (tmp_path / "runs" / "one run" / "report.html").touch()
+    runs = runs_in(tmp_path)
+    page = BeautifulSoup(comparison_page(runs, tmp_path / "elsewhere"), "html.parser")
+    links = [link["href"] for link in page.table.find_all("a")]
+    assert links == ["../runs/one%20run/report.html"], "the other has none"
+
+
+def test_settings_too_many_for_columns_have_a_table_of_their_own(tmp_path):
+    for name, number in (("a", 1), ("b", 2)):
+        more = {key: number for key in ("lr", "batch_size", "n_epochs", "max_length")} | {"debug": number == 1}
+        write_run(tmp_path / name, [evaluation(8, 0.6)], beta=number / 10, **more)
+    page = parsed(tmp_path)
+    assert [group.name for group in group_runs(runs_in(tmp_path))] == ["a", "b"], "and not by all of them"
+    rows = [
+        [cell.text for cell in row.find_all(["th", "td"])]
+        for row in page.find(id="what-differs").find_next("table").find_all("tr")
+    ]
+    assert rows[0] == ["key", "a", "b"] and ["loss.beta", "0.1", "0.2"] in rows and len(rows) == 6
+
+
+def write_samples(run: Path, *rows: tuple[int, str, str]) -> None:
+    keys = ("examples", "prompt", "policy")
+    (run / "samples.jsonl").write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
+
+
+def test_the_responses_of_all_runs_to_a_prompt_stand_side_by_side_whatever_its_template(tmp_path):
+    for name, prompt in (("a", "<|im_start|>user\nWhy?<|im_end|>"), ("b", "\n\nHuman: Why?\n\nAssistant:")):
+        run = write_run(tmp_path / name, [evaluation(8, 0.6)], optimizer=name)
+        write_samples(run, (0, prompt, "Hm."), (8, prompt, f"Said {name}."), (8, f"only {name}", "-"))
+    [sample] = parsed(tmp_path).find(id="samples").find_all_next("details")
+    assert sample.summary.get_text(strip=True) == "Why?"
+    assert [(side.h4.text, side.p.text) for side in sample.find(class_="side-by-side").find_all("div")] == [
+        ("before training", "Hm."),
+        ("optimizer=a, after 8 examples", "Said a."),
+        ("optimizer=b, after 8 examples", "Said b."),
+    ]
+
+
+def test_twenty_runs_share_one_legend_and_their_charts_have_no_intervals(tmp_path):
+    for number in range(20):
+        write_run(tmp_path / str(number), [evaluation(0, 0.5), evaluation(8, 0.6)], beta=0.1 + number / 100)
+    page = parsed(tmp_path)
+    assert [len(legend.find_all("li")) for legend in page.select("main > section > .legend")] == [20, 20]
+    assert page.select(".chart .legend li") == page.select("path.bar") == []
 
 
 def test_curves_are_overlaid_and_seeds_become_their_mean_and_range(sweep):
@@ -150,6 +199,9 @@ def test_a_run_with_a_kl_estimate_is_placed_by_it(sweep):
     (sweep / "0" / "results.json").write_text(json.dumps(results | {"kl": {"per_answer": {"mean": 1.5}}}))
     distances = [distance(run) for run in runs_in(sweep)]
     assert distances[0] == (KL, 1.5) and distances[1] == (FALL, 40.0)
+    axes = [figure.find(class_="axis").text for figure in parsed(sweep).find_all("figure")]
+    assert axes[0] == f"{FALL}, nats", "a single point of the other measure compares nothing"
+    (sweep / "1" / "results.json").write_text((sweep / "0" / "results.json").read_text())
     axes = [figure.find(class_="axis").text for figure in parsed(sweep).find_all("figure")]
     assert axes[:2] == [f"{KL}, nats", f"{FALL}, nats"]
 

@@ -224,8 +224,13 @@ def test_the_order_of_texts_does_not_reveal_the_label_which_is_kept(rows):
         assert any((each["prompt"], each["preferred"]) == (prompt, preferred) for each in rows)
 
 
-def test_a_run_without_flagged_pairs_and_a_file_that_cannot_be_written_are_one_message(run_dir, tmp_path):
-    with pytest.raises(UserError, match=r"no flagged_pairs.jsonl with pairs. Expected the directory of a run with"):
+def test_a_run_in_which_nothing_is_flagged_writes_no_file(tmp_path):
+    (tmp_path / "flagged_pairs.jsonl").touch()
+    assert write_labeling_file(tmp_path, tmp_path / "flagged.jsonl") == 0 and not (tmp_path / "flagged.jsonl").exists()
+
+
+def test_a_run_that_flags_nothing_ever_and_a_file_that_cannot_be_written_are_one_message(run_dir, tmp_path):
+    with pytest.raises(UserError, match=r"no flagged_pairs.jsonl. Expected the directory of a run with"):
         write_labeling_file(tmp_path / "none", tmp_path / "flagged.jsonl")
     with pytest.raises(UserError, match=r"--flagged: cannot write .*absent/f.jsonl: No such file or directory. Expected"):
         write_labeling_file(run_dir, tmp_path / "absent" / "f.jsonl")

@@ -111,10 +111,44 @@ def test_a_user_defined_loss_is_named_without_its_path(config):
     assert "own" not in (ModelCard(card).data.tags or [])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["loss=dpo"], "with beta 0.1 on"),
+        (["loss=dpo", "loss.label_smoothing=0.1"], "with beta 0.1, label_smoothing 0.1 on"),
+        (["loss=beta_DPO"], "with beta 0.1, mode_weight 0.2, a 0.6 on"),
+    ],
+)
+def test_only_values_that_the_loss_computes_with_are_named(overrides, expected, config):
+    assert expected in model_card(facts(config(*overrides), examples=10))
+
+
+def test_a_chat_model_is_shown_with_messages_and_its_rendered_prompt(config):
+    prompt = "<|im_start|>user\nWhat is ``` in Markdown?<|im_end|>\n"
+    text = model_card(facts(config(), prompt=prompt))
+    assert "apply_chat_template(messages, **options)" in text and f"````text\n{prompt}\n````" in text
+    plain = model_card(facts(config()))
+    assert "apply_chat_template" not in plain and "not trained on conversations" in plain
+
+
+def test_the_card_has_a_sample_the_command_the_license_and_no_path(config):
+    overrides = {"model": "/home/me/base", "datasets": [{"path": "/home/me/mine.jsonl", "held_out_share": 0.1}], "loss": "dpo"}
+    overrides |= {"adapter": "lora", "optimizer_kwargs.eps": 1e-6, "wandb.entity": "my_team", "lr": 1e-4}
+    card = model_card(facts(config(), overrides=overrides, sample=("Why?", "Because."), license="apache-2.0"))
+    words = "loss=dpo +adapter=lora optimizer_kwargs.eps=1e-06 lr=0.0001"
+    assert f"python train.py model=base 'datasets=[{{path: mine.jsonl, held_out_share: 0.1}}]' {words}\n" in card
+    assert "```text\nWhy?\n```" in card and "```text\nBecause.\n```" in card and "/home/me" not in card
+    assert ModelCard(card).data.license == "apache-2.0"
+
+
 def test_held_out_means_state_their_number_of_examples_and_the_missing_intervals(config):
     text = model_card(facts(config("n_eval_examples=64"), held_out={"loss/eval": 0.51234, "rewards_eval/accuracies": 0.75}))
     assert "| loss/eval | 0.5123 |" in text and "| rewards_eval/accuracies | 0.75 |" in text
-    assert "64 held-out examples" in text and "no intervals" in text
+    assert "Means over the held-out examples, at most 64 of them." in text and "no intervals" in text
+    for prompts, expected in ((8, "the examples of 8 held-out prompts."), (900, "900 held-out prompts, at most 64 of them.")):
+        assert expected in model_card(
+            facts(config("n_eval_examples=64"), held_out={"loss/eval": 0.5}, held_out_prompts=prompts)
+        )
 
 
 def test_the_results_of_an_evaluation_have_intervals(config):

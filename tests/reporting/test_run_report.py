@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from preference_training.configuration.saved import save_config
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import DataReport
+from preference_training.reporting.examples import last_question
 from preference_training.reporting.observations import observations
 from preference_training.reporting.run_record import RunRecord
 from preference_training.reporting.run_report import rebuild_report, report_page
@@ -31,6 +32,7 @@ HOSTILE = '</script><script>alert(1)</script><img src="https://example.org/x">'
 
 def step(examples: int, **more) -> dict:
     row = {"loss/train": 0.5, "rewards_train/margins": 1.0, "grad_norm": 2.0, "examples_per_second": 8.0, "memory_gib": 1.5}
+    row |= {"tokens_per_second": 99.0, "mfu": 0.41}
     return row | {"counters/examples": examples, "counters/updates": examples // 4} | more
 
 
@@ -60,7 +62,8 @@ def run_dir(compose, tmp_path) -> Path:
     write_rows(tmp_path / "events.jsonl", rows)
     write_rows(tmp_path / "bad_batches.jsonl", [{"counters/examples": 8, "pairs": ["row 3"]}])
     report = DataReport(rows_read=100, num_prompts=90, left_out={"a text is empty": 10})
-    write_about(tmp_path, ["toy"], [[report]], 80, torch.device("cpu"))
+    sizes = {"train": {"examples": 80}, "held out": {"examples": 12}}
+    write_about(tmp_path, ["toy"], [[report], [report]], 80, torch.device("cpu"), sizes)
     return tmp_path
 
 
@@ -76,16 +79,18 @@ def test_a_report_contains_everything_that_a_run_has_recorded(run_dir):
     page = parsed(run_dir)
     text = " ".join(page.get_text(" ").split())
     assert [heading.text for heading in page.find_all("h2")] == [
-        "Worth a look", "Curves", "Held-out metrics", "Samples", "Training pairs to review", "Events", "Data",
-        "Configuration", "Machine and versions",
+        "Curves", "Samples", "Held-out metrics", "Training pairs to review", "Events", "Data", "Configuration",
+        "Machine and versions",
     ]  # fmt: skip
     charts = [figure.strong.text for figure in page.find_all("figure")]
-    assert charts == ["Loss", "Reward accuracy", "Reward margin", "Gradient norm", "Throughput", "Memory"]
+    assert charts == [
+        "Loss", "Reward accuracy", "Reward margin", "Gradient norm", "Speed", "Examples per second", "Use of the GPU", "Memory",
+    ]  # fmt: skip
     assert "80 of 80 examples, 20 updates" in text
-    assert "rewards_eval/accuracies 0.75 [0.6, 0.9] 0.75 [0.6, 0.9]" in text
-    assert [number.get_text(" ") for number in page.find("dl").find_all("div")] == [
-        "held-out loss 0.4", "reward accuracy 0.75 95%: [0.6, 0.9]", "examples per second 8 median",
-        "memory 1.5 GiB peak",
+    assert "Reward accuracy rewards_eval/accuracies 0.75 [0.6, 0.9] 0.75 [0.6, 0.9]" in text
+    assert [" ".join(number.get_text(" ").split()) for number in page.find(class_="numbers").find_all("div")] == [
+        "reward accuracy 0.75 [0.6, 0.9] 95%, 12 pairs 0.75 at first", "held-out loss 0.4 12 pairs 0.4 at first",
+        "tokens per second 99 median", "examples per second 8 median", "MFU 41% of the GPU's peak", "memory 1.5 GiB peak",
     ]  # fmt: skip
     assert "toy train 100 90 10 skipped: a text is empty" in text
     assert "loss.beta 0.3 0.1" in text
@@ -93,9 +98,55 @@ def test_a_report_contains_everything_that_a_run_has_recorded(run_dir):
     assert "80 checkpoint: step-80" in text
     assert [row.find(class_="event").text.startswith("warning: ") for row in page.find_all("tr", class_="warning")] == [True]
     assert "toy, train prompt 5 margins 0.5, -0.25 wrong label 90%" in text
-    assert "1 step was skipped" in text
+    assert "1 step was skipped" in page.find(class_="findings").get_text()
     assert "torch" in text and "CPU cores" in text
-    assert [mark.text for mark in page.find_all("ins")][:2] == ["No.", "Yes 80."]
+
+
+def test_a_report_begins_with_its_name_and_what_was_trained(run_dir):
+    page = parsed(run_dir)
+    assert page.title.text == page.h1.text == HOSTILE.replace("/", "")
+    # It lies where it was written, and its last event is no end.
+    assert page.find(class_="summary").text == "DPO (beta 0.3) on 80 pairs of toy · llama built from scratch · 40 s · at 100%"
+
+
+def test_responses_before_and_after_are_side_by_side_and_their_differences_marked(run_dir):
+    prompt = "<|im_start|>user\nWhy?<|im_end|>\n"
+    samples = [{"examples": n, "prompt": prompt, "policy": f"Yes it is {n}.", "reference": "Yes it is."} for n in (0, 40, 80)]
+    write_rows(run_dir / "samples.jsonl", samples)
+    shown = parsed(run_dir).find(id="samples").find_next("details")
+    assert shown.summary.get_text(strip=True) == "Why?"
+    sides = [(side.h4.text, side.p.text) for side in shown.find(class_="side-by-side").find_all("div")]
+    assert sides == [
+        ("reference, which is the model before training", "Yes it is."),
+        ("after 80 examples", "Yes it is 80."),
+    ]
+    assert [mark.text for mark in shown.find_all("ins")] == ["is.", "is 80."]
+    more = shown.find("details")
+    assert "<|im_start|>user" in more.get_text() and "after 40 examples" in more.get_text()
+    # SFT has no reference: the model before training is the policy at the first evaluation.
+    write_rows(run_dir / "samples.jsonl", [{key: row[key] for key in ("examples", "prompt", "policy")} for row in samples])
+    shown = parsed(run_dir).find(id="samples").find_next("details")
+    assert [side.h4.text for side in shown.find(class_="side-by-side").find_all("div")] == [
+        "before training",
+        "after 80 examples",
+    ]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Who?",
+        "\n\nHuman: Hello.\n\nAssistant: Hi.\n\nHuman: Who?\n\nAssistant:",
+        "<|im_start|>system\nBe a user.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
+        "<bos><start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\n",
+        "<|system|>Be kind.<|end|><|user|>Who?<|end|><|assistant|>",
+        "<s>[INST] Who? [/INST]",
+        "<|start|>user<|message|>Who?<|end|><|start|>assistant",
+    ],
+)
+def test_a_sample_is_named_by_the_last_question_of_its_prompt(prompt):
+    assert last_question(prompt) == "Who?"
 
 
 def test_an_unknown_metric_has_a_chart_of_its_own(run_dir):
@@ -112,8 +163,10 @@ def test_a_report_makes_no_requests_and_runs_only_its_own_script(run_dir):
     digest = base64.b64encode(hashlib.sha256(script.string.encode()).digest()).decode()
     assert rules["script-src"] == f"'sha256-{digest}'"
     addresses = [tag[name] for tag in page.find_all() for name in ("src", "href", "action", "data") if tag.has_attr(name)]
-    assert [address for address in addresses if not address.startswith("#")] == ["data:,"]
     assert all(page.find(id=address[1:]) for address in addresses if address.startswith("#"))
+    # The rest are files beside the page.
+    icon, *files = [address for address in addresses if not address.startswith("#")]
+    assert icon == "data:," and len(files) == 5 and all((run_dir / name).is_file() for name in files)
     assert not re.search(r"url\(|@import", page.style.string)
     assert not any(name.startswith("on") for tag in page.find_all() for name in tag.attrs)
     assert "alert(1)" in page.get_text(), "as text"
@@ -193,38 +246,14 @@ def test_a_falling_log_prob_with_a_growing_margin_is_reported_and_explained():
     assert "fell" not in said([row | {"logps_eval/chosen": -5.0} for row in rows])
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"), [(0.1, 0.4, "below chance"), (0.45, 0.6, "not distinguishable from chance"), (0.6, 0.9, "")]
-)
-def test_an_accuracy_no_better_than_chance_is_reported(low, high, expected):
+@pytest.mark.parametrize(("low", "high", "expected"), [(0.1, 0.4, False), (0.45, 0.6, True), (0.6, 0.9, False)])
+def test_an_accuracy_that_may_be_chance_is_reported(low, high, expected):
     last = {
         "rewards_eval/accuracies": (low + high) / 2,
         "rewards_eval/accuracies/low": low,
         "rewards_eval/accuracies/high": high,
     }
-    text = said([step(4), evaluation(8, **last)])
-    assert expected in text and bool(expected) == ("accuracy" in text)
-
-
-@pytest.mark.parametrize(("prompts", "told"), [(1, "Held-out metrics: 1 prompt, too few"), (9, "9 prompts, too few"), (10, "")])
-def test_too_few_held_out_prompts_are_reported(prompts, told):
-    text = said([step(4), evaluation(8, **{"counters/held_out_prompts": prompts})])
-    assert told in text and bool(told) == ("too few" in text)
-
-
-def test_a_rising_held_out_loss_is_reported_with_its_minimum():
-    rows = [evaluation(n, **{"loss/eval": loss, "loss/eval/low": loss - 0.05}) for n, loss in ((0, 0.7), (8, 0.5), (16, 0.6))]
-    assert "lowest after 8 examples (0.5) and is 0.6 at the end" in said(rows)
-    assert "lowest" not in said([*rows[:2], rows[2] | {"loss/eval/low": 0.45}])
-
-
-def test_overfitting_is_not_reported_for_losses_that_are_not_comparable():
-    rows = [evaluation(n, **{"loss/eval": loss, "loss/eval/low": loss - 0.05}) for n, loss in ((0, 0.7), (8, 0.5), (16, 0.6))]
-    assert "lowest" not in said(rows, {"loss": {"name": "tr_dpo"}})
-    # The first two are beta-DPO's of an earlier version, at the beta in force.
-    mixed = [row | {"beta_DPO/beta_used": 0.2} for row in rows]
-    mixed[2]["beta_DPO/loss_eval_at_beta_used"] = 0.4
-    assert "lowest" not in said(mixed)
+    assert ("not distinguishable from chance" in said([step(4), evaluation(8, **last)])) is expected
 
 
 def test_frequent_clipping_is_reported():
@@ -276,6 +305,9 @@ def test_the_script_rebuilds_the_report_and_writes_flagged_pairs(run_dir, tmp_pa
     assert done.stdout == f"report: {run_dir}/report.html\n1 pairs: {tmp_path}/flagged.jsonl\n"
     assert (run_dir / "report.html").read_text() == page_of(run_dir)
     assert json.loads((tmp_path / "flagged.jsonl").read_text())["version1"] == "bad"
+    write_rows(run_dir / "flagged_pairs.jsonl", [])
+    done = script(run_dir, "--flagged", tmp_path / "none.jsonl")
+    assert (done.returncode, done.stdout.splitlines()[1]) == (0, "none flagged: no pair's label is in question")
 
 
 def test_another_directory_is_refused_with_one_message(tmp_path):

@@ -15,11 +15,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError
+from preference_training.evaluation.pruning import Pruning, build_pruner
 from preference_training.sweeps import gpus
-from preference_training.sweeps.jobs import Request, SweepDirectory
+from preference_training.sweeps.jobs import Job, Request, SweepDirectory
+from preference_training.sweeps.summary import job_table
 from preference_training.sweeps.sweep import _swept, comparison_warnings
 from preference_training.tracking.run_files import JOB
-from preference_training.training.pruning import Pruning, build_pruner
 from tests.support import forked
 from tests.support.files import ROOT, write
 
@@ -90,6 +91,46 @@ def test_of_a_sweep_with_a_failed_job_that_is_killed_the_next_start_runs_what_is
     third = sweep(tmp_path, *line)
     assert (third.returncode, third.stdout.count("is complete already")) == (0, 6)
     assert [job["starts"] for job in jobs(tmp_path / "sweep").values()] == [1, 1, 2, 2, 1, 1]
+
+
+def test_each_line_of_a_sweep_names_its_job_and_the_end_is_a_table_of_them(tmp_path):
+    line = ("loss.beta=0.1,-1,0.2", "seed=5", "objective=rewards_eval/accuracies", "sweep_dir=sweep")
+    done = sweep(tmp_path, *BRIEF, *line)
+    assert done.returncode == 2, done.stderr
+    lines = done.stdout.splitlines()
+    assert "[job 0: loss.beta=0.1] 16/32 loss" in done.stdout and "[job 2: loss.beta=0.2] 32/32 loss" in done.stdout
+    assert done.stderr.startswith("[job 1: loss.beta=-1] loss.beta: found -1")
+    head = next(number for number, line in enumerate(lines) if line.split()[:2] == ["job", "loss.beta"])
+    # Only what is printed before and after the jobs is of none of them.
+    assert all(line.startswith("[job ") for line in lines[1:head] if line and "sweep" not in line.split(":")[0])
+    table = [line.split() for line in lines[head : head + 4]]
+    assert table[0] == ["job", "loss.beta", "rewards_eval/accuracies", "loss/eval", "state"]
+    assert table[1][0] == "best" and [row[-1] for row in table[1:]] == ["complete", "complete", "failed"]
+    assert table[3] == ["1", "-1", "-", "-", "failed"]
+    assert lines[head + 4] == "comparison: sweep/comparison.html"
+
+
+def test_jobs_are_sorted_by_their_objective_and_an_interval_is_shown(tmp_path):
+    directory = SweepDirectory(tmp_path)
+    directory.begin(["lr"])
+    names = {"a": ("complete", 0.7), "b": ("pruned", 0.1), "c": ("complete", 0.5), "d": ("failed", None)}
+    for name, (state, value) in names.items():
+        (tmp_path / name).mkdir()
+        Job(tmp_path / name).update(start=directory.start, state=state, objective=value, overrides=[f"lr={name}", "loss=dpo"])
+    write(
+        tmp_path / "c" / "metrics.jsonl",
+        [{"counters/examples": 8, "loss/eval": 0.5, "loss/eval/low": 0.4, "loss/eval/high": 0.6}],
+    )
+    (tmp_path / "jobs.json").write_text(json.dumps({name: name for name in names}))
+    assert job_table(directory, "loss/eval") == [
+        "      job  lr  loss/eval       state",
+        "      b    b   0.1             pruned",
+        "best  c    c   0.5 [0.4, 0.6]  complete",
+        "      a    a   0.7             complete",
+        "      d    d   -               failed",
+    ]
+    assert [line.split()[0] for line in job_table(directory, "rewards_eval/accuracies")] == ["job", "best", "c", "b", "d"]
+    assert not any("best" in line for line in job_table(directory, "loss/eval", compares=False))
 
 
 def with_a_bug_at_seed_1() -> None:

@@ -6,11 +6,13 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from preference_training.configuration.validation import TRACKING
-from preference_training.tracking.dashboards import DASHBOARDS, Guarded, RunStart, start_dashboards
+from preference_training.tracking.dashboards.base import RunStart
+from preference_training.tracking.dashboards.starting import DASHBOARDS, Guarded, start_dashboards
 from preference_training.tracking.run_files import json_lines
 from preference_training.tracking.tracker import Tracker
 
@@ -214,3 +216,119 @@ def test_tensorboard_without_a_place_for_its_files_ends_nothing(tmp_path, capsys
     with Tracker(tmp_path, 4, dashboards=start_dashboards(["tensorboard"], RunStart(CONFIG, tmp_path, ID))) as tracker:
         tracker.log_step(step(4))
     assert capsys.readouterr().out.count("tensorboard: not used") == 1
+
+
+# ---- Trackio and MLflow ---------------------------------------------------------------------------------------------------
+# Neither is installed here: these are stand-ins with the signatures of the real ones, which tests_apart/trackers/ runs with.
+
+
+class TrackioStandIn(types.ModuleType):
+    """What the dashboard uses of Trackio, and what it is told."""
+
+    def __init__(self):
+        super().__init__("trackio")
+        self.started, self.logged, self.artifacts, self.finished = [], [], [], 0
+
+    def init(self, project, name=None, config=None, resume="never", embed=True, auto_log_gpu=None, auto_log_cpu=None):
+        print("* Trackio project initialized")
+        self.started.append((project, name, config, resume))
+        return types.SimpleNamespace(name=name, log=self.log, log_artifact=self.log_artifact, finish=self.finish)
+
+    def log(self, metrics, step=None):
+        self.logged.append((metrics, step))
+
+    def log_artifact(self, artifact_or_path, name=None, type=None):
+        self.artifacts.append((artifact_or_path, name, type))
+
+    def finish(self):
+        print("* Run finished")
+        self.finished += 1
+
+    class Table:
+        def __init__(self, columns=None, data=None):
+            self.columns, self.data = columns, data
+
+
+def test_trackio_gets_metrics_tables_and_the_report_and_prints_one_line(tmp_path, monkeypatch, capsys):
+    trackio = TrackioStandIn()
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    tracked(tmp_path, ["trackio"])
+    assert trackio.started == [("test", f"run-{ID[:8]}", CONFIG, "allow")] and trackio.finished == 1
+    assert [(row, examples) for row, examples in trackio.logged if "samples" not in row] == [
+        (step(4), 4), (step(8), 8), (EVALUATION, 8),
+    ]  # fmt: skip
+    [(row, examples)] = [logged for logged in trackio.logged if "samples" in logged[0]]
+    assert (row["samples"].columns, row["samples"].data, examples) == (list(SAMPLES[0]), [list(SAMPLES[0].values())], 4)
+    assert trackio.artifacts == [(str(tmp_path / "report.html"), f"report-run-{ID[:8]}", "report")]
+    out = capsys.readouterr().out
+    assert out.count("trackio") == 2 and "* " not in out and "`trackio show --project test` shows it" in out
+
+
+class MlflowStandIn:
+    """What the dashboard uses of MLflow's client, and what it is told."""
+
+    runs: ClassVar[dict[str, dict]] = {}
+
+    def __init__(self, tracking_uri=None):
+        self.uri, self.experiments = tracking_uri, {}
+
+    def get_experiment_by_name(self, name):
+        return self.experiments.get(name)
+
+    def create_experiment(self, name, artifact_location=None):
+        self.experiments[name] = types.SimpleNamespace(experiment_id=name)
+        return name
+
+    def search_runs(self, experiment_ids, filter_string="", max_results=1000):
+        found = [id for id, run in self.runs.items() if filter_string == f"tags.`{run['tag']}` = '{run['value']}'"]
+        return [types.SimpleNamespace(info=types.SimpleNamespace(run_id=id)) for id in found]
+
+    def create_run(self, experiment_id, run_name=None, tags=None):
+        ((tag, value),) = tags.items()
+        run_id = str(len(self.runs))
+        self.runs[run_id] = {"tag": tag, "value": value, "params": {}, "metrics": [], "files": {}, "status": "RUNNING"}
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=run_id))
+
+    def update_run(self, run_id, status=None):
+        self.runs[run_id]["status"] = status
+
+    def log_batch(self, run_id, metrics=(), params=()):
+        self.runs[run_id]["params"] |= dict(params)
+        self.runs[run_id]["metrics"] += metrics
+
+    def log_dict(self, run_id, dictionary, artifact_file):
+        self.runs[run_id]["files"][artifact_file] = dictionary
+
+    def log_artifact(self, run_id, local_path):
+        self.runs[run_id]["files"][Path(local_path).name] = Path(local_path).read_text()
+
+    def set_terminated(self, run_id):
+        self.runs[run_id]["status"] = "FINISHED"
+
+
+def test_mlflow_gets_configuration_metrics_tables_and_the_report_and_continues_a_run(tmp_path, monkeypatch, capsys):
+    MlflowStandIn.runs = {}
+    entities = types.SimpleNamespace(Metric=lambda *values: values, Param=lambda *values: values)
+    monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(MlflowClient=MlflowStandIn))
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for _ in range(2):
+        tracked(run_dir, ["mlflow"])
+    [run] = MlflowStandIn.runs.values()
+    assert run["params"]["wandb.project"] == "test" and run["params"]["lr"] == "0.5" and run["status"] == "FINISHED"
+    logged = [(name, value, at) for name, value, _, at in run["metrics"]]
+    rows = [(step(4), 4), (step(8), 8), (EVALUATION, 8)]
+    assert logged == 2 * [(name, value, at) for row, at in rows for name, value in row.items()]
+    assert run["files"]["samples/4.json"] == {"columns": list(SAMPLES[0]), "data": [list(SAMPLES[0].values())]}
+    assert run["files"]["report.html"] == "<p>what happened</p>"
+    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow/mlflow.db" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["trackio", "mlflow", "tensorboard"])
+def test_a_dashboard_whose_package_is_missing_says_what_installs_it(name, tmp_path, monkeypatch, capsys):
+    for module in (name, "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert start_dashboards([name], RunStart(CONFIG, tmp_path, ID)) == []
+    assert capsys.readouterr().out.endswith(f". pip install -r requirements/{name}.txt\n")

@@ -14,17 +14,29 @@ from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
+from preference_training.tracking.tracker import NoTracker
 from preference_training.training.monitors import COLLAPSE, STEPS, TrainingMonitor, UnchangedWeights
 from tests.support.building import build_trainer
 from tests.support.files import GOLDEN
+
+
+class Says(NoTracker):
+    """A tracker that keeps the lines that were said."""
+
+    def __init__(self):
+        self.said: list[str] = []
+
+    def log_message(self, text: str) -> None:
+        self.said.append(text)
 
 
 class Run:
     """A watch, and the lines that it has said."""
 
     def __init__(self, spike: float | None = 5.0):
-        self.said: list[str] = []
-        self.monitor = TrainingMonitor(self.said.append, spike)
+        tracker = Says()
+        self.said = tracker.said
+        self.monitor = TrainingMonitor(tracker, spike)
         self.examples = 0
 
     def observe(self, count: int = 1, **metrics: float) -> None:
@@ -149,17 +161,16 @@ def stepped(compose):
     """Take a trainer's real steps on a model in some dtype, and return what was said."""
 
     def take(steps: int, dtype: torch.dtype, *overrides: str, n_steps: int = 20) -> list[str]:
-        said: list[str] = []
+        tracker = Says()
         policy = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=dtype)
         prompts = [TokenizedPrompt([5, 6, 7], [[10, 11, 0]], [])]
         batch = [MicroBatch.of(list(iterate_examples(prompts)))]
         config = compose("optimizer=AdamW", "warmup_steps=0", "batch_size=1", *overrides)
-        tracker = type("Says", (), {"log_message": lambda self, text: said.append(text)})()
         batches = BatchIterator(Schedule(PromptTable.of(prompts), 1, length=RunLength(n_epochs=None, n_steps=n_steps)))
         trainer = build_trainer(config, policy, build_loss("sft"), train=batches, tracker=tracker)
         for _ in range(steps):
             trainer.train_step(batch)
-        return said
+        return tracker.said
 
     return take
 
@@ -240,6 +251,30 @@ def test_where_no_value_has_a_gradient_there_is_no_share():
     # As at the first step of a fresh adapter, one of whose matrices is 0 and the other without a gradient.
     weight = torch.ones(4, 4)
     assert UnchangedWeights([(weight, torch.zeros_like(weight)), (torch.zeros(4, 4), torch.ones(4, 4))]).share_changed() is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps", "said"),
+    [
+        (["warmup_steps=150"], 9, True),
+        # The last of 150 steps has 150/151 of the learning rate, and no step has all of it.
+        (["warmup_steps=150"], 150, True),
+        (["warmup_steps=150"], 151, False),
+        (["warmup_steps=0"], 1, False),
+        (["warmup_steps=150", "warmup_share=0.1"], 9, False),
+    ],
+)
+def test_a_warm_up_that_is_longer_than_the_run_is_said_before_the_first_step(overrides, steps, said, compose):
+    run = Run()
+    for _ in range(2):
+        run.monitor.check_warmup(compose("lr=5e-7", *overrides), steps)
+    assert len(run.said) == said
+    if steps == 9 and said and "warmup_steps=150" in overrides:
+        # The ninth of 150 steps of warm-up has 9/151 of lr.
+        assert run.said[0].startswith(
+            "warning: warm-up takes 150 steps, and the run has 9: the learning rate rises to 3e-08, 6%"
+        )
+        assert "warmup_share=0.1" in run.said[0]
 
 
 def test_what_prefix_sharing_saved_is_said_once_and_only_where_it_was_on():

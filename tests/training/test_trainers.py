@@ -23,6 +23,7 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, tokenize_records
+from preference_training.evaluation.intervals import mean_interval
 from preference_training.losses.base import SharedStatistics
 from preference_training.losses.rankings import PlackettLuceLoss
 from preference_training.losses.registry import build_loss
@@ -232,6 +233,36 @@ def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(b
     assert [row["counters/examples"] for row in rows if "loss/eval" in row] == [0, 8, 17, 25, 26]
     assert len(trainer.evaluator.held_out.examples["loss/eval"]) == 7
     assert not list(tmp_path.glob("step-*")), "debug writes no checkpoint"
+
+
+def test_held_out_loss_and_accuracy_are_compared_with_those_before_training_example_by_example(build, tokenized, tmp_path):
+    table = PromptTable.of(tokenized["pairs"][:12])
+
+    def make(**parts):
+        loss = build_loss("dpo")
+        batches = evaluation_batches(table, 4, None, seed=0)
+        return build(loss, "llama", "lr=1e-3", "optimizer=AdamW", "warmup_steps=0", policy="", held_out=batches, **parts)
+
+    trainer, rows = make(), []
+    trainer.tracker.log_evaluation = rows.append
+    trainer.evaluator.evaluate()
+    assert not [name for name in rows[0] if "change" in name]
+    before = trainer.evaluator.held_out.examples["loss/eval"]
+    trainer.train_step(micro_batches(tokenized["pairs"][:8], 8))
+    with CheckpointWriter(tmp_path, trainer.models.policy, trainer.placement.tokenizer) as writer:
+        writer.write(trainer.snapshot())
+    trainer.evaluator.evaluate()
+    differences = (trainer.evaluator.held_out.examples["loss/eval"] - before).numpy()
+    assert rows[1]["loss/eval/change"] == pytest.approx(differences.mean())
+    interval = rows[1]["loss/eval/change/low"], rows[1]["loss/eval/change/high"]
+    assert interval == pytest.approx(mean_interval(differences))
+    assert rows[1]["rewards_eval/accuracies/change"] == pytest.approx(rows[1]["rewards_eval/accuracies"] - 0.5)
+    # A resumed run remembers them.
+    resumed = make()
+    resumed.continue_from(Checkpoint.read(tmp_path / "LATEST"))
+    resumed.tracker.log_evaluation = rows.append
+    resumed.evaluator.evaluate()
+    assert {name: rows[2][name] for name in rows[1]} == rows[1]
 
 
 @pytest.mark.parametrize(

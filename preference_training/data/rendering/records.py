@@ -1,6 +1,6 @@
 """Records as texts: what is trained on of each, in its template."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -8,7 +8,16 @@ from preference_training.core.errors import UserError
 from preference_training.data.rendering.chat_rendering import ConversationError, Spanned, holds, response_opening
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.examples import Selected, select
-from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, Response, Turn, message_of, reasoning_of
+from preference_training.data.rows.records import (
+    DataReport,
+    PreferenceRecord,
+    Prompt,
+    Response,
+    Turn,
+    is_learned,
+    message_of,
+    reasoning_of,
+)
 from preference_training.data.rows.templates import before_last_turn, build_template, rendered_prompts, without_end
 
 # What a report counts of records, besides those it skips.
@@ -64,11 +73,15 @@ class Renderer:
             prompt, responses = before_last_turn(prompt, responses)
         is_rendered = self.is_rendered(prompt)
         given = [without_end(text, self.eos_token) for text in responses] if is_rendered else [prompt, *responses]
-        if any(self.eos_token in text for value in given for text in _texts_of(value)):
+        if any(self._holds_end(value) for value in given):
             self.refuse_end(record)
             return None
         try:
             text, texts = self.template(prompt, responses, record.tools)
+            texts = [
+                some if isinstance(some, str) else _of_learned(some, turns)
+                for some, turns in zip(texts, responses, strict=True)
+            ]
         except ConversationError as error:
             self.refuse(record, str(error))
             return None
@@ -83,6 +96,12 @@ class Renderer:
         if any(not isinstance(some, str) and not some.ends for some in texts):
             self.report.change(END_NOT_MARKED)
         return Rendered(record, part, text, texts)
+
+    def _holds_end(self, value: Prompt | Response) -> bool:
+        """Whether a text of a prompt or response has the end-of-sequence token."""
+        if isinstance(value, str):
+            return self.eos_token in value
+        return any(self.eos_token in text for turn in value for text in turn[1:])
 
     def _holds_tools(self, record: PreferenceRecord, prompt: Prompt, text: str) -> bool:
         """Whether the text of a prompt holds the record's tools: whether it would be another without them."""
@@ -126,9 +145,14 @@ def _reasoning(turn: Turn) -> str:
     )
 
 
-def _texts_of(value: Prompt | Response) -> Iterator[str]:
-    """The texts of a prompt or response, turn by turn."""
-    if isinstance(value, str):
-        yield value
-    else:
-        yield from (text for turn in value for text in turn[1:])
+def _of_learned(response: Spanned, turns: Response) -> Spanned:
+    """A response of several turns without the spans of those that are not learned. Raises ConversationError."""
+    learned = [is_learned(turn) for turn in turns if turn[0] == "assistant"]
+    if all(learned):
+        return response
+    if len(learned) != len(response.spans):
+        raise ConversationError(
+            "a turn has weight 0, and the chat template's {% generation %} marks do not say which part is of which turn. Use "
+            "template=chatml or hh, or a chat template that marks each turn once."
+        )
+    return response._replace(spans=[span for span, kept in zip(response.spans, learned, strict=True) if kept])

@@ -13,7 +13,16 @@ from preference_training.data.rows.conversations import (
 )
 from preference_training.data.rows.nearest_entry import with_nearest
 from preference_training.data.rows.prompt_fields import USUAL, PromptFields
-from preference_training.data.rows.records import OTHER_PROMPT, Prompt, Response, Turn, response_of, type_name
+from preference_training.data.rows.records import (
+    OTHER_PROMPT,
+    Prompt,
+    Response,
+    Turn,
+    is_learned,
+    message_of,
+    response_of,
+    type_name,
+)
 from preference_training.data.rows.templates import split_dialogue
 from preference_training.data.rows.values import check_text, is_text_list, parse_text_list, unlisted
 
@@ -56,12 +65,16 @@ def answer_in(value, name: str) -> str | Turns:
 # ---- conversations --------------------------------------------------------------------------------------------------------
 
 
+ROUND_KEYS = (("input", "output"), ("human", "assistant"))
+
+
 def conversation_in(value, name: str) -> Turns:
     """The turns of a whole conversation; also a list of {input, output}, or of texts of user and assistant in turn."""
     value = parse_text_list(parse_serialized_turns(value, name))
     items = value if isinstance(value, list) else [value]
-    if items and all(isinstance(item, dict) and item.keys() >= {"input", "output"} for item in items):
-        items = [text for item in items for text in (item["input"], item["output"])]
+    for asked, answered in ROUND_KEYS:
+        if items and all(isinstance(item, dict) and item.keys() >= {asked, answered} for item in items):
+            items = [text for item in items for text in (item[asked], item[answered])]
     if items and all(isinstance(item, str) for item in items) and isinstance(value, list):
         for text in items:
             check_text(text, name)
@@ -70,6 +83,26 @@ def conversation_in(value, name: str) -> Turns:
         check_text(None if items is value else value, name)
         raise RowError(f"field {name!r} is a text, expected a conversation: a list of {{role, content}}.")
     return parse_turns(items, name)
+
+
+def last_turns_replaced(values: list, names: list[str]) -> list:
+    """A conversation and the answers that are rejected for its last turn, as whole conversations where they are texts."""
+    whole = conversation_in(values[0], names[0])
+    if whole[-1].role != "assistant":
+        raise RowError(_not_the_assistants(names[0], whole[-1].role))
+    before = [message_of(turn) for turn in whole[:-1]]
+
+    def continued(value):
+        if is_text_list(value):
+            return list(map(continued, value))
+        return [*before, {"role": "assistant", "content": value}] if isinstance(value, str) and value else value
+
+    others = zip(values[1:], names[1:], strict=True)
+    return [values[0], *(continued(parse_serialized_turns(parse_text_list(value), name)) for value, name in others)]
+
+
+def _not_the_assistants(name: str, role: str) -> str:
+    return f"the last turn of {name} is the {role}'s. Expected the assistant's, which is the response."
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------------
@@ -102,7 +135,7 @@ def shared_beginning(texts: list[str]) -> str:
 
 # ---- prompt and responses -------------------------------------------------------------------------------------------------
 
-NO_TEXT = "a prompt or an answer in a list is missing (None)"
+NO_TEXT = "a prompt or an answer in a list is missing (null)"
 
 # The name of a field, and an answer in it.
 Named = tuple[str, str | Turns]
@@ -168,9 +201,9 @@ class Splitting:
             raise LeftOut(OTHER_PROMPT)
         return prompt
 
-    def _read(self, row: dict) -> Prompt:
+    def _read(self, row: dict, as_turns: bool = False) -> Prompt:
         try:
-            return self.prompts.read(row)
+            return self.prompts.read(row, as_turns)
         except RowError as error:
             if self.prompts.prompt in row or self.prompts.prompt != USUAL:
                 raise
@@ -184,8 +217,7 @@ class Splitting:
                 raise RowError(f"field {name!r} is {type_name(answer)}, expected a conversation as in the other field.")
             conversations.append(answer if isinstance(answer, tuple) else (Turn("assistant", answer),))
             if conversations[-1][-1].role != "assistant":
-                role = conversations[-1][-1].role
-                raise RowError(f"the last turn of {name} is the {role}'s. Expected the assistant's, which is the response.")
+                raise RowError(_not_the_assistants(name, conversations[-1][-1].role))
         parted = part_conversations(conversations)
         if len(conversations) == 1:
             shared, _ = split_conversation(conversations[0], answers[0][0])
@@ -193,9 +225,12 @@ class Splitting:
         if parted is None:
             raise LeftOut(OTHER_PROMPT)
         shared, rests = parted
+        for (name, _), rest in zip(answers, rests, strict=True):
+            if not is_learned(rest[-1]):
+                raise RowError(f"the last turn of {name} has weight 0, and is what would be learned.")
         responses = [response_of(rest) for rest in rests]
         if shared:
             return self.prompts.before(row, shared, shared + rests[0][: end_of_common(rests)]), responses
-        if self.prompts.in_row(row):
-            return self.prompts.read(row, as_turns=True), responses
+        if self.prompts.in_row(row) or self.prompts.may_be_elsewhere(row, [name for name, _ in answers]):
+            return self._read(row, as_turns=True), responses
         return self.prompts.with_system(row, ()) or "", responses

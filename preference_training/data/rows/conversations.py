@@ -4,13 +4,18 @@ import ast
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 
-from preference_training.data.rows.records import Turn, text_error, turn_error, type_name
+from preference_training.data.rows.records import Turn, is_learned, text_error, turn_error, type_name
 from preference_training.data.rows.templates import parse_dialogue
 
 
 class RowError(Exception):
     """An error in a row, as a sentence; the caller adds file and row number."""
+
+
+class NothingLearned(Exception):  # noqa: N818
+    """A conversation all of whose turns say that they are not learned."""
 
 
 # Names of roles, in any case. A "function_call" is an assistant's turn whose text is the JSON of a call.
@@ -22,11 +27,12 @@ ROLE_NAMES = {
     **dict.fromkeys(("tool", "function", "ipython", "observation", "tool_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
-TURN_KEYS = (("role", "content"), ("from", "value"))
-PLAIN = set(TURN_KEYS[0])
+TURN_KEYS = (("role", "content"), ("from", "value"), ("role", "parts"), ("author", "content"))
 # What chat templates read of a message besides role and content.
 MESSAGE_FIELDS = ("name", "reasoning", "reasoning_content", "thinking", "tool_call_id", "tool_calls")
 LEGACY_CALL = "function_call"
+# Each says whether a turn of the assistant's is learned; `Turn.rest` has the first of them where it is not.
+WEIGHT_KEYS = ("weight", "train", "loss", "training")
 
 
 def turn_keys(item) -> tuple[str, str] | None:
@@ -40,34 +46,62 @@ def turn_keys(item) -> tuple[str, str] | None:
     return next((keys for keys in TURN_KEYS if item.get(keys[0]) is not None and (calls or keys[1] in item)), None)
 
 
-def parse_turns(value: list | dict, name: str, roles: Mapping[str, str] | None = None) -> tuple[Turn, ...]:
+def with_roles(row: dict, roles: Mapping[str, str]) -> dict:
+    """A row with other names of the roles of all turns in it, also of those in texts. roles: name → what it is."""
+    names = {str(name).strip().lower(): role for name, role in roles.items()}
+
+    def renamed(value):
+        try:
+            value = parse_serialized_turns(value, "")
+        except RowError:
+            return value  # It is reported where it is read.
+        if isinstance(value, list):
+            return [renamed(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        keys = turn_keys(value)
+        role = names.get(str(value[keys[0]]).strip().lower()) if keys else None
+        if keys is None:
+            return {key: renamed(inner) for key, inner in value.items()}
+        return value | {keys[0]: role} if role else value
+
+    return {column: renamed(value) for column, value in row.items()}
+
+
+def parse_turns(value: list | dict, name: str) -> tuple[Turn, ...]:
     """The turns of a conversation, or of a single message, in the field `name`; empty system turns are left out.
 
-    roles: further names of roles, with what they are. Raises RowError.
+    Raises RowError.
     """
-    names = ROLE_NAMES | {str(key).lower(): role for key, role in roles.items()} if roles else ROLE_NAMES
     items = [value] if isinstance(value, dict) else value
-    turns = (_turn(item, f"field {name!r}: turn {number}", names) for number, item in enumerate(items, start=1))
-    kept = tuple(turn for turn in turns if turn.role not in ("system", "developer") or turn.content)
+    turns = (_plain_turn(item) or _turn(item, f"field {name!r}: turn {number}") for number, item in enumerate(items, start=1))
+    kept = tuple(turn for turn in turns if turn.content or turn.role not in ("system", "developer"))
     if not kept:
         raise RowError(f"field {name!r} is a conversation without turns.")
     return kept
 
 
-def _turn(item, place: str, names: Mapping[str, str]) -> Turn:
+def _plain_turn(item) -> Turn | None:
+    """A text of the user's or the assistant's as a turn, as most messages are; None for any other."""
+    if not isinstance(item, dict) or len(item) != 2 or not isinstance(found := item.get("role"), str):
+        return None
+    role, content = ROLE_NAMES.get(found), item.get("content")
+    return Turn(role, content) if role in ("user", "assistant") and text_error(content) is None else None
+
+
+def _turn(item, place: str) -> Turn:
     """A message as a turn. Raises RowError."""
-    is_plain = isinstance(item, dict) and item.keys() == PLAIN and names.get(str(item["role"])) in ("user", "assistant")
-    if is_plain and text_error(item["content"]) is None:
-        return Turn(names[item["role"]], item["content"])
     keys = turn_keys(item)
     if keys is None:
         raise RowError(f"{place} is not {{role, content}}.")
     found, content = map(item.get, keys)
-    role = names.get(found.strip().lower()) if isinstance(found, str) else None
+    role = ROLE_NAMES.get(found.strip().lower()) if isinstance(found, str) else None
     if role is None:
-        raise RowError(f"{place} has the role {found!r}, expected one of {', '.join(names)}.")
+        raise RowError(
+            f"{place} has the role {found!r}, expected one of {', '.join(ROLE_NAMES)}; roles: {{NAME: ROLE}} names others."
+        )
     rest = {key: item[key] for key in MESSAGE_FIELDS if item.get(key) not in (None, "", [])}
-    content = _text_of_parts(content, place)
+    content = _text_of_result(content) if role == "tool" else _text_of_parts(content, place)
     if role == "function_call":
         role, content, rest["tool_calls"] = "assistant", "", content
     elif calls := item.get(LEGACY_CALL):
@@ -77,6 +111,8 @@ def _turn(item, place: str, names: Mapping[str, str]) -> Turn:
     content = "" if content is None and (rest or role in ("system", "developer", "tool")) else content
     if role in ("system", "developer") and isinstance(content, str) and not content.strip():
         return Turn(role, "")
+    if role == "assistant" and not _is_learned(item, place):
+        rest["weight"] = 0
     turn = Turn(role, content, json.dumps(rest, ensure_ascii=False, sort_keys=False) if rest else "")
     if problem := turn_error(turn) if isinstance(content, str) else text_error(content):
         raise RowError(f"{place} {problem}.")
@@ -101,19 +137,38 @@ def _text_of_parts(content, place: str):
     return "".join(texts)
 
 
+def _text_of_result(content):
+    """What a tool returned as text: other values than texts, and parts that are texts, as JSON."""
+    with suppress(RowError):
+        content = _text_of_parts(content, "")
+    return content if isinstance(content, str | None) else json.dumps(content, ensure_ascii=False)
+
+
+def _is_learned(item: dict, place: str) -> bool:
+    """Whether SFT learns a turn of the assistant's: unless its weight is 0, or it says that it is not trained on."""
+    for key in WEIGHT_KEYS:
+        value = item.get(key)
+        if value is not None and value not in (0, 1):
+            raise RowError(f"{place} has {key}: {value!r}, expected 0 or 1 (false or true): whether the turn is learned.")
+    return all(item.get(key) is None or item[key] for key in WEIGHT_KEYS)
+
+
 def _calls(value, place: str) -> list[dict]:
     """Calls of tools as chat templates read them: {type, function: {name, arguments}}, with arguments as an object."""
     value = _of_json(value)
     calls = []
     for item in value if isinstance(value, list) else [value]:
-        call = _without_nones(_of_json(item))
+        call = _of_json(item)
+        call = {key: inner for key, inner in call.items() if inner is not None} if isinstance(call, dict) else call
         function = _of_json(call.get("function", call)) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(
                 f"{place} has the tool call {item!r}. Expected {{function: {{name, arguments}}}}, or the JSON text of that."
             )
         outer = {key: value for key, value in call.items() if key != "function"} if "function" in call else {}
-        arguments = function.get("arguments", function.get("parameters", {}))
+        # Null may be what an argument is.
+        given = (function.get(key) for key in ("arguments", "parameters"))
+        arguments = next((value for value in given if value is not None), {})
         function = {"name": function["name"], "arguments": _of_json(arguments)}
         calls.append({"type": "function"} | outer | {"function": function})
     return calls
@@ -135,9 +190,15 @@ def _without_nones(value):
     return [_without_nones(inner) for inner in value] if isinstance(value, list) else value
 
 
+NO_TOOLS = ("", "none", "null", "nan", "n/a")
+
+
 def parse_tools(value, name: str) -> str:
-    """The tools in the field `name`, a list of objects or its JSON text, as JSON text; "" for none. Raises RowError."""
+    """The tools in the field `name`, objects or their JSON text, as the JSON text of a list; "" for none. Raises RowError."""
+    if isinstance(value, str) and value.strip().lower() in NO_TOOLS:
+        return ""
     found = _without_nones(_of_json(value))
+    found = [found] if isinstance(found, dict) and found else found
     items = [_of_json(item) for item in found] if isinstance(found, list) else found
     if not items:
         return ""
@@ -146,18 +207,26 @@ def parse_tools(value, name: str) -> str:
     return json.dumps(items, ensure_ascii=False)
 
 
+MISSING_NUMBERS = ("nan", "NaN", "None", "null", "")
+
 # The beginning of a text that contains a conversation or a turn, as JSON or as Python prints it.
 SERIALIZED_TURNS = re.compile(r"""\s*(\[\s*)?\{\s*["'](\w+)["']\s*:""")
 
 
 def parse_literal(text: str):
     """The list, object or other value that a text contains, as JSON or as Python prints it; None for other texts."""
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, ast.literal_eval, _numbers):
         try:
             return read(text.strip())
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return None
+
+
+def _numbers(text: str) -> list:
+    """A list of numbers, of which some are missing, as Python prints it. Raises ValueError."""
+    words = (word.strip() for word in text.removeprefix("[").removesuffix("]").split(","))
+    return [None if word in MISSING_NUMBERS else float(word) for word in words]
 
 
 def parse_serialized_turns(value, name: str):
@@ -206,14 +275,21 @@ def ends_with_answer(value) -> bool:
 
 
 def split_conversation(turns: tuple[Turn, ...], name: str) -> tuple[tuple[Turn, ...] | str, tuple[Turn, ...]]:
-    """A conversation as prompt, the turns before the first of the assistant's, and response, which ends with the assistant's.
+    """A conversation as prompt, the turns before the first that is learned, and response, which ends with such a turn.
 
-    Turns behind the last of the assistant's are left out. Raises RowError without any of the assistant's.
+    Those are the assistant's. Turns behind the last of them are left out. Raises RowError without any of the assistant's, and
+    NothingLearned where none of these is learned.
     """
     places = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
     if not places:
         raise RowError(f"field {name!r} has no turn of the assistant's. Expected one at least, which is learned.")
-    return turns[: places[0]] or "", turns[places[0] : places[-1] + 1]
+    places = [place for place in places if is_learned(turns[place])]
+    if not places:
+        raise NothingLearned
+    start = places[0]
+    while start and turns[start - 1].role == "assistant":
+        start -= 1  # A response would continue it.
+    return turns[:start] or "", turns[start : places[-1] + 1]
 
 
 def part_conversations(conversations: list[tuple[Turn, ...]]) -> tuple[tuple[Turn, ...], list[tuple[Turn, ...]]] | None:
@@ -240,7 +316,7 @@ def part_conversations(conversations: list[tuple[Turn, ...]]) -> tuple[tuple[Tur
 def end_of_common(conversations: list[tuple[Turn, ...]]) -> int:
     """How many turns all of several conversations share at their beginning."""
     return next(
-        (place for place, turns in enumerate(zip(*conversations, strict=False)) if len(set(turns)) > 1),
+        (place for place, turns in enumerate(zip(*conversations, strict=False)) if turns.count(turns[0]) < len(turns)),
         min(map(len, conversations)),
     )
 

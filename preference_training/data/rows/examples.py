@@ -16,6 +16,7 @@ NO_PAIR_TO_COMPARE = "a prompt without a pair of responses (loss=sft learns sing
 NO_MARGIN = "a pair without a margin (margins, a field margin, or scores of both responses give one)"
 MARGIN_NOT_POSITIVE = "a pair with a margin of 0 or less, which has no logarithm (loss.scale=log; linear learns from it)"
 UNDESIRABLE = "a response that is labeled undesirable, which SFT does not learn"
+LOWER = "a response with a lower score than the best of its prompt, which SFT does not learn"
 ALL_TIED = "a prompt whose responses all have the same score"
 NO_RANKING = "a prompt without a ranking (scores of two responses or more, or pairs of every two of them, give one)"
 TIED = "a response with the score of another one in its ranking"
@@ -57,6 +58,9 @@ def select(record: PreferenceRecord, kind: ExampleKind, margins: MarginUse, repo
 
 
 def _targets(record: PreferenceRecord, report: DataReport) -> Sequence[str]:
+    if record.scores:
+        scores = [score for score in record.scores if score is not None]
+        report.skip(LOWER, sum(score < max(scores) for score in scores))
     if record.labels is None:
         return record.targets
     undesirable = {text for text, label in zip(record.responses, record.labels, strict=True) if label is False}
@@ -78,7 +82,7 @@ def renumbered(examples: Iterable[tuple[int, ...]], responses: Sequence[int]) ->
 
 def _compact(record: PreferenceRecord, examples: list[tuple[int, ...]], **numbers: list[float] | None) -> Selected:
     """The examples, with only the responses that they use."""
-    used = used_responses(examples)
+    used = (0, 1) if len(examples) == 1 and sorted(examples[0]) == [0, 1] else used_responses(examples)
     if len(used) == len(record.responses):
         return Selected(record.responses, examples, **numbers)
     return Selected([record.responses[index] for index in used], renumbered(examples, used), **numbers)

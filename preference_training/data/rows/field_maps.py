@@ -6,7 +6,7 @@ and plain text; texts or conversations; prompts in a separate field, or in the c
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain, islice
 from math import inf, isfinite, isnan
@@ -19,10 +19,11 @@ from preference_training.data.rows.answers import (
     answer_in,
     answers_in,
     conversation_in,
+    last_turns_replaced,
     rounds_in,
 )
-from preference_training.data.rows.conversations import RowError, split_conversation
-from preference_training.data.rows.formats import find
+from preference_training.data.rows.conversations import NothingLearned, RowError, split_conversation, with_roles
+from preference_training.data.rows.formats import CONVERSATIONS, find
 from preference_training.data.rows.grouping import Row, pairs_by_score
 from preference_training.data.rows.nearest_entry import with_nearest
 from preference_training.data.rows.prompt_fields import PromptFields
@@ -39,6 +40,7 @@ from preference_training.data.rows.values import (
     field_number,
     field_value,
     is_empty,
+    is_plain_text,
     is_text_list,
     parse_text_list,
 )
@@ -48,11 +50,12 @@ from preference_training.data.sources.filters import RowFilter, Where, where_col
 INPUT_JOINED = "prompts joined from instruction and input, on separate lines"
 OWN_SYSTEM_TURN = "conversations with their own system turn, which replaces the field {!r}"
 LAST_TURNS = "conversations whose turns behind the assistant's last one were left out"
-NO_ANSWER = "answers left out that are missing (None)"
+NO_ANSWER = "answers left out that are missing (null)"
 EMPTY_ANSWER = "answers left out that are empty"
 NO_REJECTED = "no rejected answer"
 NO_SCORE = "answers left out that have no score or rank"
 NO_LABEL = "the answer has no label"
+NOTHING_LEARNED = "all of the assistant's turns have weight 0"
 NO_RATED = "no answer has a score or rank"
 OTHER_FORMAT = "rows of another format: {}"
 
@@ -71,6 +74,8 @@ class FieldMap:
     rows of a prompt), a `label` (desirable or not), or neither (SFT only). `messages`: whole conversations, whose assistant
     turns SFT learns. `text`: plain text. Beside the `prompt` ("": there is none): `system`, `history` (earlier [question,
     answer] turns), `tools`.
+
+    roles: further names of roles, with what they are.
 
     where: column → a value, a list of values, or a comparison such as ">= 0.5", or an expression over columns; rows that fail
     any are skipped.
@@ -98,6 +103,7 @@ class FieldMap:
     better: str | dict | None = None
     history: str | None = None
     tools: str | None = None
+    roles: dict[str, str] | None = None
 
     def map_rows(self, rows: NumberedRows, place: str, report: DataReport, known: bool = False) -> Iterator[Row]:
         """The usable rows, filtered; others go to the report. place: the file or data set, for messages.
@@ -117,8 +123,8 @@ class FieldMap:
         """This map, with what it does not say as found in rows."""
         values, usual = ({item.name: getattr(of, item.name) for item in fields(FieldMap)} for of in (self, FieldMap()))
         given = {name: value for name, value in values.items() if value != usual[name]}
-        rows = list(rows)
-        found = find(rows, given)
+        rows = [with_roles(row, self.roles) for row in rows] if self.roles else list(rows)
+        found = find(rows, {name: value for name, value in given.items() if name != "roles"})
         names = frozenset(value for value in found.keys.values() if isinstance(value, str))
         keys = found.keys if found.words else {}
         columns = tuple(dict.fromkeys(str(name) for row in rows for name in row))
@@ -187,7 +193,10 @@ class FieldMap:
 
     def _conversation(self, row: dict, report: DataReport) -> Row:
         turns = conversation_in(field_value(row, self.messages), self.messages)
-        prompt, response = split_conversation(turns, self.messages)
+        try:
+            prompt, response = split_conversation(turns, self.messages)
+        except NothingLearned:
+            raise LeftOut(NOTHING_LEARNED) from None
         report.change(LAST_TURNS, len(prompt) + len(response) < len(turns))
         labels = None
         if self.label:
@@ -205,7 +214,7 @@ class FieldMap:
     def _single(self, row: dict) -> Row:
         answer = answer_in(field_value(row, self.response), self.response)
         scores = labels = None
-        if self.score is not None:
+        if self.score is not None and not (self.score in self.found and _is_missing(row.get(self.score))):
             scores = [as_number(_number(field_value(row, self.score)), self.score)]
         if self.label is not None:
             labels = self._labels(row)
@@ -260,12 +269,18 @@ class FieldMap:
         return Row(prompt, responses, [(better, 1 - better)], better)
 
     def _pair(self, row: dict, report: DataReport) -> Row:
+        two = [(name, row.get(name)) for name in (self.chosen, self.rejected)] if isinstance(self.rejected, str) else []
+        if two and two[0][0] != two[1][0] and all(is_plain_text(text) and text_error(text) is None for _, text in two):
+            prompt, responses = self.splitting.split(row, two)
+            return Row(prompt, responses, [(0, 1)], 0, **self._numbers_of_pair(row, 1))
         others = _listed(self.rejected)
         # Of several columns of rejected answers, those that a row lacks are left out.
         given = [row.get(name, row.get(name.split(".")[0])) for name in others]
         present = [name for name, value in zip(others, given, strict=True) if len(others) == 1 or not is_empty(value)]
         names = [self.chosen] if [self.chosen] == others else [self.chosen, *(present or others[:1])]
         values = [_answer(row, name) for name in names]
+        if self.chosen in self.found and self.chosen in CONVERSATIONS:
+            values = last_turns_replaced(values, names)
         if any(value == [] for value in given) and all(map(is_empty, given)):
             answers_in(values[0], self.chosen)  # Its faults are told first.
             raise LeftOut(NO_REJECTED)
@@ -285,7 +300,7 @@ class FieldMap:
 
     def _numbers_of_pair(self, row: dict, count: int) -> dict[str, list[float]]:
         """The margin and the weight of a row's pairs, where they are mapped. Raises RowError."""
-        numbers = {}
+        numbers: dict[str, list[float]] = {}
         for key, name, least in (("margins", self.margin, -inf), ("weights", self.example_weight, 0)):
             if name is None or (name in self.found and is_empty(row.get(name))):
                 continue
@@ -330,7 +345,8 @@ class _Formats:
             return self.main
         names = tuple(name for name, value in row.items() if not is_empty(value))
         if names not in self.others and len(self.others) < FIRST_ROWS:
-            found = self.given.found_in([row])
+            # Its roles have been renamed.
+            found = replace(self.given, roles=None).found_in([row])
             fits = found.words and any(not is_empty(row.get(name.split(".")[0])) for name in found.answer_fields)
             self.others[names] = found if fits else self.main
         return self.others.get(names, self.main)
@@ -344,6 +360,8 @@ class _Formats:
 
 def _mapped(formats: _Formats, rows: NumberedRows, place: str, report: DataReport, known: bool) -> Iterator[Row]:
     usable, implicit = 0, 0
+    if roles := formats.given.roles:
+        rows = ((number, with_roles(row, roles)) for number, row in rows)
     for number, row in rows:
         field_map = formats.of(row)
         columns = formats.columns_of(field_map)
@@ -362,6 +380,7 @@ def _mapped(formats: _Formats, rows: NumberedRows, place: str, report: DataRepor
             report.skip(str(reason))
             continue
         usable += 1
+        mapped = mapped if known else mapped._replace(number=number)
         implicit += field_map.implicit_prompt and not field_map.prompts.in_row(row) and isinstance(mapped.prompt, str)
         if not known:
             _count_unused(field_map, row, mapped, columns, report)

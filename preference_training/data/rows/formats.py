@@ -7,25 +7,34 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from numbers import Real
 from typing import NamedTuple
 
 from preference_training.data.rows.conversations import RowError, ends_with_answer, parse_serialized_turns, turn_keys
-from preference_training.data.rows.prompt_fields import INSTRUCTIONS, SECOND_PARTS
+from preference_training.data.rows.prompt_fields import INSTRUCTIONS, SECOND_PARTS, is_system, may_be_prompt
 from preference_training.data.rows.templates import ASSISTANT
-from preference_training.data.rows.values import LABELS, is_empty, is_tie, label_word, parse_text_list, verdict_values
+from preference_training.data.rows.values import (
+    LABELS,
+    is_empty,
+    is_finite_number,
+    is_tie,
+    label_word,
+    parse_text_list,
+    verdict_values,
+)
 
 Keys = dict[str, object]
 
 # Column names, the usual ones first. Case does not matter, nor do blanks, dashes and underscores.
 PROMPTS = (
-    "prompt", "instruction", "question", "query", "messages", "conversations", "conversation", "dialogue", "context", "history",
-    "input", "inputs", "user", "problem", "info",
+    "prompt", "instruction", "question", "query", "messages", "conversations", "conversation", "dialogue", "context",
+    "context_messages", "history", "input", "inputs", "user", "problem", "info",
 )  # fmt: skip
 CHOSEN_REJECTED = (
     ("chosen", "rejected"), ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected"),
     ("chosen_answer", "rejected_answer"), ("preferred_output", "non_preferred_output"), ("preferred", "dispreferred"),
     ("preferred", "rejected"), ("accepted", "rejected"), ("chosen", "reject"), ("better", "worse"), ("winner", "loser"),
+    ("chosen_response", "rejected_responses"), ("response", "rejected_response"), ("messages", "rejected_messages"),
+    ("messages", "rejected_response"),
 )  # fmt: skip
 NUMBERED = re.compile(r"rejected\d+")
 RESPONSES = ("completion", "response", "output", "answer", "target", "targets", "solution", "assistant")
@@ -35,8 +44,10 @@ RANKS = ("ranks", "rank", "ranking", "rankings")
 LISTED_TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
 LISTED_SCORES = ("score", "overall_score", "pm_score", "rating", "reward")
 LABEL_NAMES = ("label", "labels", "kto_tag", "is_desirable", "desirable")
-CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
-SYSTEMS = ("system", "system_prompt")
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "contents")
+SYSTEMS = ("system", "system_prompt", "systemInstruction")
+TOOLS = ("tools", "functions")
+SINGLE_SCORES = ("score", "rating", "reward", "overall_score")
 TWO_ANSWERS = ("response", "answer", "output", "completion", "conversation", "model", "text")
 VERDICTS = ("winner", "preference", "preferred", "verdict", "better", "choice", "label", "labels", "chosen")
 SUFFIXES = (("a", "b"), ("0", "1"), ("1", "2"))
@@ -101,7 +112,11 @@ class Columns:
 
     def inner(self, name: str, names: Iterable[str], some: bool = False) -> str | None:
         """The dotted name of a part of a column of dicts or of lists of dicts, which all of them, or some, have."""
-        items = [item for value in self.values[name] for item in (value if isinstance(value, list) else [value])]
+        items = [
+            item
+            for value in map(parse_text_list, self.values[name])
+            for item in (value if isinstance(value, list) else [value])
+        ]
         if not items or not all(isinstance(item, dict) for item in items):
             return None
         has = any if some else all
@@ -167,7 +182,7 @@ def _pairs(columns: Columns) -> Found | None:
     chosen, *rejected = found or [columns.get("chosen") or ""]
     if chosen and (not found or _plain(rejected[0]) == "rejected"):
         rejected += sorted(
-            (name for name in columns.values if NUMBERED.fullmatch(_plain(name)) and not columns.all(name, _is_number)),
+            (name for name in columns.values if NUMBERED.fullmatch(_plain(name)) and not columns.all(name, is_finite_number)),
             key=lambda name: int(_plain(name).removeprefix("rejected")),
         )
     if not chosen or not rejected:
@@ -203,21 +218,22 @@ def _shown(value) -> str:
 
 def _lists(columns: Columns) -> Found | None:
     for name in filter(None, map(columns.get, LISTS)):
-        if not columns.all(name, lambda value: isinstance(value, list)):
+        if not columns.all(name, _holds_list):
             continue
         text = columns.inner(name, LISTED_TEXTS)
         inside = {"scores": LISTED_SCORES, "ranks": RANKS}
         beside = {"scores": SCORES, "ranks": RANKS}
         for key in inside:
             numbers = columns.inner(name, inside[key], some=True) if text else None
-            numbers = numbers or next((n for n in map(columns.get, beside[key]) if columns.all(n, _is_list)), None)
+            numbers = numbers or next((n for n in map(columns.get, beside[key]) if columns.all(n, _holds_list)), None)
             if numbers:
                 return Found({"responses": text or name, key: numbers}, f"answers in `{text or name}`, {key} in `{numbers}`")
     return None
 
 
-def _is_list(value) -> bool:
-    return isinstance(value, list)
+def _holds_list(value) -> bool:
+    """Whether a value is a list, or the text of one, as in CSV files."""
+    return isinstance(parse_text_list(value), list)
 
 
 def _verdicts(columns: Columns) -> Found | None:
@@ -229,7 +245,7 @@ def _verdicts(columns: Columns) -> Found | None:
                 return Found({"answers": answers, "better": {better: values}}, _verdict_words(answers, better, values))
         for stem in ("score", "rating", "reward"):
             scores = columns.both(f"{stem}_{suffix}" for suffix in suffixes)
-            if scores and all(columns.all(name, _is_number) for name in scores):
+            if scores and all(columns.all(name, is_finite_number) for name in scores):
                 words = f"two answers in `{'` and `'.join(answers)}`, scores in `{'` and `'.join(scores)}`"
                 return Found({"responses": answers, "scores": scores}, words)
     return None
@@ -258,16 +274,28 @@ def _ordered_list(columns: Columns) -> Found | None:
 
 
 def _single(columns: Columns) -> Found | None:
-    response = columns.get(*RESPONSES)
+    response = columns.get(*RESPONSES) or _chosen_alone(columns)
     if response is None:
         return None
     keys, words = {"response": response}, f"answers in `{response}`"
     helpfulness = columns.both(("helpfulness", "correctness", "coherence"))
+    scores = [helpfulness[0]] if helpfulness else filter(None, map(columns.get, SINGLE_SCORES))
     if label := _label(columns):
         keys["label"], words = label, f"{words}, labels in `{label}`"
-    elif helpfulness and columns.all(helpfulness[0], _is_number):
-        keys["score"], words = helpfulness[0], f"{words}, scores in `{helpfulness[0]}`"
+    elif _plain(response) != "chosen" and (
+        score := next((name for name in scores if columns.all(name, is_finite_number)), None)
+    ):
+        keys["score"], words = score, f"{words}, scores in `{score}`"
     return Found(keys, words)
+
+
+def _chosen_alone(columns: Columns) -> str | None:
+    """The column of chosen answers in rows without rejected ones, which are what SFT learns."""
+    name = columns.get("chosen")
+    if name is None or "rejected" in columns.names or not (columns.get(*PROMPTS) or columns.all(name, ends_with_answer)):
+        return None
+    others = {word for column in columns.names for word in (column, *re.split("[_ -]", column)[-1:])}
+    return None if any(is_finite_number(value) or str(value) in others for value in columns.values[name]) else name
 
 
 def _label(columns: Columns) -> str | None:
@@ -341,8 +369,10 @@ def _prompt(columns: Columns, keys: Keys, can_lack: bool) -> tuple[Keys, str]:
     if not of_pairs:
         return {"prompt": ""}, "no prompts"
     texts = [value for value in values if isinstance(value, str)]
-    if not values or len(texts) < len(values):
+    if not values:
         return {}, ""
+    if len(texts) < len(values):
+        return {"prompt": ""}, "no prompts"
     pairs = zip(columns.values.get(chosen, ()), columns.values.get(all_rejected[0], ()), strict=False)
     if all(one.split()[:1] == other.split()[:1] for one, other in pairs):
         return {"implicit_prompt": True}, f"prompts are the common beginning of `{chosen}` and `{rejected}`"
@@ -356,8 +386,10 @@ def _readable_prompt(columns: Columns, name: str) -> str | None:
 
 
 def _may_be_prompt(columns: Columns, name: str) -> bool:
-    """Whether an unknown column has texts of several words, as prompts are, which must not be left out unasked."""
-    return columns.all(name, lambda value: isinstance(value, str)) and any(" " in text.strip() for text in columns.values[name])
+    """Whether an unknown column has texts of several words, or turns, as prompts, which must not be left out unasked."""
+    values = columns.values[name]
+    kinds = {isinstance(value, str) for value in values}
+    return len(kinds) == 1 and any(map(may_be_prompt, values))
 
 
 def _holds_prompt(value) -> bool:
@@ -378,10 +410,10 @@ def _beside_prompt(columns: Columns, keys: Keys) -> list[tuple[str, str]]:
         return []
     found = []
     system = columns.get(*SYSTEMS)
-    if columns.all(system, lambda value: isinstance(value, str)) and system not in _mapped(keys):
+    if columns.all(system, is_system) and system not in _mapped(keys):
         found.append(("system", system))
-    tools = columns.get("tools") or next((t for t in [_tools_of_input(columns)] if t), None)
-    if tools and (("." in tools) or columns.all(tools, lambda value: isinstance(value, list | str))):
+    tools = columns.get(*TOOLS) or next((t for t in [_tools_of_input(columns)] if t), None)
+    if tools and (("." in tools) or columns.all(tools, lambda value: isinstance(value, list | str | dict))):
         found.append(("tools", tools))
     history = columns.get("history")
     if columns.all(history, _is_history) and history not in _mapped(keys):
@@ -411,15 +443,8 @@ def _of_pairs(columns: Columns, keys: Keys) -> list[tuple[str, str]]:
         return []
     found = []
     margin, weight = columns.get("margin"), columns.get("example_weight", "weight")
-    if columns.all(margin, _is_number):
+    if columns.all(margin, is_finite_number):
         found.append(("margin", margin))
-    if columns.all(weight, lambda value: _is_number(value) and float(value) >= 0):
+    if columns.all(weight, lambda value: is_finite_number(value) and float(value) >= 0):
         found.append(("example_weight", weight))
     return found
-
-
-def _is_number(value) -> bool:
-    try:
-        return isinstance(value, Real | str) and not isinstance(value, bool) and abs(float(value)) < float("inf")
-    except ValueError:
-        return False

@@ -40,7 +40,8 @@ class Row(NamedTuple):
 
     target: the index of the response that SFT learns. scores, labels: of each response. weights, margins: of each pair.
     forms_pairs: the row holds one scored response, and pairs are formed between the rows of a prompt. more_targets: further
-    responses that SFT learns. tools: JSON text, which belongs to the prompt; "" for none.
+    responses that SFT learns. tools: JSON text, which belongs to the prompt; "" for none. number: of the row in its file; 0 if
+    unknown.
     """
 
     prompt: Prompt
@@ -54,6 +55,7 @@ class Row(NamedTuple):
     forms_pairs: bool = False
     more_targets: tuple[int, ...] = ()
     tools: str = ""
+    number: int = 0
 
     @property
     def stands_alone(self) -> bool:
@@ -71,16 +73,17 @@ def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) ->
 
     At most `window` prompts are kept open: rows of a prompt that are further apart form separate records, so that memory does
     not grow with the data. Rows without a prompt, and rows without pair, score and label, are records of their own. The report
-    counts pairs of identical texts. SFT learns the target of each row; of rows with one scored response each, the best.
+    counts pairs of identical texts. SFT learns the target of each row; of rows with one scored response each, those with the
+    best score of their prompt.
     """
     groups: dict[tuple[Prompt, str], _Group] = {}
     for row in rows:
         if row.stands_alone:
             record = {"responses": row.responses, "pairs": [], "sft_target": row.responses[row.target]}
-            beside = {"tools": row.tools, "scores": row.scores}
+            beside = {"tools": row.tools, "scores": row.scores, "rows": row.number and [row.number]}
             yield row.prompt, record | {key: value for key, value in beside.items() if value}
             continue
-        if row.pairs and len(set(row.responses)) == 1:
+        if row.pairs and row.responses.count(row.responses[0]) == len(row.responses):
             report.skip(SAME_TEXT, len(row.pairs))
             continue
         if row.prompt == "":
@@ -88,7 +91,10 @@ def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) ->
             (alone := _Group()).add(row, report)
             yield from alone.items(row.prompt, row.tools, report)
             continue
-        groups.setdefault((row.prompt, row.tools), _Group()).add(row, report)
+        key = row.prompt, row.tools
+        if (group := groups.get(key)) is None:
+            group = groups[key] = _Group()
+        group.add(row, report)
         if len(groups) > window:
             key = next(iter(groups))
             yield from groups.pop(key).items(*key, report)
@@ -102,6 +108,7 @@ class _Group:
     def __init__(self):
         self.record = new_record()
         self.targets: list[Response] = []
+        self.rows: list[int] = []
         # By response; `formed` are those whose pairs are formed at the end.
         self.scores: dict[Response, float] = {}
         self.labels: dict[Response, bool | None] = {}
@@ -109,20 +116,20 @@ class _Group:
 
     def add(self, row: Row, report: DataReport) -> None:
         """Add a row."""
+        self.rows += [row.number] * bool(row.number)
         if row.forms_pairs:
             self.formed += zip(row.responses, row.scores, strict=True)
             return
         different = [k for k, (i, j) in enumerate(row.pairs) if row.responses[i] != row.responses[j]]
         report.skip(SAME_TEXT, add_responses(self.record, row.responses, row.pairs))
         before = len(self.record["pairs"]) - len(different)
-        for key, without in (("weights", 1.0), ("margins", None)):
-            values = getattr(row, key)
+        for key, values, without in (("weights", row.weights, 1.0), ("margins", row.margins, None)):
             if values is not None or key in self.record:
                 known = self.record.setdefault(key, [without] * before)
                 known.extend(without if values is None else values[k] for k in different)
         if row.scores:
             self.scores |= dict(zip(row.responses, row.scores, strict=True))
-        for response, label in zip(row.responses, row.labels or (), strict=False):
+        for response, label in zip(row.responses, row.labels or (), strict=False) if row.labels else ():
             if self.labels.setdefault(response, label) not in (label, None):
                 self.labels[response] = None
                 report.skip(BOTH_LABELS)
@@ -133,10 +140,10 @@ class _Group:
         """The prompt and its record, if there is anything to learn from it."""
         record = self.record
         if self.formed:
-            responses, scores = zip(*self.formed, strict=True)
-            if formed := scored_record(responses, scores, report):
-                best = formed["responses"].index(formed["sft_target"])
-                self.add(Row(prompt, formed["responses"], formed["pairs"], best, formed["scores"]), report)
+            given = [response for response, _ in self.formed], [score for _, score in self.formed]
+            responses, scores, pairs = _ranked(*given, report)
+            first, *others = [index for index, score in enumerate(scores) if score == max(scores)]
+            self.add(Row(prompt, responses, pairs, first, scores, more_targets=tuple(others)), report)
         if self.targets:
             record["sft_target"] = self.targets[-1]
             record |= {"sft_targets": self.targets} if len(self.targets) > 1 else {}
@@ -145,8 +152,8 @@ class _Group:
                 for key, of in (("scores", self.scores), ("labels", self.labels))
                 if of
             }
-        if record["pairs"] or self.labels:
-            yield prompt, record | ({"tools": tools} if tools else {})
+        if record["pairs"] or self.labels or self.formed:
+            yield prompt, record | {key: value for key, value in (("tools", tools), ("rows", self.rows)) if value}
 
 
 BOTH_LABELS = "a response is labeled desirable and undesirable"
@@ -160,12 +167,20 @@ def scored_record(responses: Sequence[Response], scores: Sequence[float], report
 
     Of identical responses the last counts. The report counts what is skipped.
     """
+    texts, kept, pairs = _ranked(responses, scores, report)
+    if not pairs:
+        report.skip(NO_PAIR)
+        return None
+    return {"responses": texts, "pairs": pairs, "sft_target": texts[kept.index(max(kept))], "scores": kept}
+
+
+def _ranked(
+    responses: Sequence[Response], scores: Sequence[float], report: DataReport
+) -> tuple[list[Response], list[float], list[tuple[int, int]]]:
+    """Responses, each once, their scores, and the pairs of those that differ."""
     score_of = dict(zip(responses, scores, strict=True))
     texts, kept = list(score_of), list(score_of.values())
     pairs = pairs_by_score(kept)
     report.skip(SAME_RESPONSE, len(responses) - len(texts))
     report.skip(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
-    if not pairs:
-        report.skip(NO_PAIR)
-        return None
-    return {"responses": texts, "pairs": pairs, "sft_target": max(score_of, key=score_of.__getitem__), "scores": kept}
+    return texts, kept, pairs

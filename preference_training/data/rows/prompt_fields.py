@@ -1,6 +1,8 @@
 """The prompt of a row: a text or a conversation, with the system prompt, the earlier turns and the tools beside it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 
 from preference_training.data.rows.conversations import (
@@ -22,6 +24,13 @@ SPELLED_PARTS = tuple(spelled for part in SECOND_PARTS for spelled in (part, par
 USUAL = "prompt"
 
 
+def may_be_prompt(value) -> bool:
+    """Whether a value is a text of several words, or has turns, as prompts are."""
+    if isinstance(value, str):
+        return " " in value.strip()
+    return any(turn_keys(item) for item in (value if isinstance(value, list) else [value]))
+
+
 @dataclass(frozen=True)
 class PromptFields:
     """The fields that a prompt is made of. prompt: "" if rows have none.
@@ -38,8 +47,9 @@ class PromptFields:
 
     def names(self) -> list[str]:
         """The fields that are read."""
-        return [name for name in (self.prompt, self.system, self.history, self.tools, *self._second_parts()) if name]
+        return [name for name in (self.prompt, self.system, self.history, self.tools, *self._second_parts) if name]
 
+    @cached_property
     def _second_parts(self) -> list[str]:
         """The names that second parts of the prompt may have."""
         spelled = SPELLED_PARTS if self.prompt.lower() in INSTRUCTIONS else ()
@@ -50,6 +60,13 @@ class PromptFields:
         if not self.prompt:
             return False
         return self.prompt in row or self.prompt != USUAL or (self.system is not None and self.system not in self.found)
+
+    def may_be_elsewhere(self, row: dict, answers: Iterable[str]) -> bool:
+        """Whether a column that nothing reads may be the prompt: it has turns, or texts of several words."""
+        if not self.prompt:
+            return False
+        read = {part for name in (*answers, *self.names(), *self.others) for part in (name, name.split(".")[0])}
+        return any(may_be_prompt(value) for name, value in row.items() if name not in read)
 
     def read(self, row: dict, as_turns: bool = False) -> Prompt:
         """The prompt: a text, or a conversation if it is a list, or has a system prompt or earlier turns. Raises RowError."""
@@ -115,7 +132,7 @@ class PromptFields:
     def second_part(self, row: dict) -> str | None:
         """The second parts, on separate lines, of a prompt in Alpaca's schema (or Dolly's), unless mapped to something else."""
         parts = []
-        for name in self._second_parts():
+        for name in self._second_parts:
             value = row.get(name)
             if value is None or (isinstance(value, str) and not value.strip()):
                 continue
@@ -142,7 +159,7 @@ class PromptFields:
     def _system(self, row: dict) -> str | None:
         if not self.system or (self.system in self.found and self.system not in row):
             return None
-        system = field_value(row, self.system)
+        system = system_text(field_value(row, self.system), self.system)
         if not system or (self.system in self.found and isinstance(system, str) and not system.strip()):
             return None
         if problem := text_error(system):
@@ -165,3 +182,22 @@ class PromptFields:
         if not self.tools or (self.tools in self.found and self.tools.split(".")[0] not in row):
             return ""
         return parse_tools(field_value(row, self.tools), self.tools)
+
+
+def system_text(value, name: str):
+    """A system prompt in parts, as a message, or a list of one, as its text; anything else as it is. Raises RowError."""
+    if not isinstance(value, list | dict) or not value:
+        return value
+    items = value if isinstance(value, list) else [value]
+    if all(isinstance(item, dict) and isinstance(item.get("text"), str) for item in items):
+        return "".join(item["text"] for item in items)
+    items = [item if turn_keys(item) or not isinstance(item, dict) else {"role": "system", **item} for item in items]
+    return "\n\n".join(turn.content for turn in parse_turns(items, name))
+
+
+def is_system(value) -> bool:
+    """Whether a value is a system prompt."""
+    try:
+        return isinstance(system_text(value, ""), str)
+    except RowError:
+        return False

@@ -29,7 +29,8 @@ from preference_training.core.errors import UserError
 class Turn(NamedTuple):
     """One turn of a conversation; role is one of ROLES.
 
-    rest: the other fields of the message (tool_calls, reasoning_content, ...) as the JSON text of an object; "" without any.
+    rest: the other fields of the message (tool_calls, reasoning_content, ...) as the JSON text of an object; "" without any. Of
+    an assistant turn that is not learned, it has "weight": 0.
     """
 
     role: str
@@ -191,31 +192,42 @@ def _kind_of(message: str) -> str:
 # ---- errors -------------------------------------------------------------------------------------------------------------
 
 
+REQUIRED_KEYS = frozenset(("responses", "pairs", "sft_target"))
+
+
 def item_error(item) -> str | None:
     """The error in a (prompt, record) item of a loader, or None."""
     if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[1], dict):
         found = " and ".join(map(type_name, item)) if isinstance(item, tuple) else type_name(item)
         return f"found {found}, expected a prompt and a dict"
     prompt, record = item
-    missing = {"responses", "pairs", "sft_target"} - record.keys()
-    if missing:
+    if missing := REQUIRED_KEYS - record.keys():
         return f"the record has no {', '.join(sorted(missing))}"
     for key in ("responses", "pairs"):
         if not isinstance(record[key], list | tuple):
             return f"{key} is {type_name(record[key])}, expected a list"
     if problem := prompt_error(prompt):
         return f"the prompt {problem}"
-    if problem := tools_error(record.get("tools", "")):
+    if "tools" in record and (problem := tools_error(record["tools"])):
         return f"tools {problem}"
-    responses = {f"response {index}": text for index, text in enumerate(record["responses"])}
-    targets = record.get("sft_targets", [])
+    responses, targets = record["responses"], record.get("sft_targets", ())
     if not isinstance(targets, list | tuple):
         return f"sft_targets is {type_name(targets)}, expected a list"
-    learned = {f"sft_targets {index}": text for index, text in enumerate(targets)} | {"sft_target": record["sft_target"]}
-    for what, text in {**responses, **learned}.items():
-        if problem := response_error(text):
-            return f"{what} {problem}"
-    return next((error for pair in record["pairs"] if (error := _pair_error(pair, len(responses)))), _numbers_error(record))
+    learned = [text for text in (*targets, record["sft_target"]) if not any(text is known for known in responses)]
+    if any(map(response_error, (*responses, *learned))):
+        return _texts_error(record)
+    if error := next((error for pair in record["pairs"] if (error := _pair_error(pair, len(responses)))), None):
+        return error
+    return _numbers_error(record) if len(record) > 3 else None
+
+
+def _texts_error(record: dict) -> str | None:
+    """The error in the first wrong text of a record."""
+    for key, texts in (("response", record["responses"]), ("sft_targets", record.get("sft_targets", ()))):
+        for index, text in enumerate(texts):
+            if problem := response_error(text):
+                return f"{key} {index} {problem}"
+    return f"sft_target {response_error(record['sft_target'])}"
 
 
 # The optional lists of a record: what each has a value for, what a value must be, and a test of it.
@@ -282,11 +294,20 @@ def response_error(response) -> str | None:
 
 def _turns_error(turns: tuple) -> str | None:
     for number, turn in enumerate(turns, start=1):
+        if _is_plain(turn):
+            continue
         if not _is_turn(turn):
             return f"has a turn {number} that is not (role, content) with one of the roles {', '.join(ROLES)}"
         if problem := turn_error(Turn(*turn)):
             return f"has a turn {number} that {problem}"
     return None if turns else "is a conversation without turns"
+
+
+def _is_plain(turn) -> bool:
+    """Whether a turn has nothing but a role and a text, as most have."""
+    if type(turn) is not Turn or not isinstance(turn.role, str) or turn.rest != "":
+        return False
+    return turn.role in ROLES and text_error(turn.content) is None
 
 
 def _is_turn(turn) -> bool:
@@ -307,7 +328,14 @@ def turn_error(turn: Turn) -> str | None:
 
 def message_of(turn: Turn) -> dict:
     """A turn as a message for chat templates: role, content, and its other fields."""
-    return {"role": turn[0], "content": turn[1]} | (json.loads(turn[2]) if len(turn) > 2 and turn[2] else {})
+    message = {"role": turn[0], "content": turn[1]} | (json.loads(turn[2]) if len(turn) > 2 and turn[2] else {})
+    message.pop("weight", None)
+    return message
+
+
+def is_learned(turn: Turn) -> bool:
+    """Whether SFT learns a turn of the assistant's: unless its weight is 0."""
+    return len(turn) < 3 or '"weight"' not in turn[2] or json.loads(turn[2]).get("weight") != 0
 
 
 def reasoning_of(message: dict) -> str:
@@ -339,7 +367,7 @@ def response_of(turns: tuple[Turn, ...]) -> Response:
 def text_error(value) -> str | None:
     """Why a value is not a non-empty text, as the end of a sentence, or None if it is one."""
     if not isinstance(value, str):
-        return f"is {type_name(value)}, expected a text"
+        return f"is {'null' if value is None else type_name(value)}, expected a text"
     if not value or value.isspace():
         return "is empty"
     if value.isascii():
@@ -354,6 +382,11 @@ def text_error(value) -> str | None:
 def type_name(value) -> str:
     """The name of a value's type, for messages."""
     return "None" if value is None else type(value).__name__
+
+
+def shown(value) -> str:
+    """A value as messages show it."""
+    return "null" if value is None else repr(value)
 
 
 # ---- held out -----------------------------------------------------------------------------------------------------------
@@ -388,6 +421,9 @@ def split_by_hash(
     """
     lowest, waiting, several = 1.0, [], False
     held_out_any = share == 0
+    if share == 0:
+        # All are read, also for the split that is empty, since reading reports their errors.
+        yield from (item for item in items if split == "train")
     for item in items:
         prompt, record = item
         # Answers without a prompt, as plain texts are, are held out one by one.

@@ -53,6 +53,14 @@ def parse_dialogue(prompt: str) -> tuple[Turn, ...] | None:
     return (*[Turn("system", system.strip())] * bool(system.strip()), *turns)
 
 
+def turns_of(prompt: Prompt) -> tuple[Turn, ...]:
+    """The turns of any prompt: a conversation, an HH dialogue, or a text, which is a user turn."""
+    if not isinstance(prompt, str):
+        return tuple(Turn(*turn) for turn in prompt)
+    turns = parse_dialogue(prompt)
+    return ((Turn("user", prompt),) if prompt else ()) if turns is None else turns
+
+
 # ---- templates ----------------------------------------------------------------------------------------------------------
 
 
@@ -93,12 +101,11 @@ def _after_space(response: str | Spanned) -> str | Spanned:
 
 def _conversation(prompt: Prompt, responses: Sequence[Response]) -> tuple[tuple[Turn, ...], list[Response]]:
     """The turns of any prompt: a conversation, an HH dialogue, or a single user turn; and the responses to them."""
+    turns = turns_of(prompt)
     if not isinstance(prompt, str):
-        turns = (Turn(*turn) for turn in prompt)
         return tuple(turn for turn in turns if turn.content or turn.role != "system"), list(responses)
-    turns = parse_dialogue(prompt)
-    if turns is None:
-        return (Turn("user", prompt),) if prompt else (), list(responses)
+    if not turns or turns[0].content == prompt:
+        return turns, list(responses)
     return turns, [response.removeprefix(" ") if isinstance(response, str) else response for response in responses]
 
 

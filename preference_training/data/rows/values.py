@@ -2,14 +2,20 @@
 
 import operator
 from collections.abc import Callable, Iterable
+from numbers import Real
 
 from preference_training.data.rows.conversations import RowError, parse_literal
-from preference_training.data.rows.records import text_error
+from preference_training.data.rows.records import shown, text_error
 
 
 def is_empty(value) -> bool:
     """Whether a value is empty, as in tables where a row lacks the column."""
     return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def is_plain_text(value) -> bool:
+    """Whether a value is a text that contains no list or object: most are, and need not be parsed."""
+    return isinstance(value, str) and value.lstrip()[:1] not in ("", "[", "{")
 
 
 def check_text(value, name: str) -> None:
@@ -18,12 +24,15 @@ def check_text(value, name: str) -> None:
         raise RowError(f"field {name!r} {problem}.")
 
 
-def parse_text_list(value):
-    """The value, parsed if it is a text that contains a list, as JSON or as Python prints it, as in CSV files."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
+def parse_text_list(value, starts: str = "["):
+    """The value, parsed if it is a text that contains a list, as JSON or as Python prints it, as in CSV files.
+
+    starts: "[{" parses objects too.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith(tuple(starts)):
         return value
     found = parse_literal(value)
-    return found if isinstance(found, list) else value
+    return found if isinstance(found, list | dict) else value
 
 
 def is_text_list(value) -> bool:
@@ -42,6 +51,7 @@ def field_value(row: dict, name: str):
         return row[name]
     value = row
     for part in name.split("."):
+        value = parse_text_list(value, "[{")
         items = value if isinstance(value, list) else [value]
         # Of a list, single items may lack the part, such as a score.
         if not all(isinstance(item, dict) for item in items) or (items and not any(part in item for item in items)):
@@ -63,8 +73,16 @@ def as_number(value, name: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or number != number:
-        raise RowError(f"field {name!r} is {value!r}, expected a number.")
+        raise RowError(f"field {name!r} is {shown(value)}, expected a number.")
     return number
+
+
+def is_finite_number(value) -> bool:
+    """Whether a value is a finite number, also as a text."""
+    try:
+        return isinstance(value, Real | str) and not isinstance(value, bool) and abs(float(value)) < float("inf")
+    except ValueError:
+        return False
 
 
 LABELS = dict.fromkeys(("true", "1", "desirable", "yes", "good", "positive", "chosen", "like"), True) | dict.fromkeys(
@@ -81,7 +99,7 @@ def as_label(value, name: str) -> bool:
     """A value as a label: whether a response is desirable; `name` is its field's. Raises RowError."""
     label = LABELS.get(label_word(value))
     if label is None:
-        raise RowError(f"field {name!r} is {value!r}, expected true or false, 1 or 0, desirable or undesirable.")
+        raise RowError(f"field {name!r} is {shown(value)}, expected one of {', '.join(LABELS)}.")
     return label
 
 
@@ -174,8 +192,8 @@ def better_answer(row: dict, better: str | dict, place_names: str) -> int | None
     """The index of the better of two answers; None for a tie. Raises RowError where the verdict cannot be read."""
     if isinstance(better, str):
         raise RowError(
-            f"field {better!r} is {field_value(row, better)!r}, and it is not evident which of {place_names} that means. Write "
-            f"better: {{{better}: [VALUE, VALUE]}} with the values for the first and the second, such as [0, 1], "
+            f"field {better!r} is {shown(field_value(row, better))}, and it is not evident which of {place_names} that means. "
+            f"Write better: {{{better}: [VALUE, VALUE]}} with the values for the first and the second, such as [0, 1], "
             "[model_a, model_b] or ['< 0', '> 0']."
         )
     ((column, wanted),) = better.items()
@@ -188,7 +206,7 @@ def better_answer(row: dict, better: str | dict, place_names: str) -> int | None
         return None if all(named) else named.index(True)
     if is_empty(value) or is_tie(value):
         return None
-    raise RowError(f"field {column!r} is {value!r}, expected a value for one of {place_names}, or a tie.")
+    raise RowError(f"field {column!r} is {shown(value)}, expected a value for one of {place_names}, or a tie.")
 
 
 def _names_value(value, wanted, row: dict) -> bool:

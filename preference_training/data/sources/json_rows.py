@@ -8,6 +8,7 @@ from itertools import chain
 from typing import BinaryIO
 
 from preference_training.core.errors import UserError
+from preference_training.data.rows.formats import PROMPTS
 from preference_training.data.rows.records import DataReport
 
 # What json raises besides JSONDecodeError: ValueError for a number of thousands of digits, RecursionError for deep nesting.
@@ -25,13 +26,20 @@ def read_json(file: BinaryIO, place: str, report: DataReport, one_object: bool =
     content = first[-1][1].removeprefix(BYTE_ORDER_MARK).strip() if first else b""
     numbered: Iterator[tuple[int, object]]
     if content.startswith(b"["):
-        numbered = enumerate(_whole_list(_text(first, lines), place), start=1)
+        second = list(_up_to_content(lines))
+        # A list in one line, and other lines: one of these may be no row.
+        is_line = bool(second and second[-1][1].strip()) and _is_of(content, list)
+        numbered = (
+            _json_lines(chain(first, second, lines), place, report)
+            if is_line
+            else enumerate(_whole_list(_text([*first, *second], lines), place), start=1)
+        )
     elif content == b"{" or (one_object and content.startswith(b"{")):
         second = list(_up_to_content(lines))
         alone = not second or not second[-1][1].strip()
         numbered = (
             _json_lines(chain(first, second, lines), place, report)
-            if not alone and (_is_object(content) or _is_object(second[-1][1]))
+            if not alone and (_is_of(content, dict) or _is_of(second[-1][1], dict))
             else enumerate(_objects(_text([*first, *second], lines), place), start=1)
         )
     else:
@@ -56,9 +64,10 @@ def _text(read: list[tuple[int, bytes]], lines: Iterator[tuple[int, bytes]]) -> 
     return b"".join(line for _, line in chain(read, lines)).decode("utf-8-sig")
 
 
-def _is_object(line: bytes) -> bool:
+def _is_of(line: bytes, kind: type) -> bool:
+    """Whether a line is a JSON value of a kind."""
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(line), kind)
     except UNREADABLE_JSON:
         return False
 
@@ -98,6 +107,7 @@ def _json_lines(lines: Iterator[tuple[int, bytes]], place: str, report: DataRepo
 # ---- objects over several lines ---------------------------------------------------------------------------------------------
 
 WHITESPACE = re.compile(r"\s*")
+CHOSEN = ("chosen", "text")
 # Keys of an object beside which others describe its rows.
 ROW_KEYS = ("data", "rows", "records", "examples", "instances", "items", "samples", "entries", "results", "train")
 
@@ -115,7 +125,9 @@ def _objects(text: str, place: str) -> list:
 def _rows_within(value: dict, place: str) -> list:
     """The rows of an object: those of its one list, its columns (as pandas writes them), or itself as the only row."""
     lists = [key for key, rows in value.items() if _is_rows(rows)]
-    if lists and (len(value) == len(lists) or any(key in ROW_KEYS for key in lists)):
+    # A row with a prompt may list its answers, under any other name.
+    is_row = any(str(key).lower() in (*PROMPTS, *CHOSEN) for key in value)
+    if lists and (len(value) == len(lists) or any(key in ROW_KEYS for key in lists) or (len(lists) == 1 and not is_row)):
         if len(lists) > 1:
             raise UserError(
                 f"datasets: {place}: an object with {len(lists)} lists of rows: {', '.join(lists)}. Expected one; "

@@ -3,7 +3,8 @@
 import csv
 import io
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from preference_training.core.errors import UserError, first_line
@@ -26,34 +27,74 @@ def read_csv(file: BinaryIO, place: str, report: DataReport, delimiters: str = D
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
             raise UserError(f"datasets: {place}: the header names {', '.join(twice)} twice. Rename one column.")
-        reader, number = csv.reader(text, delimiter=delimiter, strict=True), 0
-        while True:
-            try:
-                values = next(reader, None)
-            except csv.Error as error:
-                # An open quote takes the rest of the file with it.
-                line = lines + reader.line_num
-                if "unexpected end" in str(error):
-                    raise UserError(f"datasets: {place}, line {line}: not CSV: {error}.") from error
-                number += 1
-                report.bad_row(UserError(f"datasets: {place}, row {number}: not CSV: {error} (line {line})."))
-                continue
-            if values is None:
-                return
-            if not values:
-                continue
-            number += 1
-            if len(values) == len(header):
+        if delimiter == "\t":
+            records: Iterator[list[str] | str] = _tab_separated(text, len(header))
+        else:
+            records = _records(csv.reader(text, delimiter=delimiter, strict=True), lines, place)
+        for number, values in enumerate(filter(None, records), start=1):
+            if isinstance(values, list) and len(values) == len(header):
                 yield number, dict(zip(header, values, strict=True))
                 continue
-            report.bad_row(
-                UserError(
-                    f"datasets: {place}, row {number}: another number of fields than the header's {len(header)}. "
-                    "Quote fields that hold commas or line breaks."
-                )
+            problem = (
+                values
+                if isinstance(values, str)
+                else f"another number of fields than the header's {len(header)}. Quote fields that hold commas or line breaks."
             )
+            report.bad_row(UserError(f"datasets: {place}, row {number}: {problem}"))
 
 
+def _records(reader, lines: int, place: str) -> Iterator[list[str] | str]:
+    """The fields of each record, or what is wrong with it. lines: how many were read before. Raises UserError."""
+    while True:
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            line = lines + reader.line_num
+            if "unexpected end" in str(error):
+                # An open quote takes the rest of the file with it.
+                raise UserError(f"datasets: {place}, line {line}: not CSV: {error}.") from error
+            values = f"not CSV: {error} (line {line})."
+        if values is None:
+            return
+        yield values
+
+
+def _tab_separated(lines: Iterable[str], width: int) -> Iterator[list[str]]:
+    """The fields of each record of a table that is separated by tabs, in which a quote need not begin a quoted field.
+
+    Quoted are fields as other programs write them, which may hold tabs and line ends: where that gives `width` fields.
+    """
+    waiting, lines = deque[str](), iter(lines)
+    while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
+        plain = line.rstrip("\r\n").split("\t")
+        if '"' not in line:
+            yield plain if line.strip("\r\n") else []
+            continue
+        taken, quoted = [line], _quoted(line)
+        while quoted is None and len(taken) < LONGEST_RECORD:
+            more = waiting.popleft() if waiting else next(lines, None)
+            if more is None:
+                break
+            taken.append(more)
+            quoted = _quoted("".join(taken))
+        if quoted is not None and len(quoted) == width:
+            yield quoted
+            continue
+        waiting.extendleft(reversed(taken[1:]))
+        yield plain
+
+
+def _quoted(text: str) -> list[str] | None:
+    """The fields of a record with quoted ones; [] for another text; None where a quote is open at its end."""
+    try:
+        records = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True))
+    except csv.Error as error:
+        return None if "unexpected end" in str(error) else []
+    return records[0] if len(records) == 1 else []
+
+
+# Lines that a record with quoted fields may take, of tables that need not quote.
+LONGEST_RECORD = 1000
 # Lines that a header may take, with line ends in quotes.
 LONGEST_HEADER = 100
 

@@ -1,6 +1,6 @@
 """The user's own rows: a file, files, a directory or a set of the hub, read through a field map and split."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -73,6 +73,11 @@ class UserData:
         """The field map, with what it does not say as found in the first rows of a split."""
         rows = self._source(split, cache_dir).rows(DataReport(skip_bad_rows=True))
         return self.field_map.found_in(row for _, row in islice(rows, FIRST_ROWS))
+
+    def source_of(self, rows: Sequence[int], split: str) -> str:
+        """The name of the record of some rows, for messages."""
+        numbers = [*map(str, rows[:3]), *["..."] * (len(rows) > 3)]
+        return f"{self._path(split)}, row{'s' * (len(rows) > 1)} {', '.join(numbers)}"
 
     def _path(self, split: str) -> str:
         return self.test_path if split == "test" and self.test_path else self.path

@@ -31,8 +31,12 @@ def with_converted_model(config: RunConfig) -> RunConfig:
     name = config.model.name_or_path
     if not name or not is_gguf(name):
         return config
-    file = local_gguf(name) or _download(name, config.cache_dir)
-    return config.changed({"model.name_or_path": str(converted(file, name, config.cache_dir))})
+    return config.changed({"model.name_or_path": str(gguf_directory(name, config.cache_dir))})
+
+
+def gguf_directory(name: str, cache_dir: str | None = None) -> Path:
+    """The directory that a model in a GGUF file, here, in a package or on the hub, was converted to. Raises UserError."""
+    return converted(local_gguf(name) or _download(name, cache_dir), name, cache_dir)
 
 
 def _download(name: str, cache_dir: str | None) -> Path:
@@ -72,6 +76,7 @@ def _folder(cache_dir: str | None) -> Path:
 
 
 def _convert(file: Path, name: str, directory: Path) -> None:
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
@@ -95,6 +100,9 @@ def _convert(file: Path, name: str, directory: Path) -> None:
         raise OSError(f"it takes {needed / 1e9:.1f} GB in float32, and {free / 1e9:.1f} GB are free")
     save_model(model, directory)
     tokenizer.save_pretrained(directory)
+    if license := GGUFReader(file).fields.get("general.license"):
+        # As on the hub, so that the card of what is trained on it can name it.
+        (directory / "README.md").write_text(f"---\nlicense: {license.contents()}\n---\n", encoding="utf-8")
 
 
 def _dequantized() -> dict:

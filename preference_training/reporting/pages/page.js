@@ -1,5 +1,6 @@
 "use strict";
 // Readout of a chart's values at the pointer, or at the position chosen with the arrow keys.
+const MOST_ROWS = 8;
 const words = (value) => value.toLocaleString("en", { maximumSignificantDigits: 5 });
 const element = (name, className, text) => Object.assign(document.createElement(name), { className, textContent: text });
 const nearest = (values, wanted) =>
@@ -47,11 +48,20 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     for (const each of plot.querySelectorAll(".mark")) each.remove();
   }
 
-  function show(number) {
+  // Of many lines, those that are nearest to a height of the plot, the upper ones first.
+  function nearestRows(rows, height) {
+    const far = ([line, k]) => Math.abs(up(line.y[k]) - height);
+    const near = [...rows].sort((one, other) => far(one) - far(other)).slice(0, MOST_ROWS);
+    return near.sort(([one, k], [other, n]) => other.y[n] - one.y[k]);
+  }
+
+  function show(number, height = 1) {
     hide();
     place = Math.max(0, Math.min(places.length - 1, number));
-    const { x, rows } = places[place];
+    const { x, rows: all } = places[place];
+    const rows = all.length > MOST_ROWS ? nearestRows(all, height) : all;
     readout.append(element("div", "", `${xName} ${words(x)}`), ...rows.map(row));
+    if (rows.length < all.length) readout.append(element("div", "", `and ${all.length - rows.length} more lines`));
     plot.append(...rows.map(mark));
     cursor.style.display = "block";
     cursor.style.left = `${100 * across(x)}%`;
@@ -67,7 +77,8 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     const x = left + ((event.clientX - box.left) / box.width) * (right - left);
     const far = ({ x: each, rows: [[line, k]] }) =>
       Math.hypot((across(each) - across(x)) * box.width, box.bottom - up(line.y[k]) * box.height - event.clientY);
-    show(points ? nearest(places.map(far), 0) : nearest(places.map((each) => each.x), x));
+    const height = (box.bottom - event.clientY) / box.height;
+    show(points ? nearest(places.map(far), 0) : nearest(places.map((each) => each.x), x), height);
   }
 
   plot.addEventListener("pointermove", follow);

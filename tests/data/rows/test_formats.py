@@ -16,7 +16,8 @@ from preference_training.data.rows.values import NO_VERDICT, TIE, verdict_values
 
 def mapped(rows: list[dict], report: DataReport | None = None, **names) -> list[Row]:
     report = report if report is not None else DataReport()
-    return list(FieldMap(**names).map_rows(enumerate(rows, start=1), "data.jsonl", report))
+    found = FieldMap(**names).map_rows(enumerate(rows, start=1), "data.jsonl", report)
+    return [row._replace(number=0) for row in found]
 
 
 def read(*rows: dict, **names) -> tuple[Row, str]:
@@ -199,7 +200,7 @@ def test_numbered_columns_of_rejected_answers_are_all_read(names):
     rows = [{"prompt": "q", "chosen": "a", one: "b", two: text} for text in ("c", None)]
     assert mapped(rows, report) == [Row("q", ["a", "b", "c"], [(0, 1), (0, 2)], 0), Row("q", ["a", "b"], [(0, 1)], 0)]
     assert report.found == f"pairs in `chosen` and `{one}` and `{two}`"
-    assert (report.columns_not_read, report.changed) == ({}, {"answers left out that are missing (None)": 1})
+    assert (report.columns_not_read, report.changed) == ({}, {"answers left out that are missing (null)": 1})
 
 
 def test_the_usual_columns_go_without_saying_and_others_are_named_with_what_they_are():
@@ -266,7 +267,7 @@ def test_of_several_answers_those_that_are_missing_or_unrated_are_left_out_alone
     rows = [{"prompt": "q", "responses": ["a", "b", None, "c"], "scores": [1, 2, 3, None]}]
     assert mapped(rows, report) == [Row("q", ["a", "b"], [(1, 0)], 1, [1, 2])]
     assert report.changed == {
-        "answers left out that are missing (None)": 1, "answers left out that have no score or rank": 1,
+        "answers left out that are missing (null)": 1, "answers left out that have no score or rank": 1,
     }  # fmt: skip
     report = DataReport()
     assert mapped([{"prompt": "q", "responses": ["a", None], "scores": [None, 1]}], report) == []
@@ -490,7 +491,7 @@ def test_labels_are_understood_in_the_words_that_people_use_and_rows_without_are
 
 def test_two_labels_that_are_not_understood_are_refused():
     rows = [{"prompt": "q", "completion": "a", "label": label} for label in ("up", "down")]
-    with pytest.raises(UserError, match="row 1: field 'label' is 'up', expected true or false, 1 or 0, desirable"):
+    with pytest.raises(UserError, match="row 1: field 'label' is 'up', expected one of true, 1, desirable"):
         mapped(rows)
     more = [row | {"label": label} for row, label in zip(rows * 2, ("math", "code", "law", "art"), strict=True)]
     assert [row.labels for row in mapped(more)] == [None] * 4

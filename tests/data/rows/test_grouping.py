@@ -113,9 +113,19 @@ def test_scored_responses_of_a_prompt_form_pairs_and_the_best_is_the_target():
         (
             "p",
             {"responses": ["low", "high", "also low"], "pairs": [(1, 0), (1, 2)], "sft_target": "high", "scores": [1, 3, 1]},
-        )
+        ),
+        # Nothing to compare, and something for SFT.
+        ("q", {"responses": ["only"], "pairs": [], "sft_target": "only", "scores": [5]}),
     ]
-    assert report.left_out == {EQUAL_SCORES: 1, NO_PAIR: 1}
+    assert report.left_out == {EQUAL_SCORES: 1}
+
+
+def test_sft_learns_every_answer_with_the_best_score_of_its_prompt():
+    report = DataReport()
+    ((_, tied),) = group_rows([scored_row("p", "a", 2), scored_row("p", "b", 2)], report)
+    assert (tied["pairs"], tied["sft_targets"], report.left_out) == ([], ["a", "b"], {EQUAL_SCORES: 1})
+    ((_, best),) = group_rows([scored_row("p", text, score) for text, score in (("a", 3), ("b", 1), ("c", 3))], DataReport())
+    assert (best["pairs"], best["sft_targets"], best["sft_target"]) == ([(0, 1), (2, 1)], ["a", "c"], "c")
 
 
 def test_pairs_and_scored_responses_of_a_prompt_are_one_record():
@@ -129,8 +139,8 @@ def test_pairs_and_scored_responses_of_a_prompt_are_one_record():
     ]  # fmt: skip
     report = DataReport()
     ((_, record),) = group_rows([*rows[:2], scored_row("p", "b", 1.0)], report)
-    assert (record["responses"], record["pairs"], record["sft_target"]) == (["x", "y"], [(0, 1)], "x")
-    assert report.left_out == {EQUAL_SCORES: 1, NO_PAIR: 1}
+    assert (record["responses"], record["pairs"]) == (["x", "y", "a", "b"], [(0, 1)])
+    assert (record["sft_targets"], report.left_out) == (["x", "a", "b"], {EQUAL_SCORES: 1})
 
 
 def test_a_conversation_and_a_text_of_the_same_words_are_different_prompts():
@@ -174,7 +184,7 @@ def test_the_better_of_two_scored_rows_is_preferred_whatever_the_window(rows, wi
     said = {(row.prompt, row.responses[0], row.scores[0]) for row in rows}
     for prompt, record in group_rows(rows, DataReport(), window):
         scores = [{score for p, text, score in said if (p, text) == (prompt, response)} for response in record["responses"]]
-        assert record["pairs"]
+        assert bool(record["pairs"]) == (len(set(record["scores"])) > 1)
         assert all(max(scores[better]) > min(scores[worse]) for better, worse in record["pairs"])
 
 

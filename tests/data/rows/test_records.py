@@ -58,12 +58,12 @@ def test_skipped_rows_are_counted_and_the_first_ten_kinds_are_listed_by_the_firs
 
 def test_rows_that_fail_alike_are_one_line_with_their_number():
     report = DataReport(skip_bad_rows=True)
-    for number, found in enumerate(["'much'", "'5 of 9'", "None", "'more'"], start=7):
+    for number, found in enumerate(["'much'", "'5 of 9'", "null", "'more'"], start=7):
         report.bad_row(UserError(f"data.jsonl, row {number}: field 'n' is {found}, expected a number."))
     assert report.lines() == [
         "4 bad rows skipped",
         "  data.jsonl, row 7: field 'n' is 'much', expected a number. (2 more rows like it)",
-        "  data.jsonl, row 9: field 'n' is None, expected a number.",
+        "  data.jsonl, row 9: field 'n' is null, expected a number.",
     ]
     assert DataReport(**report.as_dict()) == report
 
@@ -117,7 +117,7 @@ def test_a_report_survives_json_and_continues_counting(report, reasons, changes)
     [
         ("", "is empty"),
         (" \t\n\u00a0\u2003", "is empty"),
-        (None, "is None, expected a text"),
+        (None, "is null, expected a text"),
         (5, "is int, expected a text"),
         (b"bytes", "is bytes, expected a text"),
         (["a"], "is list, expected a text"),
@@ -166,7 +166,7 @@ def test_a_text_is_valid_if_it_can_be_written(text):
         ((Turn(["user"], "q"),), "has a turn 1 that is not (role, content)"),
         ((Turn(numpy.array(["user", "user"]), "q"),), "has a turn 1 that is not (role, content)"),
         ((Turn("user", ""), Turn("assistant", "a")), "has a turn 1 that is empty"),
-        ((Turn("user", None),), "has a turn 1 that is None, expected a text"),
+        ((Turn("user", None),), "has a turn 1 that is null, expected a text"),
         ((Turn("user", "q"), Turn("assistant", "\ud800"), Turn("user", "q")), "has a turn 2 that holds half a surrogate pair"),
         ([Turn("user", "q")], "is list, expected a text"),
     ],
@@ -240,7 +240,7 @@ SOUND = {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
         (((), SOUND), "the prompt is a conversation without turns"),
         (("p", SOUND | {"responses": ["a", " "]}), "response 1 is empty"),
         (("p", SOUND | {"sft_target": ""}), "sft_target is empty"),
-        (("p", SOUND | {"sft_target": None}), "sft_target is None, expected a text"),
+        (("p", SOUND | {"sft_target": None}), "sft_target is null, expected a text"),
         (("p", SOUND | {"responses": ["a", "x\ud800"]}), "response 1 holds half a surrogate pair"),
         (("p", SOUND | {"responses": {"a": 1}}), "responses is dict, expected a list"),
         (("p", SOUND | {"pairs": iter(())}), "pairs is tuple_iterator, expected a list"),

@@ -66,7 +66,7 @@ def test_nothing_else_is_a_condition(text):
     [
         ("missing > 1", "no field 'missing', the row has chosen_score, "),
         ("source > 1", "field 'source' is 'web', expected a number."),
-        ("none - 1 > 1", "field 'none' is None, expected a number."),
+        ("none - 1 > 1", "field 'none' is null, expected a number."),
         ("1 / n > 1", "n is 0, and is divided by."),
         ("'x' in n", "n is 0, expected a list, or a text"),
     ],

@@ -32,6 +32,7 @@ OBJECTS = {
     "one list": {"data": ROWS},
     "one list beside facts": {"version": "1.0", "data": ROWS, "n": 2},
     "one list under any name": {"mine": ROWS},
+    "one list under any name beside facts": {"version": "1.0", "pairs": ROWS, "n": 2},
     "columns by index, as pandas writes": COLUMNS,
     "columns as lists": {column: [row[column] for row in ROWS] for column in ROWS[0]},
     "rows by index": {str(n): row for n, row in enumerate(ROWS)},
@@ -80,6 +81,18 @@ def test_objects_over_several_lines_each_are_rows(tmp_path):
     assert "not JSON" in refusal(tmp_path / "rows.jsonl")
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_list_in_a_file_of_lines_is_a_bad_row_and_a_file_that_is_one_list_is_its_rows(tmp_path, ending):
+    path, report = tmp_path / f"rows.{ending}", DataReport(skip_bad_rows=True)
+    lines = [json.dumps(row) for row in ROWS]
+    path.write_text("\n".join(["[1, 2]", *lines]))
+    assert list(read_rows(path, report)) == [(2, ROWS[0]), (3, ROWS[1])]
+    assert report.bad_rows == [f"datasets: {path}, row 1: found list, expected a JSON object."]
+    for text in (json.dumps(ROWS), json.dumps(ROWS, indent=1) + "\n\n", json.dumps(ROWS) + "\n"):
+        path.write_text(text)
+        assert rows_of(path) == ROWS
+
+
 def test_json_lines_in_a_json_file_whose_first_is_damaged_are_skipped_one_by_one(tmp_path):
     path, report = tmp_path / "rows.json", DataReport(skip_bad_rows=True)
     path.write_text('{"prompt": \n' + "".join(json.dumps(row) + "\n" for row in ROWS))
@@ -125,6 +138,24 @@ def test_a_bad_quote_is_a_bad_row(tmp_path):
     told = f"datasets: {path}, row 2: not CSV: ',' expected after '\"' (line 3)."
     assert (report.num_bad_rows, report.bad_rows) == (1, [told])
     assert refusal(path) == f"{told} Fix the row, or skip such rows with on_bad_row=skip."
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ('"Mars\tMoon\n', ('"Mars', "Moon")),
+        ('"Mars" it is\tMoon\n', ('"Mars" it is', "Moon")),
+        ('5" tall\t"\n', ('5" tall', '"')),
+        ('"Mars, ""red"""\t"two\nlines"\n', ('Mars, "red"', "two\nlines")),
+        ('"a\tb"\tc\n', ("a\tb", "c")),
+    ],
+    ids=["not closed", "text behind", "inches", "quoted as others write", "a tab in quotes"],
+)
+def test_a_quote_in_a_table_of_tabs_is_text_unless_it_encloses_a_field(tmp_path, text, values):
+    path = tmp_path / "a.tsv"
+    path.write_text("a\tb\n1\t2\n" + text + "3\t4\n")
+    expected = [("1", "2"), values, ("3", "4")]
+    assert list(read_rows(path)) == [(n, dict(zip("ab", row, strict=True))) for n, row in enumerate(expected, start=1)]
 
 
 # ---- Arrow and texts --------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from preference_training.batching.schedule import Schedule
 from preference_training.core.gpu_peaks import peak_tflops
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.distributed.utilization import step_flops
 from preference_training.losses.registry import build_loss
-from preference_training.modeling.flops import step_flops
 from tests.support.building import build_trainer
 from tests.support.files import GOLDEN
 

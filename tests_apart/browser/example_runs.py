@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # The embedded model learns the embedded data in a minute, with a curve that has some steps.
 COMMON = (
     "n_eval_examples=128",
@@ -52,6 +52,18 @@ def short_runs(folder: Path) -> dict[str, Path]:
         if not found[name].exists():
             train(*command, f"exp_name=toy_{name}", f"{place}={found[name]}")
     return found
+
+
+def many_runs(folder: Path, number: int = 20) -> Path:
+    """Runs with as many values of beta, in numbers that are made up; their folder."""
+    for k in range(number):
+        run_dir = folder / str(k)
+        if not run_dir.exists():
+            long_run(run_dir, steps=60, seed=k)
+            config = OmegaConf.load(run_dir / "config.yaml")
+            config.loss.beta = round(0.05 * (k + 1), 2)
+            OmegaConf.save(config, run_dir / "config.yaml")
+    return folder
 
 
 def data_report(folder: Path) -> Path:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
@@ -17,10 +18,10 @@ from selenium.webdriver.common.keys import Keys
 
 from preference_training.reporting.comparison import write_comparison
 from preference_training.reporting.run_report import write_report
-from tests_browser.browser import HEIGHTS, asked_for, chromium, on_paper, open_page, photograph, printed, show
-from tests_browser.example_runs import data_report, long_run, short_runs
+from tests_apart.browser.browser import HEIGHTS, asked_for, chromium, on_paper, open_page, photograph, printed, show
+from tests_apart.browser.example_runs import data_report, long_run, many_runs, short_runs
 
-PAGES = ("sft", "dpo", "beta_dpo", "long", "begun", "comparison", "data")
+PAGES = ("sft", "dpo", "beta_dpo", "long", "begun", "comparison", "many", "data")
 # Of what is written and of what is drawn on what is behind it (WCAG 2.2, level AA).
 WRITTEN, DRAWN = 4.5, 3.0
 
@@ -32,6 +33,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     runs = short_runs(folder)
     found = {name: write_report(run) for name, run in runs.items() if name != "sweep"}
     found["comparison"], _ = write_comparison([runs["sweep"]], runs["sweep"])
+    found["many"], _ = write_comparison([many_runs(folder / "many")], folder / "many")
     found["data"] = data_report(folder / "data")
     found["long"] = write_report(long_run(folder / "long"))
     (folder / "begun").mkdir(exist_ok=True)
@@ -142,7 +144,7 @@ def test_what_is_written_and_drawn_stands_out_from_what_is_behind_it(browser, pa
     value = lambda name: browser.execute_script(  # noqa: E731
         "return getComputedStyle(document.documentElement).getPropertyValue(arguments[0]).trim()", f"--{name}")  # fmt: skip
     for text in ("ink", "quiet"):
-        for behind in ("paper", "box", "marked"):
+        for behind in ("paper", "box", "marked", "wrong"):
             assert contrast(value(text), value(behind)) >= WRITTEN, (text, behind)
     for line in range(6):
         assert contrast(value(f"c{line}"), value("paper")) >= DRAWN, line
@@ -218,6 +220,37 @@ def test_the_pointer_shows_the_values_under_it_and_takes_them_along(browser, pag
                 photograph(browser, picture, whole=False)
         ActionChains(browser).move_to_element(browser.find_element(By.CSS_SELECTOR, "h1")).perform()
         assert readout(browser) == ""
+
+
+def test_of_many_lines_those_nearest_to_the_pointer_are_read(browser, pages):
+    show(browser, 1280)
+    open_page(browser, pages["many"])
+    number = next(k for k, each in enumerate(browser.find_elements(By.CSS_SELECTOR, ".chart")) if "Held-out loss" in each.text)
+    plot = browser.find_elements(By.CSS_SELECTOR, ".plot")[number]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
+    ActionChains(browser).move_to_element(plot).perform()
+    lines = readout(browser, number).splitlines()
+    assert len(lines) == 10 and lines[-1] == "and 12 more lines"
+    values = [float(re.search(r"=[\d.]+ ([\d.]+)", line)[1]) for line in lines[1:-1]]
+    assert values == sorted(values, reverse=True)
+    assert browser.execute_script(UNREADABLE) == []
+
+
+# ---- links ------------------------------------------------------------------------------------------------------------------
+
+
+def test_links_lead_to_files_that_are_there(browser, pages):
+    show(browser, 1280)
+    for name in ("dpo", "comparison"):
+        open_page(browser, pages[name])
+        links = [link.get_attribute("href") for link in browser.find_elements(By.CSS_SELECTOR, "main a")]
+        assert any(not link.partition("#")[2] for link in links)
+        for link in links:
+            path, _, section = link.removeprefix("file://").partition("#")
+            assert Path(unquote(path)).is_file(), link
+            assert not section or browser.find_elements(By.ID, section), link
+    browser.find_element(By.CSS_SELECTOR, "table a").click()
+    assert browser.find_element(By.TAG_NAME, "h1").text == browser.title, "the report of the first run"
 
 
 # ---- paper ------------------------------------------------------------------------------------------------------------------

@@ -1,19 +1,53 @@
-"""The arithmetic of a training step, for model FLOPs utilization (Chowdhery et al. 2022, PaLM, appendix B).
+"""How much of the arithmetic of its devices a run uses.
 
-Counted are the products with weights, two FLOPs for each weight and token; not attention scores, norms, or what activation
-checkpointing computes again, so that long sequences look a little less well used than they are.
+Model FLOPs utilization (Chowdhery et al. 2022, PaLM, appendix B) counts products with weights, two FLOPs for each weight and
+token; not attention scores, norms, or what activation checkpointing computes again. Long sequences look a little less well used
+than they are.
 """
 
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from preference_training.configuration.schema import RunConfig
+from preference_training.core.gpu_peaks import peak_tflops
 from preference_training.core.process_group import is_distributed
+from preference_training.modeling.logprobs import CachedReference
 
 # Of a layer of experts in the names of transformers, and what its configurations call their number.
 EXPERTS = ".experts."
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """FLOPs of a step per token, and the peak of all devices together, in FLOP/s."""
+
+    flops_per_token: float
+    peak: float
+
+    @classmethod
+    def of(cls, config: RunConfig, policy: nn.Module, reference: object, device: torch.device) -> "Utilization | None":
+        """That of a run; None where the peak of its devices is neither known nor given as `peak_tflops`."""
+        peak = config.peak_tflops
+        if peak is None and device.type == "cuda":
+            peak = peak_tflops(torch.cuda.get_device_name(device), _dtype_of_products(config), config.tf32)
+        if peak is None:
+            return None
+        is_live = reference is not None and not isinstance(reference, CachedReference)
+        return cls(step_flops(policy, is_live), peak * 1e12 * num_devices(policy))
+
+
+def _dtype_of_products(config: RunConfig) -> str:
+    """The dtype that most matrix products of a step are computed in."""
+    model = config.model
+    quantized = model.quantized_compute_dtype if model.quantization else None
+    return quantized or model.autocast_dtype or config.sharded_dtype or model.policy_dtype
+
+
+# ---- FLOPs ------------------------------------------------------------------------------------------------------------------
 
 
 def step_flops(policy: nn.Module, reference_is_live: bool) -> float:

@@ -1,0 +1,177 @@
+"""Defaults that fit a run: what keys that are null become, decided once, and said in a line each.
+
+    bf16, dtypes             by the device             before processes are started
+    lr                       by the kind of training   before data is prepared
+    template                 by tokenizer and rows     before data is tokenized: data/rendering/choice.py
+    eval_every, warm-up      by the number of steps    once data is prepared
+
+A value that is not null is never changed. A resumed run keeps what it had.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from preference_training.checkpointing.resume import find_run
+from preference_training.configuration.schema import RunConfig
+from preference_training.core.errors import UserError
+from preference_training.core.values import dotted
+from preference_training.losses.base import Learns
+
+# What a run has in its checkpoints, and takes from there when it is resumed with null.
+KEPT = ("bf16", "lr", "model.policy_dtype", "model.reference_dtype", "model.autocast_dtype", "model.fsdp_policy_mp")
+BFLOAT16, FLOAT32 = "bfloat16", "float32"
+
+
+def settle_dtypes(config: RunConfig, run_dir: Path) -> RunConfig:
+    """The configuration with its dtypes decided, by the run that it resumes, else by the device; once decided, unchanged."""
+    found = find_run(config.resume, run_dir, config.exp_name)
+    return fit_dtypes(kept_from(config, found and found.config))
+
+
+def kept_from(config: RunConfig, then: dict[str, Any] | None) -> RunConfig:
+    """The configuration with what a run to be resumed, configured as `then`, has for keys that are null now."""
+    now, before = dotted(config.as_dict()), dotted(then or {})
+    return config.changed({key: before[key] for key in KEPT if now.get(key) is None and before.get(key) is not None})
+
+
+# ---- dtypes ---------------------------------------------------------------------------------------------------------------
+
+
+def computes_in_bf16() -> bool:
+    """Whether this process has a GPU that computes in bfloat16, rather than emulate it."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def fit_dtypes(config: RunConfig, supported: Callable[[], bool] = computes_in_bf16) -> RunConfig:
+    """The configuration with `bf16` and the dtypes that it decides. Raises UserError where it contradicts another key."""
+    model, asked = config.model, config.bf16
+    keys = {
+        "model.policy_dtype": model.policy_dtype,
+        "model.reference_dtype": model.reference_dtype,
+        "model.autocast_dtype": model.autocast_dtype,
+        "model.fsdp_policy_mp": model.fsdp_policy_mp,
+        "trainer.param_dtype": config.trainer.param_dtype,
+    }
+    if asked:
+        _check_dtypes(keys)
+    given = [f"{key}={value}" for key, value in keys.items() if value is not None]
+    uses = bool(asked) or (asked is None and not given and supported())
+    changes = {"bf16": uses} if asked is None else {}
+    if model.policy_dtype is None:
+        # One dtype of weights that is given is that of the other too; those of products leave the weights float32.
+        computed = model.autocast_dtype or config.sharded_dtype
+        # FSDP sums gradients in the dtype of its shards: float32 ones are master weights, in the same memory.
+        shards_masters = config.trainer.name == "FSDPTrainer" and model.lora.r is None
+        is_low = uses and not computed and not shards_masters
+        changes["model.policy_dtype"] = model.reference_dtype or (BFLOAT16 if is_low else FLOAT32)
+    policy = changes.get("model.policy_dtype", model.policy_dtype)
+    if model.reference_dtype is None:
+        changes["model.reference_dtype"] = policy
+    if uses and policy == FLOAT32 and config.trainer.name != "FSDPTrainer" and model.autocast_dtype is None:
+        changes["model.autocast_dtype"] = BFLOAT16
+    if uses and config.trainer.name == "FSDPTrainer" and config.sharded_dtype is None:
+        changes["model.fsdp_policy_mp"] = BFLOAT16
+    fitted = config.changed(changes)
+    return _chosen(fitted, "bf16", _dtype_line(fitted, given)) if asked is None or (asked and changes) else fitted
+
+
+def _check_dtypes(keys: dict[str, str | None]) -> None:
+    """Raise UserError for a dtype that bf16=true contradicts: float32 weights are none, since products may be bfloat16."""
+    weights = ("model.policy_dtype", "model.reference_dtype")
+    wrong = [f"{key}={value}" for key, value in keys.items() if value not in (None, BFLOAT16, *[FLOAT32] * (key in weights))]
+    if wrong:
+        raise UserError(
+            f"bf16: found true, and {' and '.join(wrong)}. Expected one of "
+            "them: leave out bf16, or leave these null or bfloat16."
+        )
+
+
+def _dtype_line(config: RunConfig, given: list[str]) -> str:
+    model = config.model
+    if not config.bf16:
+        why = f"{' and '.join(given)} given" if given else "no GPU here that computes in bfloat16"
+        return f"bf16: false, {why}; weights are {model.policy_dtype}"
+    products = model.autocast_dtype or config.sharded_dtype or model.policy_dtype
+    return f"bf16: true, weights in {model.policy_dtype}, products in {products}; bf16=false computes in float32"
+
+
+# ---- the learning rate ----------------------------------------------------------------------------------------------------
+
+
+class Rates(NamedTuple):
+    """Learning rates of all weights and of LoRA adapters; `small` of models below SMALL."""
+
+    full: float
+    full_small: float
+    lora: float
+    lora_small: float
+
+
+# Parameters of a small model.
+SMALL = 1e9
+# What is usual for batches of 8 to 64 and AdamW. docs/defaults.md has the sources of each number, and this table.
+RATES: dict[Learns, Rates] = {
+    "responses": Rates(full=2e-5, full_small=1e-4, lora=2e-4, lora_small=5e-4),
+    "log-ratios": Rates(full=1e-6, full_small=5e-6, lora=1e-5, lora_small=5e-5),
+    "margins": Rates(full=5e-7, full_small=2e-6, lora=5e-6, lora_small=2e-5),
+    "odds": Rates(full=5e-6, full_small=2e-5, lora=5e-5, lora_small=1e-4),
+    "labels": Rates(full=1e-6, full_small=5e-6, lora=1e-5, lora_small=5e-5),
+    "rewards": Rates(full=1e-5, full_small=2e-5, lora=1e-4, lora_small=2e-4),
+}
+
+
+def usual_lr(learns: Learns, parameters: int, has_adapter: bool) -> float:
+    """What is usual for a loss that learns from this, on a model with so many parameters."""
+    rates = RATES[learns]
+    full, lora = (rates.full_small, rates.lora_small) if parameters < SMALL else (rates.full, rates.lora)
+    return lora if has_adapter else full
+
+
+def fit_lr(config: RunConfig, learns: Learns, count_parameters: Callable[[], int]) -> RunConfig:
+    """The configuration with `lr`. count_parameters: of the model, called only where needed.
+
+    Quantized models have the learning rates of LoRA on others: Dettmers et al. 2023 (QLoRA) found that of LoRA in 16 bits best.
+    """
+    if config.lr is not None:
+        return config
+    parameters, has_adapter = count_parameters(), config.model.lora.r is not None
+    lr = usual_lr(learns, parameters, has_adapter)
+    what = "a LoRA adapter" if has_adapter else "all weights"
+    size = f"{parameters / 1e9:.1f}B" if parameters >= SMALL else f"{parameters / 1e6:.0f}M"
+    line = f"lr: {lr:g}, usual for loss={config.loss.name} on {what} of a model of {size} parameters (docs/defaults.md)"
+    return _chosen(config.changed({"lr": lr}), "lr", line)
+
+
+# ---- what depends on the number of steps ------------------------------------------------------------------------------------
+
+EVALUATIONS = 10
+# Examples between two evaluations of a long run.
+MOST_BETWEEN = 20_000
+
+
+def evaluation_interval(total: int, batch_size: int) -> int:
+    """Examples between two evaluations of a run over so many in total: whole batches, for at least ten evaluations."""
+    return max(batch_size, min(MOST_BETWEEN, total // EVALUATIONS) // batch_size * batch_size)
+
+
+def fit_steps(config: RunConfig, examples: int, steps: int) -> RunConfig:
+    """The configuration with `eval_every`, for a run over so many examples in so many steps; config.yaml keeps the null."""
+    fitted = config
+    if config.eval_every is None:
+        every = evaluation_interval(examples, config.batch_size)
+        number = -(-examples // every)
+        line = f"eval_every: {every:,} examples, {number} evaluation{'s' * (number != 1)} in the run"
+        fitted = _chosen(replace(config, eval_every=every), "eval_every", line)
+    if config.warmup_steps is None and config.warmup_share is not None:
+        warmup = round(config.warmup_share * steps)
+        line = f"warmup_steps: {warmup:,} of {steps:,}, warmup_share={config.warmup_share:g}"
+        fitted = _chosen(fitted, "warmup_steps", line)
+    return fitted
+
+
+def _chosen(config: RunConfig, key: str, line: str) -> RunConfig:
+    return replace(config, chosen={**config.chosen, key: line})

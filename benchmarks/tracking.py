@@ -31,8 +31,8 @@ IN_STEPS, AT_EVALUATIONS = ("memory_held", "observe", "log_step"), ("report", "l
 def pages(rounds: int, folder: Path) -> dict:
     """Seconds to write and to open the report of 100,000 steps, and its size."""
     from preference_training.reporting.run_report import write_report
-    from tests_browser.browser import chromium, open_page, show
-    from tests_browser.example_runs import long_run
+    from tests_apart.browser.browser import chromium, open_page, show
+    from tests_apart.browser.example_runs import long_run
 
     run_dir = long_run(folder / "long")
     written, computed, opened = [], [], []

@@ -23,13 +23,15 @@ class Lists(NamedTuple):
     values: numpy.ndarray
 
     @classmethod
-    def of(cls, lists: Iterable[list], kind: str = "i") -> "Lists":
+    def of(cls, lists: Sequence[list], kind: str = "i") -> "Lists":
         """Lists in memory. kind: of the numbers, as in `array`: "i" for int32, "d" for float64."""
-        offsets, values = array("i", [0]), array(kind)
+        values = array(kind)
+        if not any(lists):
+            return cls(numpy.zeros(len(lists) + 1, numpy.int32), numpy.asarray(values))
         for numbers in lists:
             values.fromlist(numbers)
-            offsets.append(len(values))
-        return cls(numpy.asarray(offsets), numpy.asarray(values))
+        offsets = numpy.fromiter(accumulate(map(len, lists), initial=0), numpy.int32, len(lists) + 1)
+        return cls(offsets, numpy.asarray(values))
 
     @classmethod
     def of_arrow(cls, lists: pyarrow.ListArray) -> "Lists":
@@ -73,7 +75,7 @@ class ListsOfLists(NamedTuple):
     def of(cls, items: Sequence[Sequence[Sequence[int]]]) -> "ListsOfLists":
         """Lists of lists in memory."""
         first = numpy.fromiter(accumulate(map(len, items), initial=0), numpy.int32, len(items) + 1)
-        return cls(first, Lists.of(map(list, chain.from_iterable(items))))
+        return cls(first, Lists.of([*map(list, chain.from_iterable(items))]))
 
     @classmethod
     def of_arrow(cls, items: pyarrow.ListArray) -> "ListsOfLists":
@@ -134,11 +136,11 @@ class Columns(NamedTuple):
         prompts = list(prompts)
         return cls(
             numpy.array([prompt.number for prompt in prompts], numpy.int64),
-            Lists.of(prompt.prompt_ids for prompt in prompts),
+            Lists.of([prompt.prompt_ids for prompt in prompts]),
             ListsOfLists.of([prompt.responses for prompt in prompts]),
             ListsOfLists.of([prompt.examples for prompt in prompts]),
             ListsOfLists.of([[list(chain(*spans)) for spans in prompt.spans or ()] for prompt in prompts]),
-            *(Lists.of((getattr(prompt, name) or [] for prompt in prompts), "d") for name in MISSING_NUMBERS),
+            *(Lists.of([getattr(prompt, name) or [] for prompt in prompts], "d") for name in MISSING_NUMBERS),
         )
 
     @classmethod

@@ -312,12 +312,16 @@ def load_records(
         if own and record.get("rows"):
             source = own.source_of(record["rows"], split)
         pairs = [(int(chosen), int(rejected)) for chosen, rejected in record["pairs"]]
-        targets = tuple(record.get("sft_targets", ()))
-        values = [None if record.get(key) is None else list(record[key]) for key in LISTS_OF_VALUES]
-        for key in record.keys() - RECORD_KEYS:
-            report.not_read(str(key))
         texts = list(record["responses"]), pairs, record["sft_target"]
-        yield PreferenceRecord(prompt, *texts, number, source, targets, *values, tools=record.get("tools", ""))
+        yield PreferenceRecord(prompt, *texts, number, source, **(_optional(record, report) if len(record) > 3 else {}))
+
+
+def _optional(record: dict, report: DataReport) -> dict:
+    """What a loader's record has besides what it must have."""
+    for key in record.keys() - RECORD_KEYS:
+        report.not_read(str(key))
+    values = {key: None if record.get(key) is None else list(record[key]) for key in LISTS_OF_VALUES}
+    return {"sft_targets": tuple(record.get("sft_targets", ())), "tools": record.get("tools", "")} | values
 
 
 def read_entries(config: RunConfig) -> list[Entry]:

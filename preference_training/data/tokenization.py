@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from preference_training.data.chunking import CHUNKS, text_chunks
 from preference_training.data.rendering.chat_rendering import ConversationError
-from preference_training.data.rendering.encoding import Encoder, ScoredIds
+from preference_training.data.rendering.encoding import Encoder, Ids, ScoredIds, Texts
 from preference_training.data.rendering.records import Rendered, Renderer
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.examples import renumbered, used_responses
@@ -109,25 +109,34 @@ def tokenize_records(
     """
     work = _Tokenization(tokenizer, settings, report if report is not None else DataReport())
     records = iter(records)
-    # Two threads encode on all cores, without the GIL, while this one renders the next chunk: one encodes while the other
-    # builds lists.
+    # Two threads encode what is not of known words, on all cores and without the GIL, while this one renders the next chunk:
+    # one encodes while the other builds lists.
     with ThreadPoolExecutor(2) as encoder:
         pending: deque = deque()
         while chunk := list(islice(records, 1024)):
             kept = [rendered for record in chunk for rendered in work.renderer.render(record)]
-            pending.append((kept, encoder.submit(work.encode, kept)))
+            pending.append(work.start(kept, encoder))
             if len(pending) > 4:
-                yield from work.finish(*pending.popleft())
-        for kept, ids in pending:
-            yield from work.finish(kept, ids)
+                yield from work.finish(pending.popleft())
+        for started in pending:
+            yield from work.finish(started)
 
 
-class Encoded(NamedTuple):
-    """The ids of a chunk of rendered records: of all prompts, all responses that are texts, and all others of each record."""
+class _Started(NamedTuple):
+    """A chunk of rendered records whose texts are being encoded. known: the ids of known words, None where there are others."""
 
-    prompts: list[list[int]]
-    texts: list[list[int]]
-    scored: list[list[ScoredIds]]
+    kept: list[Rendered]
+    known: Ids
+    others: Future
+
+    def ids(self) -> Iterator[Iterator]:
+        """The ids of prompts, of responses that are texts, and of other responses, each one by one."""
+        return map(_filled, self.known, map(iter, self.others.result()))
+
+
+def _filled(known: Iterable, others: Iterator) -> Iterator:
+    """What is known, with the next of the others in place of each None."""
+    return (next(others) if ids is None else ids for ids in known)
 
 
 class _Tokenization:
@@ -140,27 +149,28 @@ class _Tokenization:
         # Cached: a tokenizer looks up its special tokens on each access.
         self.eos_id, self.bos_id = tokenizer.eos_token_id, tokenizer.bos_token_id
 
-    def encode(self, kept: list[Rendered]) -> Encoded:
-        """The ids of a chunk."""
-        texts = [text for one in kept for text in one.texts if isinstance(text, str)]
-        prompts, ids = self.encoder.encode([one.prompt for one in kept], texts)
-        scored = []
-        for one in kept:
-            several = [text for text in one.texts if not isinstance(text, str)]
-            # Pairs share their prompt, whatever follows it.
-            prompt = one.prompt if self.settings.examples == "targets" else None
-            scored.append(self.encoder.scored(prompt, several) if several else [])
-        return Encoded(prompts, ids, scored)
+    def start(self, kept: list[Rendered], threads: ThreadPoolExecutor) -> _Started:
+        """Begin to encode a chunk."""
+        # Pairs share their prompt, whatever follows it.
+        with_prompt = self.settings.examples == "targets"
+        scored = [
+            (one.prompt if with_prompt else None, text) for one in kept for text in one.texts if not isinstance(text, str)
+        ]
+        texts = Texts(
+            [one.prompt for one in kept], [text for one in kept for text in one.texts if isinstance(text, str)], scored
+        )
+        known = self.encoder.look_up(texts)
+        others = ([text for text, ids in zip(*both, strict=True) if ids is None] for both in zip(texts, known, strict=True))
+        return _Started(kept, known, threads.submit(self.encoder.encode, Texts(*others)))
 
-    def finish(self, kept: list[Rendered], encoded: Future) -> Iterator[TokenizedPrompt]:
+    def finish(self, chunk: _Started) -> Iterator[TokenizedPrompt]:
         """The tokenized prompts of a chunk, from the ids of all its texts."""
-        found: Encoded = encoded.result()
-        all_ids = iter(found.texts)
-        for one, prompt_ids, scored in zip(kept, found.prompts, found.scored, strict=True):
-            several = iter(scored)
-            whole = [ScoredIds(next(all_ids), [], True) if isinstance(text, str) else next(several) for text in one.texts]
-            if scored and scored[0].prompt_ids:
-                prompt_ids = scored[0].prompt_ids
+        prompts, texts, scored = chunk.ids()
+        for one in chunk.kept:
+            prompt_ids = next(prompts)
+            whole = [ScoredIds(next(texts), [], True) if isinstance(text, str) else next(scored) for text in one.texts]
+            if joined := next((ids.prompt_ids for ids in whole if ids.prompt_ids), None):
+                prompt_ids = joined
             prompt = self._prompt(one, prompt_ids, whole)
             if prompt is not None and self._is_plain_text(one):
                 yield from self._chunks(prompt)
@@ -191,7 +201,7 @@ class _Tokenization:
         if not prompt_ids:
             self.renderer.refuse(record, "the prompt is empty. Expected at least one token before a response.")
             return None
-        if any(self.eos_id in ids for (ids, *_), text in zip(whole, one.texts, strict=True) if isinstance(text, str)):
+        if any(self.eos_id in some.ids for some, text in zip(whole, one.texts, strict=True) if isinstance(text, str)):
             self.renderer.refuse_end(record)
             return None
         responses = [[*response.ids, self.eos_id] for response in whole]
@@ -201,8 +211,18 @@ class _Tokenization:
                 [(0, len(response.ids) + 1)] if isinstance(text, str) else _with_end(response)
                 for response, text in zip(whole, one.texts, strict=True)
             ]
-        numbers = part.numbers
-        return TokenizedPrompt(prompt_ids, responses, part.examples, record.source, record.number, spans=spans, **numbers)
+        return TokenizedPrompt(
+            prompt_ids,
+            responses,
+            part.examples,
+            record.source,
+            record.number,
+            0,
+            spans,
+            part.weights,
+            part.margins,
+            part.labels,
+        )
 
     def _without_prompt(self, whole: list[ScoredIds]) -> tuple[list[int], list[ScoredIds]]:
         """What responses without a prompt are conditioned on, and these: the first token where none begins a sequence."""
@@ -301,11 +321,13 @@ def drop_identical(prompt: TokenizedPrompt, report: DataReport) -> TokenizedProm
     Rankings lose the worse of identical responses; responses that are labeled both ways are skipped. None without any remaining
     example; unchanged for SFT.
     """
+    if not prompt.examples or (len(prompt.responses) == 2 and prompt.responses[0] != prompt.responses[1]):
+        return prompt
     spans = prompt.spans or [[] for _ in prompt.responses]
     first: dict[tuple, int] = {}
     keys = zip(map(tuple, prompt.responses), map(tuple, spans), strict=True)
     places = [first.setdefault(key, index) for index, key in enumerate(keys)]
-    if not prompt.examples or len(first) == len(places):
+    if len(first) == len(places):
         return prompt
     examples = [tuple(dict.fromkeys(places[index] for index in members)) for members in prompt.examples]
     if prompt.labels:

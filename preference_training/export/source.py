@@ -11,13 +11,13 @@ from yaml import YAMLError
 
 from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError
 from preference_training.checkpointing.saved_run import SavedRun, newest_checkpoint
+from preference_training.configuration.rerun import RERUN
 from preference_training.core.errors import UserError
 from preference_training.core.values import UNREADABLE
 from preference_training.modeling.tokenizer import BYTE_LEVEL
 from preference_training.tracking.run_files import (
     ABOUT,
     METRICS,
-    RERUN,
     RESULTS_FILE,
     SAMPLES,
     json_lines,

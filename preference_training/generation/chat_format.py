@@ -1,7 +1,7 @@
 """The prompts of a conversation as training rendered and tokenized them."""
 
 from preference_training.data.chat_templates import conversation_format, end_tokens
-from preference_training.data.rendering.encoding import Encoder
+from preference_training.data.rendering.encoding import Encoder, Texts
 from preference_training.data.rows.records import Prompt, Turn
 from preference_training.data.rows.templates import build_template, turns_of
 from preference_training.data.tokenization import bos_ids
@@ -23,7 +23,7 @@ class ChatFormat:
             # Training reads a text that is alone as it is, and renders conversations.
             prompt = prompt[0].content
         text, _ = self._template(prompt, [])
-        [ids], _ = self._encoder.encode([text], [])
+        [ids] = self._encoder.encode(Texts([text], [], [])).prompts
         return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
 
     def response(self, text: str) -> str:

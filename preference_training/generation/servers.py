@@ -272,9 +272,6 @@ class ServedModel:
         if names and not self.server.has(names):
             raise UserError(f"{self.name}: {self.server.base} has no such model; {nearest(self.server.model, names)}")
 
-    def _is_among(self, names: list[str]) -> bool:
-        return self.model in names
-
     def respond(self, turns: Sequence[Turn], changes: dict[str, Any], say: Callable[[str], None]) -> Reply:
         """The response to a conversation, each part of which goes to `say` as it comes. Raises UserError."""
         text, ended = "", None

@@ -29,6 +29,7 @@ from preference_training.losses.base import Loss
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.limits import check_limits, check_rows, model_limits
 from preference_training.modeling.loading import build_untrained, check_model
+from preference_training.modeling.sources.checks import check_sources
 from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.training.defaults import fit_lr, fit_steps, settle_dtypes
@@ -78,6 +79,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     if config.contamination_files and not config.dry_run:
         print("contamination_files: read by dry_run=true alone, which compares them with the training data", flush=True)
     config = with_converted_model(config)
+    check_sources(config.model, config.cache_dir)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     lines = [line] if (line := adapter_notice(config)) else []
     lines += check_model(config.model, tokenizer, config.cache_dir)

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from preference_datasets import LAST_ROW
 from preference_training.configuration import composition
 from preference_training.configuration.composition import (
+    ALL_KEYS,
     CONFIG_DIR,
     GROUPS,
     defer_keys_of_swept_groups,
@@ -373,10 +374,8 @@ def test_an_unknown_name_is_refused_with_the_nearest_one_or_its_owner(check, ove
     assert refusal(check, *overrides.split()) == told
 
 
-def test_a_name_near_no_other_is_refused_with_all_known_ones(check):
-    told = refusal(check, "zzzz=1")
-    assert told.startswith("zzzz: no such key; known are: ")
-    assert all(key in told for key in known_keys())
+def test_a_name_near_no_other_is_refused_with_where_all_are_listed(check):
+    assert refusal(check, "zzzz=1") == f"zzzz: no such key; {ALL_KEYS}"
 
 
 @pytest.mark.parametrize("key", ["lr", "seed", "datasets", "objective", "wandb", "wandb.project", "trainer", "loss"])

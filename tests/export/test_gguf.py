@@ -1,6 +1,6 @@
 """GGUF files: transformers reads the same model back, and what llama.cpp would compute otherwise is refused.
 
-That llama.cpp generates the same tokens is in tests_servers/, which needs an environment of its own.
+That llama.cpp generates the same tokens is in tests_apart/servers/, which needs an environment of its own.
 """
 
 import json

@@ -219,7 +219,7 @@ def test_tensorboard_without_a_place_for_its_files_ends_nothing(tmp_path, capsys
 
 
 # ---- Trackio and MLflow ---------------------------------------------------------------------------------------------------
-# Neither is installed here: these are stand-ins with the signatures of the real ones, which tests_trackers/ runs with.
+# Neither is installed here: these are stand-ins with the signatures of the real ones, which tests_apart/trackers/ runs with.
 
 
 class TrackioStandIn(types.ModuleType):

@@ -8,9 +8,12 @@ the token that the template writes after it.
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 from preference_training.core.errors import UserError, first_line
+from preference_training.data.rendering.turn_texts import TurnTexts
 from preference_training.data.rows.records import Response, Turn, message_of
 
 Messages = list[dict]
@@ -40,8 +43,10 @@ class ChatTemplate:
 
     def __init__(self, tokenizer):
         check_chat_template(tokenizer)
-        self.tokenizer = tokenizer
+        # Cached: a tokenizer looks up its special tokens on each access.
+        self.tokenizer, self.eos_token = tokenizer, tokenizer.eos_token
         self.opening = response_opening(tokenizer)
+        self.turn_texts = self._turn_texts()
         self.special_tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
 
     def __call__(
@@ -58,6 +63,16 @@ class ChatTemplate:
             except ConversationError as error:
                 refused = refused or error
         raise refused
+
+    def _turn_texts(self) -> TurnTexts | None:
+        """What the template writes around turns; None where that is not always the same, or where it marks what is scored."""
+        if GENERATION.search(self.tokenizer.get_chat_template()):
+            return None
+        ask = partial(rendered, self.tokenizer, add_generation_prompt=True)
+        try:
+            return TurnTexts.of(partial(rendered, self.tokenizer), lambda messages: ask(messages) + self.opening)
+        except ConversationError:
+            return None
 
     def last_tokens(self, text: str) -> Iterator[str]:
         """The special tokens at the end of a text, white space aside, from the last one on."""
@@ -140,6 +155,8 @@ class _Rendering:
         first = messages[0] | {"content": self.prefill + messages[0]["content"]}
         whole = [*self.prompt, first, *messages[1:]]
         text, several = self._render(whole), len(messages) > 1 or len(first) > 2
+        if several and (found := self._of_known_texts(text, whole)):
+            return found
         if several:
             self._check_kept(text, whole)
         if not holds(text, messages[-1]["content"]):
@@ -149,6 +166,28 @@ class _Rendering:
             )
         marks = self._marks(whole) if several else None
         return self._of_turns(text, whole) if marks is None else self._of_marks(text, whole, marks)
+
+    def _of_known_texts(self, text: str, messages: Messages) -> _Found | None:
+        """A response between the texts that the template always writes around turns; None where it has others.
+
+        Without tools and reasoning, what precedes a turn does not depend on those behind it.
+        """
+        known, turns = self.template.turn_texts, messages[len(self.prompt) :]
+        roles = ("assistant", "user")
+        if known is None or self.tools or self.prefill or self.asked is None or "think>" in text:
+            return None
+        if any(len(turn) > 2 for turn in messages) or any(
+            t["role"] != roles[k % 2] or not t["content"] for k, t in enumerate(turns)
+        ):
+            return None
+        parts = known.parts(self.asked, [turn["content"] for turn in turns])
+        if "".join(parts) != text:
+            return None
+        cuts = list(accumulate(map(len, parts)))
+        starts, untils = cuts[::3], cuts[2::3]
+        end = self._end_of_text(text, starts[-1])
+        ends = [self._end_before(text, *bounds) for bounds in zip(starts[:-1], untils[:-1], strict=True)]
+        return _Found(text, starts[0], end, list(zip(starts, [*ends, end], strict=True)))
 
     def _of_turns(self, text: str, messages: Messages) -> _Found:
         """A response whose assistant turns are found between the rendered turns before and after them."""
@@ -169,7 +208,7 @@ class _Rendering:
 
     def _end_of_text(self, text: str, start: int) -> int:
         """Where the last turn ends: before the end-of-sequence token, which is added later, and what follows it."""
-        end = text.find(self.tokenizer.eos_token, start)
+        end = text.find(self.template.eos_token, start)
         return len(text) if end < 0 else end
 
     def _check_kept(self, text: str | None, messages: Messages) -> None:
@@ -215,8 +254,7 @@ class _Rendering:
         """Where an earlier turn of the assistant's ends: with the token that ends it. Raises ConversationError without any."""
         until = self._render(messages[: place + 1])
         if text.startswith(until) and start < len(until) <= limit:
-            ended = text.find(self.tokenizer.eos_token, start, len(until))
-            return start + len(text[start : len(until)].rstrip()) if ended < 0 else ended + len(self.tokenizer.eos_token)
+            return self._end_before(text, start, len(until))
         tokens = list(self.template.last_tokens(until))
         for token in tokens:
             if token not in messages[place]["content"] and (at := text.find(token, start, limit)) >= 0:
@@ -235,6 +273,11 @@ class _Rendering:
             f"follow ({_first_difference(until, text)}), so that its end is not known. Use template=chatml or hh, "
             "train_on=last_turn, or a chat template with {% generation %} around what is learned."
         )
+
+    def _end_before(self, text: str, start: int, until: int) -> int:
+        """Where a turn ends that is written up to `until`: behind its end-of-sequence token, or before white space."""
+        ended = text.find(self.template.eos_token, start, until)
+        return start + len(text[start:until].rstrip()) if ended < 0 else ended + len(self.template.eos_token)
 
     def _marks(self, messages: Messages) -> list[tuple[int, int]] | None:
         """The spans that the template marks; None for a template without marks."""

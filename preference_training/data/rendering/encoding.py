@@ -4,7 +4,12 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from preference_training.core.processes import usable_cores
 from preference_training.data.rendering.chat_rendering import Spanned
+from preference_training.data.rendering.words import Words
+
+# With as many cores, the tokenizer's own threads are faster than looking words up in a single one.
+MANY_CORES = 4
 
 
 class ScoredIds(NamedTuple):
@@ -20,6 +25,25 @@ class ScoredIds(NamedTuple):
     prompt_ids: list[int] | None = None
 
 
+class Texts(NamedTuple):
+    """The texts of a chunk: prompts, responses that continue prompts, and responses of several turns.
+
+    These come with the prompt with which they are encoded as one text, as chat templates are, or None.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    scored: list[tuple[str | None, Spanned]]
+
+
+class Ids(NamedTuple):
+    """The ids of `Texts`."""
+
+    prompts: list
+    responses: list
+    scored: list
+
+
 class Encoder:
     """A tokenizer as functions from texts to token ids.
 
@@ -29,6 +53,7 @@ class Encoder:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.of_prompts = self.of_responses = None
+        self.words: list[Words | None] = [None, None]
         if not tokenizer.is_fast:
             return
         backend = tokenizer.backend_tokenizer
@@ -40,36 +65,52 @@ class Encoder:
             # A tokenizer's file may enable both.
             each.no_padding()
             each.no_truncation()
+        if usable_cores() < MANY_CORES:
+            words = Words.of(backend)
+            self.words = [words, words if same else Words.of(self.of_responses)]
 
-    def encode(self, prompts: list[str], responses: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """The ids of prompts, and of responses that continue prompts."""
+    def look_up(self, texts: Texts) -> Ids:
+        """The ids of the texts that consist of known words; None for the others."""
+        of_prompts, of_responses = (words.ids if words else _unknown for words in self.words)
+        found = [self._looked_up(prompt, response) for prompt, response in texts.scored]
+        return Ids([*map(of_prompts, texts.prompts)], [*map(of_responses, texts.responses)], found)
+
+    def _looked_up(self, prompt: str | None, response: Spanned) -> ScoredIds | None:
+        words = self.words[prompt is None]
+        text, spans, ends = response
+        before = len(prompt) if prompt else 0
+        places = [before, *(before + place for span in spans for place in span)]
+        found = words.ids_at((prompt or "") + text, places) if words else None
+        if found is None:
+            return None
+        ids, [start, *cuts] = found
+        tokens = [(first - start, last - start) for first, last in zip(cuts[::2], cuts[1::2], strict=True) if first < last]
+        return ScoredIds(ids[start:], tokens, ends, None if prompt is None else ids[:start])
+
+    def encode(self, texts: Texts) -> Ids:
+        """The ids of texts, in the tokenizer's own threads."""
+        scored = self._scored(texts.scored)
         if self.of_prompts is self.of_responses:
-            ids = self._batch(self.of_prompts, prompts + responses)
-            return ids[: len(prompts)], ids[len(prompts) :]
-        return self._batch(self.of_prompts, prompts), self._batch(self.of_responses, responses)
+            ids = self._batch(self.of_prompts, texts.prompts + texts.responses)
+            return Ids(ids[: len(texts.prompts)], ids[len(texts.prompts) :], scored)
+        return Ids(self._batch(self.of_prompts, texts.prompts), self._batch(self.of_responses, texts.responses), scored)
 
     def _batch(self, backend, texts: list[str]) -> list[list[int]]:
         if backend is None:
             return self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def scored(self, prompt: str | None, responses: Sequence[Spanned]) -> list[ScoredIds]:
-        """The ids of responses of several turns; with a prompt, of both as one text, as chat templates are tokenized."""
+    def _scored(self, scored: Sequence[tuple[str | None, Spanned]]) -> list[ScoredIds]:
+        """The ids of responses of several turns; with a prompt, of both as one text."""
         if self.of_prompts is None:
-            return [self._in_parts(response) for response in responses]
-        before = len(prompt) if prompt else 0
-        backend = self.of_responses if prompt is None else self.of_prompts
-        encoded = backend.encode_batch([(prompt or "") + response.text for response in responses], add_special_tokens=False)
-        found = []
-        for encoding, (_, spans, ends) in zip(encoded, responses, strict=True):
-            start = _token_at(encoding, before) if before else 0
-            tokens = [
-                (max(first, start) - start, last - start)
-                for first, last in (_tokens_of(encoding, begin + before, end + before) for begin, end in spans)
-                if max(first, start) < last
-            ]
-            found.append(ScoredIds(encoding.ids[start:], tokens, ends, None if prompt is None else encoding.ids[:start]))
-        return found
+            return [self._in_parts(response) for _, response in scored]
+        found: dict[int, ScoredIds] = {}
+        for backend, alone in ((self.of_prompts, False), (self.of_responses, True)):
+            places = [place for place, (prompt, _) in enumerate(scored) if (prompt is None) is alone]
+            whole = [(scored[place][0] or "") + scored[place][1].text for place in places]
+            encoded = backend.encode_batch(whole, add_special_tokens=False) if places else ()
+            found |= {place: _scored_ids(encoding, *scored[place]) for place, encoding in zip(places, encoded, strict=True)}
+        return [found[place] for place in range(len(scored))]
 
     def _in_parts(self, response: Spanned) -> ScoredIds:
         """Encode scored and other parts separately: a tokenizer that is all Python does not tell which token is where."""
@@ -84,24 +125,30 @@ class Encoder:
         return ScoredIds(ids, spans, response.ends)
 
 
-def _token_at(encoding, character: int) -> int:
+def _unknown(_text: str) -> None:
+    """Without known words."""
+
+
+def _scored_ids(encoding, prompt: str | None, response: Spanned) -> ScoredIds:
+    """The ids of a response in the encoding of it alone, or behind a prompt."""
+    ids, offsets = encoding.ids, encoding.offsets
+    before = len(prompt) if prompt else 0
+    starts, ends = zip(*offsets, strict=True) if offsets else ((), ())
+    start = _token_at(encoding, ends, before) if before else 0
+    tokens = []
+    for begin, end in response.spans:
+        first = last = _token_at(encoding, ends, begin + before)
+        while last < len(starts) and starts[last] < end + before:
+            last += 1
+        if max(first, start) < last:
+            tokens.append((max(first, start) - start, last - start))
+    return ScoredIds(ids[start:], tokens, response.ends, None if prompt is None else ids[:start])
+
+
+def _token_at(encoding, ends: Sequence[int], character: int) -> int:
     """The first token that holds a character, or one behind it: some characters are in no token."""
-    offsets = encoding.offsets
-    return next((k for k in range(_first_guess(encoding, character), len(offsets)) if offsets[k][1] > character), len(offsets))
-
-
-def _first_guess(encoding, character: int) -> int:
-    found = encoding.char_to_token(character)
-    return 0 if found is None else found
-
-
-def _tokens_of(encoding, start: int, end: int) -> tuple[int, int]:
-    """The tokens that hold any of the characters [start, end)."""
-    first = last = _token_at(encoding, start)
-    offsets = encoding.offsets
-    while last < len(offsets) and offsets[last][0] < end:
-        last += 1
-    return first, last
+    guess = encoding.char_to_token(character) or 0
+    return next((k for k in range(guess, len(ends)) if ends[k] > character), len(ends))
 
 
 # The settings of a tokenizer's file that put a prefix before a text, with the values that disable it.

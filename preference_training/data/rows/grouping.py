@@ -83,7 +83,7 @@ def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) ->
             beside = {"tools": row.tools, "scores": row.scores, "rows": row.number and [row.number]}
             yield row.prompt, record | {key: value for key, value in beside.items() if value}
             continue
-        if row.pairs and len(set(row.responses)) == 1:
+        if row.pairs and row.responses.count(row.responses[0]) == len(row.responses):
             report.skip(SAME_TEXT, len(row.pairs))
             continue
         if row.prompt == "":
@@ -91,7 +91,10 @@ def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) ->
             (alone := _Group()).add(row, report)
             yield from alone.items(row.prompt, row.tools, report)
             continue
-        groups.setdefault((row.prompt, row.tools), _Group()).add(row, report)
+        key = row.prompt, row.tools
+        if (group := groups.get(key)) is None:
+            group = groups[key] = _Group()
+        group.add(row, report)
         if len(groups) > window:
             key = next(iter(groups))
             yield from groups.pop(key).items(*key, report)
@@ -120,14 +123,13 @@ class _Group:
         different = [k for k, (i, j) in enumerate(row.pairs) if row.responses[i] != row.responses[j]]
         report.skip(SAME_TEXT, add_responses(self.record, row.responses, row.pairs))
         before = len(self.record["pairs"]) - len(different)
-        for key, without in (("weights", 1.0), ("margins", None)):
-            values = getattr(row, key)
+        for key, values, without in (("weights", row.weights, 1.0), ("margins", row.margins, None)):
             if values is not None or key in self.record:
                 known = self.record.setdefault(key, [without] * before)
                 known.extend(without if values is None else values[k] for k in different)
         if row.scores:
             self.scores |= dict(zip(row.responses, row.scores, strict=True))
-        for response, label in zip(row.responses, row.labels or (), strict=False):
+        for response, label in zip(row.responses, row.labels or (), strict=False) if row.labels else ():
             if self.labels.setdefault(response, label) not in (label, None):
                 self.labels[response] = None
                 report.skip(BOTH_LABELS)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 
 from preference_training.data.rows.conversations import (
@@ -46,8 +47,9 @@ class PromptFields:
 
     def names(self) -> list[str]:
         """The fields that are read."""
-        return [name for name in (self.prompt, self.system, self.history, self.tools, *self._second_parts()) if name]
+        return [name for name in (self.prompt, self.system, self.history, self.tools, *self._second_parts) if name]
 
+    @cached_property
     def _second_parts(self) -> list[str]:
         """The names that second parts of the prompt may have."""
         spelled = SPELLED_PARTS if self.prompt.lower() in INSTRUCTIONS else ()
@@ -130,7 +132,7 @@ class PromptFields:
     def second_part(self, row: dict) -> str | None:
         """The second parts, on separate lines, of a prompt in Alpaca's schema (or Dolly's), unless mapped to something else."""
         parts = []
-        for name in self._second_parts():
+        for name in self._second_parts:
             value = row.get(name)
             if value is None or (isinstance(value, str) and not value.strip()):
                 continue

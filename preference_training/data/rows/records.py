@@ -192,31 +192,42 @@ def _kind_of(message: str) -> str:
 # ---- errors -------------------------------------------------------------------------------------------------------------
 
 
+REQUIRED_KEYS = frozenset(("responses", "pairs", "sft_target"))
+
+
 def item_error(item) -> str | None:
     """The error in a (prompt, record) item of a loader, or None."""
     if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[1], dict):
         found = " and ".join(map(type_name, item)) if isinstance(item, tuple) else type_name(item)
         return f"found {found}, expected a prompt and a dict"
     prompt, record = item
-    missing = {"responses", "pairs", "sft_target"} - record.keys()
-    if missing:
+    if missing := REQUIRED_KEYS - record.keys():
         return f"the record has no {', '.join(sorted(missing))}"
     for key in ("responses", "pairs"):
         if not isinstance(record[key], list | tuple):
             return f"{key} is {type_name(record[key])}, expected a list"
     if problem := prompt_error(prompt):
         return f"the prompt {problem}"
-    if problem := tools_error(record.get("tools", "")):
+    if "tools" in record and (problem := tools_error(record["tools"])):
         return f"tools {problem}"
-    responses = {f"response {index}": text for index, text in enumerate(record["responses"])}
-    targets = record.get("sft_targets", [])
+    responses, targets = record["responses"], record.get("sft_targets", ())
     if not isinstance(targets, list | tuple):
         return f"sft_targets is {type_name(targets)}, expected a list"
-    learned = {f"sft_targets {index}": text for index, text in enumerate(targets)} | {"sft_target": record["sft_target"]}
-    for what, text in {**responses, **learned}.items():
-        if problem := response_error(text):
-            return f"{what} {problem}"
-    return next((error for pair in record["pairs"] if (error := _pair_error(pair, len(responses)))), _numbers_error(record))
+    learned = [text for text in (*targets, record["sft_target"]) if not any(text is known for known in responses)]
+    if any(map(response_error, (*responses, *learned))):
+        return _texts_error(record)
+    if error := next((error for pair in record["pairs"] if (error := _pair_error(pair, len(responses)))), None):
+        return error
+    return _numbers_error(record) if len(record) > 3 else None
+
+
+def _texts_error(record: dict) -> str | None:
+    """The error in the first wrong text of a record."""
+    for key, texts in (("response", record["responses"]), ("sft_targets", record.get("sft_targets", ()))):
+        for index, text in enumerate(texts):
+            if problem := response_error(text):
+                return f"{key} {index} {problem}"
+    return f"sft_target {response_error(record['sft_target'])}"
 
 
 # The optional lists of a record: what each has a value for, what a value must be, and a test of it.
@@ -283,11 +294,20 @@ def response_error(response) -> str | None:
 
 def _turns_error(turns: tuple) -> str | None:
     for number, turn in enumerate(turns, start=1):
+        if _is_plain(turn):
+            continue
         if not _is_turn(turn):
             return f"has a turn {number} that is not (role, content) with one of the roles {', '.join(ROLES)}"
         if problem := turn_error(Turn(*turn)):
             return f"has a turn {number} that {problem}"
     return None if turns else "is a conversation without turns"
+
+
+def _is_plain(turn) -> bool:
+    """Whether a turn has nothing but a role and a text, as most have."""
+    if type(turn) is not Turn or not isinstance(turn.role, str) or turn.rest != "":
+        return False
+    return turn.role in ROLES and text_error(turn.content) is None
 
 
 def _is_turn(turn) -> bool:
@@ -401,6 +421,9 @@ def split_by_hash(
     """
     lowest, waiting, several = 1.0, [], False
     held_out_any = share == 0
+    if share == 0:
+        # All are read, also for the split that is empty, since reading reports their errors.
+        yield from (item for item in items if split == "train")
     for item in items:
         prompt, record = item
         # Answers without a prompt, as plain texts are, are held out one by one.

@@ -5,7 +5,7 @@ from itertools import chain, islice
 
 from preference_training.data.rows.grouping import Row
 from preference_training.data.rows.records import DataReport, Prompt, Response
-from preference_training.data.rows.templates import parse_dialogue, split_dialogue
+from preference_training.data.rows.templates import ASSISTANT, parse_dialogue, split_dialogue
 
 # Rows that are inspected first, at most and at least; a single row is no evidence.
 ROWS_INSPECTED, MIN_ROWS = 1000, 2
@@ -36,8 +36,12 @@ def strip_repeated_prompts(rows: Iterator[Row], report: DataReport) -> Iterator[
 
 def _cut(row: Row) -> Row | None:
     """The row with its prompt removed from all responses, if all start with it; else None."""
-    found = [_after_prompt(row.prompt, response) for response in row.responses]
-    if not all(found) or len({prompt for prompt, _ in found}) > 1:
+    found = []
+    for response in row.responses:
+        if (after := _after_prompt(row.prompt, response)) is None:
+            return None
+        found.append(after)
+    if not found or len({prompt for prompt, _ in found}) > 1:
         return None
     return row._replace(prompt=found[0][0], responses=[rest for _, rest in found])
 
@@ -54,10 +58,9 @@ def _after_prompt(prompt: Prompt, response: Response) -> tuple[Prompt, str] | No
         if rest.strip() and not (asked[-1].isalnum() and rest[0].isalnum()):
             ends_with_space = not isinstance(prompt, str) or prompt[-1].isspace()
             return prompt, rest.lstrip() if ends_with_space else rest
-    try:
-        before, rest = split_dialogue(response)
-    except ValueError:
+    if ASSISTANT not in response:
         return None
+    before, rest = split_dialogue(response)
     turns = parse_dialogue(before)
     if turns and rest.strip() and [turn.content.strip() for turn in turns] == [asked] and isinstance(prompt, str):
         return before, rest

@@ -10,7 +10,7 @@ from preference_training.data.rows.conversations import (
     parse_serialized_turns,
     turn_keys,
 )
-from preference_training.data.rows.values import is_empty
+from preference_training.data.rows.values import is_empty, is_plain_text
 
 # Where only the text is named, as in chosen.content, the role is not reported.
 ROLE_BESIDE = {role: [text for other, text in TURN_KEYS if other == role] for role, _ in TURN_KEYS}
@@ -30,12 +30,13 @@ class ReadColumns:
             branch = self.tree
             for part in name.split("."):
                 branch = branch.setdefault(part, {})
+        self.unread_media = frozenset(name for name in MEDIA if name not in self.tree)
 
     def unread(self, row: dict) -> list[str]:
         """The non-empty columns of a row that are not read, each once, with dotted names for nested ones."""
         found: list[str] = []
         for column, value in row.items():
-            if is_empty(value):
+            if is_empty(value) or (column in self.names and is_plain_text(value)):
                 continue
             if column in self.names:
                 found += _beside_turns(value, column)
@@ -43,11 +44,13 @@ class ReadColumns:
                 found += _unread_parts(value, self.tree[column], column)
             else:
                 found.append(str(column))
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(found)) if found else found
 
     def media(self, row: dict) -> str | None:
         """A column of images, video or audio that the map does not read, if the row has one."""
-        return next((name for name in MEDIA if name not in self.tree and not is_empty(row.get(name))), None)
+        if self.unread_media.isdisjoint(row):
+            return None
+        return next((name for name in MEDIA if name in self.unread_media and not is_empty(row.get(name))), None)
 
 
 def _unread_parts(value, branch: dict[str, dict], name: str) -> Iterator[str]:
@@ -72,7 +75,6 @@ def _beside_turns(value, name: str) -> Iterator[str]:
         # Columns that are only compared, as by `where`, need not contain turns.
         return
     for item in value if isinstance(value, list) else ():
-        keys = turn_keys(item)
-        if keys and len(item) > 2:
+        if isinstance(item, dict) and len(item) > 2 and (keys := turn_keys(item)):
             read = (*keys, *MESSAGE_FIELDS, *WEIGHT_KEYS)
             yield from (f"{name}.{key}" for key, inner in item.items() if key not in read and not is_empty(inner))

@@ -13,6 +13,11 @@ def is_empty(value) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
+def is_plain_text(value) -> bool:
+    """Whether a value is a text that contains no list or object: most are, and need not be parsed."""
+    return isinstance(value, str) and value.lstrip()[:1] not in ("", "[", "{")
+
+
 def check_text(value, name: str) -> None:
     """Raise RowError where a field's value is not a non-empty text."""
     if problem := text_error(value):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # The embedded model learns the embedded data in a minute, with a curve that has some steps.
 COMMON = (
     "n_eval_examples=128",

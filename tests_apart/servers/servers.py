@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = ROOT / ".venv-servers"
 SECONDS = 600
 
@@ -39,7 +39,7 @@ def llama_cpp(file: Path, log: Path):
     """llama.cpp's server on a GGUF file."""
     port = _free_port()
     program = ENVIRONMENTS / "llama_cpp" / "bin" / "python"
-    return _running([program, ROOT / "tests_servers" / "llama_cpp_server.py", file, port], port, log, {})
+    return _running([program, ROOT / "tests_apart" / "servers" / "llama_cpp_server.py", file, port], port, log, {})
 
 
 def vllm(line: str, log: Path):

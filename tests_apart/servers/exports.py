@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tests_servers.servers import ROOT
+from tests_apart.servers.servers import ROOT
 
 QUESTIONS = (
     "What is the capital of France?", "Name three fruits.", "How do I boil an egg?", "What is 12 + 30?", "Who wrote Hamlet?",

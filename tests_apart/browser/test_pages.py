@@ -18,8 +18,8 @@ from selenium.webdriver.common.keys import Keys
 
 from preference_training.reporting.comparison import write_comparison
 from preference_training.reporting.run_report import write_report
-from tests_browser.browser import HEIGHTS, asked_for, chromium, on_paper, open_page, photograph, printed, show
-from tests_browser.example_runs import data_report, long_run, many_runs, short_runs
+from tests_apart.browser.browser import HEIGHTS, asked_for, chromium, on_paper, open_page, photograph, printed, show
+from tests_apart.browser.example_runs import data_report, long_run, many_runs, short_runs
 
 PAGES = ("sft", "dpo", "beta_dpo", "long", "begun", "comparison", "many", "data")
 # Of what is written and of what is drawn on what is behind it (WCAG 2.2, level AA).

@@ -1,7 +1,7 @@
 """Exports in the servers of other projects: vLLM and llama.cpp render the prompts, and generate the tokens, of transformers.
 
 `make servers-test` runs this, with an environment for each server below .venv-servers. What was found goes to
-tests_servers/results/. KEEP is a folder in which runs and exports are kept for the next time.
+tests_apart/servers/results/. KEEP is a folder in which runs and exports are kept for the next time.
 """
 
 import json
@@ -16,10 +16,10 @@ import pytest
 from preference_training.export.gguf_model import GgufFile
 from preference_training.export.gguf_tokenizer import Vocabulary
 from preference_training.modeling.tokenizer import byte_level_tokenizer
-from tests_servers.exports import ARCHITECTURES, CONVERSATIONS, TOKENS, Expected, Exported, rows, tiny, train
-from tests_servers.servers import ENVIRONMENTS, ROOT, Server, llama_cpp, vllm
+from tests_apart.servers.exports import ARCHITECTURES, CONVERSATIONS, TOKENS, Expected, Exported, rows, tiny, train
+from tests_apart.servers.servers import ENVIRONMENTS, ROOT, Server, llama_cpp, vllm
 
-RESULTS = ROOT / "tests_servers" / "results"
+RESULTS = ROOT / "tests_apart" / "servers" / "results"
 # Where two tokens are as good as equally likely, another order of the same sums decides. The largest difference of a log-prob
 # between llama.cpp and transformers, both in float32, was 0.008 on the models here.
 TIE = 0.02

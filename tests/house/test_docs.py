@@ -41,9 +41,25 @@ KINDS = {
 }
 
 
+# Made by scripts from what they list; what they begin with is that.
+GENERATED = ("docs/key-reference.md", "docs/architectures.md", "docs/intervals.md", "docs/index.md")
+
+
+@pytest.mark.parametrize("page", [page for page in DOCS if page not in GENERATED])
+def test_a_page_begins_with_a_command_and_what_it_prints(page):
+    """A command within the first blocks, and something of the kind of its output behind it, before the page's second section."""
+    languages = [block.language for block in shown.blocks(page)]
+    assert "bash" in languages[:4], f"{page} begins without a command"
+    first = shown.PAGES[page].split("\n## ")
+    beginning = "".join(first[:2])
+    assert re.search(r"^```text\n|^!\[|^\| ", beginning.split("```bash", 1)[-1], flags=re.MULTILINE), (
+        f"{page}: what does it print?"
+    )
+
+
 @pytest.mark.parametrize("page", shown.PAGES)
 def test_every_command_is_of_a_kind_that_is_tested(page):
-    for words in [words for block in shown.blocks(page) for words in block.commands]:
+    for words in [*(words for block in shown.blocks(page) for words in block.commands), *shown.table_commands(page)]:
         assert any(re.match(kind, " ".join(words)) for kind in KINDS), f"{page}: nothing tests {' '.join(words)}"
 
 
@@ -335,6 +351,14 @@ def test_what_the_tables_of_other_programs_name_as_ours_is_there():
     for there, here, remark in rows:
         for text in [*re.findall(r"`([^`]+)`", here), *re.findall(r"`(\+?[a-z][\w.]*=[^`\s]+)`", remark)]:
             assert is_known(text), f"{there.strip()}: {text}"
+
+
+def test_what_users_of_other_tools_look_for_has_its_command():
+    page = shown.PAGES["docs/coming-from.md"]
+    rows = re.findall(r"^\| .* \| (.*) \|$", page.split("## What you look for")[1].split("\n## ")[0], flags=re.MULTILINE)[1:]
+    assert len(rows) >= 25
+    for row in rows:
+        assert re.match(r"`(python|pip|make) |\[", row), row
 
 
 def test_the_reference_of_keys_is_what_the_files_say():

@@ -89,7 +89,7 @@ def logits_of_transformers(file, ids):
 
 
 def logits_of_run(compose, tmp_path, name, ids):
-    config = with_converted_model(compose(f"model={name}", f"cache_dir={tmp_path}", "max_length=64", "max_prompt_length=32"))
+    config = with_converted_model(compose(f"model={name}", f"cache_dir={tmp_path}", "model.policy_dtype=float32"))
     tokenizer = load_tokenizer(config.model)
     with torch.no_grad():
         return load_model(config.model, tokenizer).eval()(input_ids=ids).logits

@@ -47,7 +47,7 @@ GENERATED = ("docs/key-reference.md", "docs/architectures.md", "docs/intervals.m
 
 @pytest.mark.parametrize("page", [page for page in DOCS if page not in GENERATED])
 def test_a_page_begins_with_a_command_and_what_it_prints(page):
-    """A command within the first blocks, and something of the kind of its output behind it, before the page's second section."""
+    """A command within the first blocks, and its kind of output behind it, before the second section."""
     languages = [block.language for block in shown.blocks(page)]
     assert "bash" in languages[:4], f"{page} begins without a command"
     first = shown.PAGES[page].split("\n## ")

@@ -1,4 +1,4 @@
-"""What holds the whole together: options have readers, run directories their place, what README and pages show is all there is."""
+"""What holds the whole together: options have readers, run directories a place, README and pages show what is there."""
 
 import inspect
 import json

@@ -18,7 +18,15 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from preference_training.configuration.composition import CONFIG_DIR, GROUPS, group_choices, in_open_section, known_keys
+from preference_training.configuration.composition import (
+    CONFIG_DIR,
+    GROUPS,
+    OPTIONAL_GROUPS,
+    group_choices,
+    in_open_section,
+    known_keys,
+)
+from preference_training.configuration.model_names import HUB_ID
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.grouping import group_rows
 from preference_training.data.rows.records import DataReport
@@ -36,7 +44,8 @@ KINDS = {
     r"python scripts/\w+\.py( |$)": "test_its_script_understands_it",
     r"python -m preference_collection (import|export|push|score) ": "test_the_labelling_app_understands_it",
     r"make [\w-]+": "test_what_is_made_is_there",
-    r"pip install -r |pip install hydra-optuna-sweeper|python3 -m venv |\. \.venv/bin/activate": "test_what_is_made_is_there",
+    r"pip install (--no-deps )?-r |pip install hydra-optuna-sweeper|python3 -m venv |\. \.venv/bin/activate": "test_what_is_made_is_there",
+    r"eval \$\(python train.py -sc install=bash\)$": "tests/configuration/test_help.py completes",
     r"python -m pytest |python -c ": "followed in a clean clone, or run by test_what_is_run_in_one_line_runs",
 }
 
@@ -306,11 +315,18 @@ def test_your_own_loss_can_be_followed(clone):
 # ---- keys -------------------------------------------------------------------------------------------------------------------
 
 
+def is_choice(group: str, name: str) -> bool:
+    """Whether a group may have a choice of this name."""
+    return name in group_choices(group) or (group == "model" and HUB_ID.fullmatch(name) is not None)
+
+
 def is_known(text: str) -> bool:
     """Whether `key` or `key=value` is one of ours."""
     key, _, value = text.lstrip("+").partition("=")
-    if key in GROUPS and value:
-        return value == "NAME" or value in group_choices(key)
+    if key == "model" and (HUB_ID.fullmatch(value) or value.startswith(("./", "runs/")) or value.endswith(".gguf")):
+        return True
+    if key in (*GROUPS, *OPTIONAL_GROUPS) and value:
+        return value in ("NAME", "X", "DIRECTORY") or all(is_choice(key, each) for each in value.split(","))
     if text.startswith("+"):
         return (CONFIG_DIR / key / f"{value}.yaml").is_file()
     return key in known_keys() or in_open_section(key) or key == "hydra/sweeper"

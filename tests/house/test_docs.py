@@ -44,7 +44,7 @@ KINDS = {
     r"python scripts/\w+\.py( |$)": "test_its_script_understands_it",
     r"python -m preference_collection (import|export|push|score) ": "test_the_labelling_app_understands_it",
     r"make [\w-]+": "test_what_is_made_is_there",
-    r"pip install (--no-deps )?-r |pip install hydra-optuna-sweeper|python3 -m venv |\. \.venv/bin/activate": "test_what_is_made_is_there",
+    r"pip install (--no-deps )?-r |pip install hydra-optuna|python3 -m venv |\. \.venv/bin/activate": "test_what_is_made_is_there",
     r"eval \$\(python train.py -sc install=bash\)$": "tests/configuration/test_help.py completes",
     r"python -m pytest |python -c ": "followed in a clean clone, or run by test_what_is_run_in_one_line_runs",
 }

@@ -65,7 +65,7 @@ def insert_config_file(arguments: list[str]) -> list[str]:
     given = {key_of(text) for text in rest}
     own = [text for text in _overrides(values, file) if key_of(text) not in given]
     _FILE_OF.update({key_of(text): file for text in own})
-    return [*own, *others]
+    return [*own, *rest]
 
 
 def name_file(message: str) -> str:

@@ -279,7 +279,7 @@ def report_split(prepared, entries: list, split: str, what: str, needed: bool) -
         raise UserError(f"datasets: {names}: expected at least one {kind} example, and none is left: {why}.")
     prompts, what = "prompt" + "s" * (len(prepared.table) != 1), what.removesuffix("s") if examples == 1 else what
     lines = [f"  {name}: {line}" for name, line in found]
-    if split == "test" and len(prepared.table):
+    if split == "test" and len(prepared.table) and len(entries) > 1:
         empty = [e.name for e, report in zip(entries, prepared.reports, strict=True) if not report.num_prompts]
         lines += [f"  {name}: nothing is held out of it (held_out_share)" for name in empty]
     print(f"{split}: {len(prepared.table)} {prompts}, {examples} {what}", *lines, sep="\n", flush=True)

@@ -1,5 +1,6 @@
 """When a run is asked to stop: signals to a real process, and its time."""
 
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -129,3 +130,18 @@ def test_a_signal_is_the_reason_also_where_the_time_is_over():
     assert stop.reason == "max_wall_time is over"
     stop._receive(stopping.signal.SIGUSR1, None)
     assert stop.reason == "SIGUSR1"
+
+
+@pytest.mark.parametrize(("ends_process", "status"), [(True, 0), (False, -signal.SIGTERM)])
+def test_a_signal_after_a_run_does_not_change_the_exit_status_of_a_process_that_ends_with_it(ends_process, status):
+    code = f"""
+import os, signal
+from preference_training.core.signals import StopRequests
+StopRequests.ends_process = {ends_process}
+with StopRequests():
+    pass
+print("run directory: here", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "run directory: here\n")

@@ -8,6 +8,7 @@ from preference_training.data.rows.conversations import (
     parse_serialized_turns,
     parse_turns,
     part_conversations,
+    round_keys,
     split_conversation,
     turn_keys,
 )
@@ -21,10 +22,11 @@ from preference_training.data.rows.records import (
     is_learned,
     message_of,
     response_of,
+    text_error,
     type_name,
 )
 from preference_training.data.rows.templates import split_dialogue
-from preference_training.data.rows.values import check_text, is_text_list, parse_text_list, unlisted
+from preference_training.data.rows.values import check_text, is_text_list, is_text_pair, parse_text_list, unlisted
 
 Turns = tuple[Turn, ...]
 
@@ -62,19 +64,26 @@ def answer_in(value, name: str) -> str | Turns:
     return value
 
 
+def listed_answer(answer, name: str, index: int) -> str | Turns:
+    """The answer at a place of a list. Raises RowError."""
+    if isinstance(answer, list | dict):
+        return answer_in(answer, f"{name}.{index}")
+    if problem := text_error(answer):
+        raise RowError(f"field {name!r}: response {index} {problem}.")
+    return answer_in(answer, name)
+
+
 # ---- conversations --------------------------------------------------------------------------------------------------------
-
-
-ROUND_KEYS = (("input", "output"), ("human", "assistant"))
 
 
 def conversation_in(value, name: str) -> Turns:
     """The turns of a whole conversation; also a list of {input, output}, or of texts of user and assistant in turn."""
     value = parse_text_list(parse_serialized_turns(value, name))
     items = value if isinstance(value, list) else [value]
-    for asked, answered in ROUND_KEYS:
-        if items and all(isinstance(item, dict) and item.keys() >= {asked, answered} for item in items):
-            items = [text for item in items for text in (item[asked], item[answered])]
+    if items and (keys := round_keys(items[0])) and all(round_keys(item) == keys for item in items):
+        items = [item[key] for item in items for key in keys]
+    if items and isinstance(value, list) and all(map(is_text_pair, items)):
+        items = [text for pair in items for text in pair]
     if items and all(isinstance(item, str) for item in items) and isinstance(value, list):
         for text in items:
             check_text(text, name)
@@ -180,7 +189,7 @@ class Splitting:
             return self._of_conversations(row, answers)
         texts = [answer for _, answer in answers]
         if self.apart or self.prompts.in_row(row):
-            return self._read(row), texts
+            return self._read(row, answers), texts
         prompt = self._in_texts(row, texts, answers[0][0])
         responses = [text[len(prompt) :] for text in texts]
         for (name, _), response in zip(answers, responses, strict=True):
@@ -201,13 +210,22 @@ class Splitting:
             raise LeftOut(OTHER_PROMPT)
         return prompt
 
-    def _read(self, row: dict, as_turns: bool = False) -> Prompt:
+    def _read(self, row: dict, answers: list[Named], as_turns: bool = False) -> Prompt:
         try:
             return self.prompts.read(row, as_turns)
         except RowError as error:
             if self.prompts.prompt in row or self.prompts.prompt != USUAL:
                 raise
-            raise RowError(with_nearest(str(error), row, "prompt: ")) from None
+            raise RowError(self._with_prompt(str(error), row, [name for name, _ in answers])) from None
+
+    def _with_prompt(self, message: str, row: dict, answers: list[str]) -> str:
+        """A message, with the entry that names the column which may be the prompt."""
+        nearest = with_nearest(message, row, "prompt: ", *answers)
+        found = self.prompts.candidates(row, answers)
+        if nearest != message or not found:
+            return nearest
+        may_be = f"{found[0]} may be it" if len(found) == 1 else f"One of {', '.join(found)} may be it"
+        return f"{message} {may_be}: datasets=[{{path: ..., prompt: {found[0]}}}]."
 
     def _of_conversations(self, row: dict, answers: list[Named]) -> tuple[Prompt, list[Response]]:
         longest = max(len(answer) for _, answer in answers if isinstance(answer, tuple))
@@ -232,5 +250,5 @@ class Splitting:
         if shared:
             return self.prompts.before(row, shared, shared + rests[0][: end_of_common(rests)]), responses
         if self.prompts.in_row(row) or self.prompts.may_be_elsewhere(row, [name for name, _ in answers]):
-            return self._read(row, as_turns=True), responses
+            return self._read(row, answers, as_turns=True), responses
         return self.prompts.with_system(row, ()) or "", responses

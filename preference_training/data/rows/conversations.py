@@ -27,7 +27,10 @@ ROLE_NAMES = {
     **dict.fromkeys(("tool", "function", "ipython", "observation", "tool_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
-TURN_KEYS = (("role", "content"), ("from", "value"), ("role", "parts"), ("author", "content"))
+TURN_KEYS = (
+    ("role", "content"), ("from", "value"), ("role", "parts"), ("author", "content"), ("role", "value"), ("role", "text"),
+    ("role", "message"), ("from", "content"), ("from", "text"), ("speaker", "text"), ("speaker", "content"),
+)  # fmt: skip
 # What chat templates read of a message besides role and content.
 MESSAGE_FIELDS = ("name", "reasoning", "reasoning_content", "thinking", "tool_call_id", "tool_calls")
 LEGACY_CALL = "function_call"
@@ -44,6 +47,14 @@ def turn_keys(item) -> tuple[str, str] | None:
             return keys
     calls = any(item.get(key) for key in ("tool_calls", LEGACY_CALL))
     return next((keys for keys in TURN_KEYS if item.get(keys[0]) is not None and (calls or keys[1] in item)), None)
+
+
+ROUND_KEYS = (("input", "output"), ("human", "assistant"), ("user", "assistant"), ("question", "answer"))
+
+
+def round_keys(item) -> tuple[str, str] | None:
+    """The keys of a question and its answer in one item of a conversation; None for anything else."""
+    return next((keys for keys in ROUND_KEYS if isinstance(item, dict) and item.keys() >= set(keys)), None)
 
 
 def with_roles(row: dict, roles: Mapping[str, str]) -> dict:
@@ -66,6 +77,16 @@ def with_roles(row: dict, roles: Mapping[str, str]) -> dict:
         return value | {keys[0]: role} if role else value
 
     return {column: renamed(value) for column, value in row.items()}
+
+
+def check_mask(row: dict) -> None:
+    """Raise RowError where NeMo's column `mask` says that the assistant's turns are not learned."""
+    mask = row.get("mask")
+    if isinstance(mask, str) and ROLE_NAMES.get(mask.strip().lower()) == "assistant":
+        raise RowError(
+            f"field 'mask' is {mask!r}: the turns of this role are not learned, which are all that SFT learns here. Expected "
+            "the role that asks, such as User; rename the column if it means something else."
+        )
 
 
 def parse_turns(value: list | dict, name: str) -> tuple[Turn, ...]:
@@ -93,7 +114,8 @@ def _turn(item, place: str) -> Turn:
     """A message as a turn. Raises RowError."""
     keys = turn_keys(item)
     if keys is None:
-        raise RowError(f"{place} is not {{role, content}}.")
+        keys_found = f", it has {', '.join(map(str, item))}" if isinstance(item, dict) and len(item) > 1 else ""
+        raise RowError(f"{place} is not {{role, content}}{keys_found}.")
     found, content = map(item.get, keys)
     role = ROLE_NAMES.get(found.strip().lower()) if isinstance(found, str) else None
     if role is None:
@@ -234,6 +256,9 @@ def parse_serialized_turns(value, name: str):
 
     Raises RowError for a text that cannot be parsed.
     """
+    if isinstance(value, str) and value[:2] in ('"[', '"{') and isinstance(inner := parse_literal(value), str):
+        # It was written as JSON twice.
+        value = inner if SERIALIZED_TURNS.match(inner) else value
     if not isinstance(value, str) or not (start := SERIALIZED_TURNS.match(value)):
         return value
     found = parse_literal(value)

@@ -9,27 +9,28 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain, islice
-from math import inf, isfinite, isnan
+from math import inf, isfinite
 
 from preference_training.core.errors import UserError
 from preference_training.data.rows.answers import (
     LeftOut,
     Splitting,
-    Turns,
     answer_in,
     answers_in,
     conversation_in,
     last_turns_replaced,
+    listed_answer,
     rounds_in,
 )
-from preference_training.data.rows.conversations import NothingLearned, RowError, split_conversation, with_roles
-from preference_training.data.rows.formats import CONVERSATIONS, find
+from preference_training.data.rows.column_names import CONVERSATIONS
+from preference_training.data.rows.conversations import NothingLearned, RowError, check_mask, split_conversation, with_roles
+from preference_training.data.rows.formats import find
 from preference_training.data.rows.grouping import Row, pairs_by_score
 from preference_training.data.rows.nearest_entry import with_nearest
 from preference_training.data.rows.prompt_fields import PromptFields
 from preference_training.data.rows.records import DataReport, NumberedRows, response_of, text_error
 from preference_training.data.rows.repeated_prompts import strip_repeated_prompts
-from preference_training.data.rows.unread_columns import ReadColumns
+from preference_training.data.rows.unread_columns import ReadColumns, note_verdict
 from preference_training.data.rows.values import (
     NO_VERDICT,
     TIE,
@@ -37,16 +38,22 @@ from preference_training.data.rows.values import (
     as_number,
     better_answer,
     check_text,
+    comparable_number,
     field_number,
     field_value,
     is_empty,
+    is_missing_number,
     is_plain_text,
     is_text_list,
+    listed_names,
     parse_text_list,
+    shown_names,
+    values_in,
 )
 from preference_training.data.sources.filters import RowFilter, Where, where_columns
 
 # What a report counts of rows, besides those it skips.
+CONTEXT_JOINED = "prompts joined from question and context, on separate lines"
 INPUT_JOINED = "prompts joined from instruction and input, on separate lines"
 OWN_SYSTEM_TURN = "conversations with their own system turn, which replaces the field {!r}"
 LAST_TURNS = "conversations whose turns behind the assistant's last one were left out"
@@ -143,13 +150,13 @@ class FieldMap:
         elif self.text:
             found = [self.text]
         elif self.responses:
-            found = [*_listed(self.responses), *_listed(self.scores or self.ranks)]
+            found = [*listed_names(self.responses), *listed_names(self.scores or self.ranks)]
         elif self.answers:
-            found = [*_listed(self.answers), *(self.better if isinstance(self.better, dict) else [self.better])]
+            found = [*listed_names(self.answers), *(self.better if isinstance(self.better, dict) else [self.better])]
         elif self.response:
             found = [self.response, self.score, self.label]
         else:
-            found = [self.chosen, *_listed(self.rejected), self.margin, self.example_weight]
+            found = [self.chosen, *listed_names(self.rejected), self.margin, self.example_weight]
         return [name for name in found if name is not None]
 
     @cached_property
@@ -192,6 +199,7 @@ class FieldMap:
     # ---- kinds of rows ----------------------------------------------------------------------------------------------------
 
     def _conversation(self, row: dict, report: DataReport) -> Row:
+        check_mask(row)
         turns = conversation_in(field_value(row, self.messages), self.messages)
         try:
             prompt, response = split_conversation(turns, self.messages)
@@ -207,15 +215,15 @@ class FieldMap:
 
     def _labels(self, row: dict) -> list[bool]:
         """The label of a row's answer. Raises RowError, and LeftOut without one where labels were found unasked."""
-        if self.label in self.found and (is_empty(row.get(self.label)) or _is_missing(row[self.label])):
+        if self.label in self.found and (is_empty(row.get(self.label)) or is_missing_number(row[self.label])):
             raise LeftOut(NO_LABEL)
         return [as_label(field_value(row, self.label), self.label)]
 
     def _single(self, row: dict) -> Row:
         answer = answer_in(field_value(row, self.response), self.response)
         scores = labels = None
-        if self.score is not None and not (self.score in self.found and _is_missing(row.get(self.score))):
-            scores = [as_number(_number(field_value(row, self.score)), self.score)]
+        if self.score is not None and not (self.score in self.found and is_missing_number(row.get(self.score))):
+            scores = [as_number(comparable_number(field_value(row, self.score)), self.score)]
         if self.label is not None:
             labels = self._labels(row)
         prompt, responses = self.splitting.split(row, [(str(self.response), answer)])
@@ -223,18 +231,18 @@ class FieldMap:
 
     def _list(self, row: dict, report: DataReport) -> Row:
         numbers_name = self.scores or self.ranks
-        answers, numbers = (_values(row, name) for name in (self.responses, numbers_name))
-        if isinstance(answers, list) and _is_missing(numbers):
+        answers, numbers = (values_in(row, name) for name in (self.responses, numbers_name))
+        if isinstance(answers, list) and is_missing_number(numbers):
             raise LeftOut(NO_RATED)
         if not isinstance(answers, list) or not isinstance(numbers, list) or len(answers) != len(numbers):
             raise RowError(
-                f"{_shown(self.responses)} and {_shown(numbers_name)} are not two lists of the same length. "
+                f"{shown_names(self.responses)} and {shown_names(numbers_name)} are not two lists of the same length. "
                 "Expected one number for each response."
             )
         if not answers:
             raise RowError(f"field {self.responses!r} is an empty list.")
         present = [k for k, answer in enumerate(answers) if not is_empty(answer)]
-        rated = [k for k in present if not _is_missing(numbers[k])]
+        rated = [k for k in present if not is_missing_number(numbers[k])]
         if not rated:
             raise LeftOut(NO_RATED)
         missing = sum(answer is None for answer in answers)
@@ -243,10 +251,10 @@ class FieldMap:
         report.change(NO_SCORE, len(present) - len(rated))
         columns = [self.responses[k] for k in rated] if isinstance(self.responses, list) else self.responses
         found = rounds_in(row, self.prompt, columns) or [
-            (_shown(self.responses), _listed_answer(answers[k], _shown(self.responses), k)) for k in rated
+            (shown_names(self.responses), listed_answer(answers[k], shown_names(self.responses), k)) for k in rated
         ]
         sign = 1 if self.scores else -1
-        scores = [sign * as_number(_number(numbers[k]), _shown(numbers_name)) for k in rated]
+        scores = [sign * as_number(comparable_number(numbers[k]), shown_names(numbers_name)) for k in rated]
         pairs = pairs_by_score(scores)
         if isinstance(self.responses, list) and not pairs and len(answers) > 1:
             raise LeftOut(TIE if len(rated) > 1 else NO_VERDICT)
@@ -254,10 +262,10 @@ class FieldMap:
         return Row(prompt, responses, pairs, max(range(len(scores)), key=scores.__getitem__), scores)
 
     def _verdict(self, row: dict) -> Row:
-        values = _values(row, self.answers)
+        values = values_in(row, self.answers)
         names = self.answers if isinstance(self.answers, list) else [self.answers] * 2
         if not isinstance(values, list) or len(values) != 2:
-            raise RowError(f"field {_shown(self.answers)!r} is not a list of two answers.")
+            raise RowError(f"field {shown_names(self.answers)!r} is not a list of two answers.")
         better = better_answer(row, self.better, " and ".join(dict.fromkeys(names)))
         if better is None:
             column = next(iter(self.better))
@@ -273,7 +281,7 @@ class FieldMap:
         if two and two[0][0] != two[1][0] and all(is_plain_text(text) and text_error(text) is None for _, text in two):
             prompt, responses = self.splitting.split(row, two)
             return Row(prompt, responses, [(0, 1)], 0, **self._numbers_of_pair(row, 1))
-        others = _listed(self.rejected)
+        others = listed_names(self.rejected)
         # Of several columns of rejected answers, those that a row lacks are left out.
         given = [row.get(name, row.get(name.split(".")[0])) for name in others]
         present = [name for name, value in zip(others, given, strict=True) if len(others) == 1 or not is_empty(value)]
@@ -287,6 +295,7 @@ class FieldMap:
         listed = [parse_text_list(value) for value in values]
         if all(map(is_text_list, listed)):
             values = listed  # One alone may be an answer in brackets.
+        values[1:] = (without_empty(value, report) for value in values[1:])
         named = zip(names, values, strict=True)
         first, *found = [[(name, answer) for answer in answers_in(value, name)] for name, value in named]
         chosen, rejected = (first, [*chain(*found)]) if found else (first[:1], first[1:])
@@ -302,12 +311,25 @@ class FieldMap:
         """The margin and the weight of a row's pairs, where they are mapped. Raises RowError."""
         numbers: dict[str, list[float]] = {}
         for key, name, least in (("margins", self.margin, -inf), ("weights", self.example_weight, 0)):
-            if name is None or (name in self.found and is_empty(row.get(name))):
+            if name is None or (name in self.found and is_missing_number(row.get(name))):
                 continue
             numbers[key] = [number := field_number(row, name)] * count
             if not (isfinite(number) and number >= least):
                 raise RowError(f"field {name!r} is {number}, expected a finite number{' of at least 0' * (least == 0)}.")
         return numbers
+
+
+def without_empty(value, report: DataReport):
+    """A list of rejected texts without those that are missing or empty, which are counted; any other value as it is."""
+    if not isinstance(value, list) or not all(isinstance(one, str | None) for one in value):
+        return value
+    kept = [one for one in value if one is not None and one.strip()]
+    if not kept:
+        return value
+    missing = value.count(None)
+    report.change(NO_ANSWER, missing)
+    report.change(EMPTY_ANSWER, len(value) - missing - len(kept))
+    return kept
 
 
 @dataclass(frozen=True)
@@ -393,50 +415,21 @@ def _mapped(formats: _Formats, rows: NumberedRows, place: str, report: DataRepor
 
 def _count_unused(field_map: FieldMap, row: dict, mapped: Row, columns: ReadColumns, report: DataReport) -> None:
     """Count the columns of a row that are not read, or are joined."""
+    of_prompt = not (field_map.text or field_map.messages)
+    context = field_map.prompts.context(row) if of_prompt else None
+    asked = mapped.prompt if isinstance(mapped.prompt, str) else "".join(turn.content for turn in mapped.prompt[-1:])
+    report.change(CONTEXT_JOINED, is_joined := context is not None and asked.endswith(context))
     for name in columns.unread(row):
-        report.not_read(name)
-    if not (field_map.text or field_map.messages) and field_map.prompts.second_part(row):
+        if not is_joined or row.get(name) != context:
+            report.not_read(name)
+            if field_map.response or field_map.messages:
+                note_verdict(row, name, report)
+    if of_prompt and field_map.prompts.second_part(row):
         report.change(INPUT_JOINED)
     if field_map.system and not isinstance(mapped.prompt, str):
         system, first = row.get(field_map.system), mapped.prompt[0]
         if isinstance(system, str) and system.strip() and system.strip() != first.content.strip():
             report.change(OWN_SYSTEM_TURN.format(field_map.system))
-
-
-# ---- values of a row ----------------------------------------------------------------------------------------------------
-
-
-def _listed(names: str | list) -> list:
-    return names if isinstance(names, list) else [names]
-
-
-def _shown(names: str | list) -> str:
-    return ", ".join(_listed(names))
-
-
-def _values(row: dict, names: str | list):
-    """The values of a list in one column, or of several columns."""
-    return [field_value(row, name) for name in names] if isinstance(names, list) else parse_text_list(field_value(row, names))
-
-
-def _listed_answer(answer, name: str, index: int) -> str | Turns:
-    """The answer at a place of a list. Raises RowError."""
-    if isinstance(answer, list | dict):
-        return answer_in(answer, f"{name}.{index}")
-    if problem := text_error(answer):
-        raise RowError(f"field {name!r}: response {index} {problem}.")
-    return answer_in(answer, name)
-
-
-def _number(value):
-    """A value as it is compared: true above false."""
-    return int(value) if isinstance(value, bool) else value
-
-
-def _is_missing(number) -> bool:
-    if isinstance(number, str):
-        return number.strip().lower() in ("", "n/a", "na", "nan", "none", "null")
-    return number is None or (isinstance(number, float) and isnan(number))
 
 
 def _answer(row: dict, name: str):

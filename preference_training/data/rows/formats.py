@@ -4,18 +4,40 @@ Found are the keys of a field map: where the answers are, where the prompt is, a
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
+from preference_training.data.rows.column_names import (
+    CHOSEN_REJECTED,
+    CONVERSATIONS,
+    LABEL_NAMES,
+    LISTED_SCORES,
+    LISTED_TEXTS,
+    LISTS,
+    NUMBERED,
+    PROMPTS,
+    RANKS,
+    RESPONSES,
+    SCORES,
+    SINGLE_SCORES,
+    SUFFIXES,
+    SYSTEMS,
+    TOOLS,
+    TRUE_IF_GOOD,
+    TWO_ANSWERS,
+    VERDICTS,
+    Columns,
+    plain,
+)
 from preference_training.data.rows.conversations import RowError, ends_with_answer, parse_serialized_turns, turn_keys
-from preference_training.data.rows.prompt_fields import INSTRUCTIONS, SECOND_PARTS, is_system, may_be_prompt
+from preference_training.data.rows.prompt_fields import CONTEXT, INSTRUCTIONS, QUESTIONS, SECOND_PARTS, is_system, may_be_prompt
 from preference_training.data.rows.templates import ASSISTANT
 from preference_training.data.rows.values import (
     LABELS,
-    is_empty,
     is_finite_number,
+    is_text_pair,
     is_tie,
     label_word,
     parse_text_list,
@@ -23,34 +45,6 @@ from preference_training.data.rows.values import (
 )
 
 Keys = dict[str, object]
-
-# Column names, the usual ones first. Case does not matter, nor do blanks, dashes and underscores.
-PROMPTS = (
-    "prompt", "instruction", "question", "query", "messages", "conversations", "conversation", "dialogue", "context",
-    "context_messages", "history", "input", "inputs", "user", "problem", "info",
-)  # fmt: skip
-CHOSEN_REJECTED = (
-    ("chosen", "rejected"), ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected"),
-    ("chosen_answer", "rejected_answer"), ("preferred_output", "non_preferred_output"), ("preferred", "dispreferred"),
-    ("preferred", "rejected"), ("accepted", "rejected"), ("chosen", "reject"), ("better", "worse"), ("winner", "loser"),
-    ("chosen_response", "rejected_responses"), ("response", "rejected_response"), ("messages", "rejected_messages"),
-    ("messages", "rejected_response"),
-)  # fmt: skip
-NUMBERED = re.compile(r"rejected\d+")
-RESPONSES = ("completion", "response", "output", "answer", "target", "targets", "solution", "assistant")
-LISTS = ("responses", "completions", "generations", "answers", "candidates", "outputs")
-SCORES = ("scores", "ratings", "rating", "score", "rewards")
-RANKS = ("ranks", "rank", "ranking", "rankings")
-LISTED_TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
-LISTED_SCORES = ("score", "overall_score", "pm_score", "rating", "reward")
-LABEL_NAMES = ("label", "labels", "kto_tag", "is_desirable", "desirable")
-CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "contents")
-SYSTEMS = ("system", "system_prompt", "systemInstruction")
-TOOLS = ("tools", "functions")
-SINGLE_SCORES = ("score", "rating", "reward", "overall_score")
-TWO_ANSWERS = ("response", "answer", "output", "completion", "conversation", "model", "text")
-VERDICTS = ("winner", "preference", "preferred", "verdict", "better", "choice", "label", "labels", "chosen")
-SUFFIXES = (("a", "b"), ("0", "1"), ("1", "2"))
 
 
 class Found(NamedTuple):
@@ -79,52 +73,6 @@ PUBLIC = (
     PublicVerdicts(("response_1", "response_2"), "preference_strength", ("< 0", "> 0")),
     PublicVerdicts(("response1", "response2"), "overall_preference", ("< 0", "> 0")),
 )
-
-
-class Columns:
-    """The columns of the first rows that are not empty in all of them, with their values. names: of all columns."""
-
-    def __init__(self, rows: Iterable[dict]):
-        self.values: dict[str, list] = {}
-        self.names: set[str] = set()
-        for row in rows:
-            self.names.update(row)
-            for name, value in row.items():
-                if not is_empty(value):
-                    self.values.setdefault(str(name), []).append(value)
-        self.spelled = {_plain(name): name for name in reversed(self.values)}
-
-    def get(self, *names: str) -> str | None:
-        """The first of these columns that there is, as the rows spell it."""
-        for name in names:
-            if found := name if name in self.values else self.spelled.get(_plain(name)):
-                return found
-        return None
-
-    def both(self, names: Iterable[str]) -> list[str] | None:
-        """Two or more columns, if there are all of them."""
-        found = [self.get(name) for name in names]
-        return found if all(found) else None
-
-    def all(self, name: str | None, test: Callable[[object], bool]) -> bool:
-        """Whether a column is there and all of its values pass a test."""
-        return name is not None and all(map(test, self.values[name]))
-
-    def inner(self, name: str, names: Iterable[str], some: bool = False) -> str | None:
-        """The dotted name of a part of a column of dicts or of lists of dicts, which all of them, or some, have."""
-        items = [
-            item
-            for value in map(parse_text_list, self.values[name])
-            for item in (value if isinstance(value, list) else [value])
-        ]
-        if not items or not all(isinstance(item, dict) for item in items):
-            return None
-        has = any if some else all
-        return next((f"{name}.{part}" for part in names if has(part in item for item in items)), None)
-
-
-def _plain(name: str) -> str:
-    return "".join(character for character in name.lower() if character not in " -_")
 
 
 def find(rows: list[dict], given: Keys) -> Found:
@@ -180,10 +128,10 @@ def _pairs(columns: Columns) -> Found | None:
     if found and any(verdict_values(columns.values[found[0]], answers) for answers, _ in two_answers(columns)):
         return None  # The names of two columns, of which the first is the better one.
     chosen, *rejected = found or [columns.get("chosen") or ""]
-    if chosen and (not found or _plain(rejected[0]) == "rejected"):
+    if chosen and (not found or plain(rejected[0]) == "rejected"):
         rejected += sorted(
-            (name for name in columns.values if NUMBERED.fullmatch(_plain(name)) and not columns.all(name, is_finite_number)),
-            key=lambda name: int(_plain(name).removeprefix("rejected")),
+            (name for name in columns.values if NUMBERED.fullmatch(plain(name)) and not columns.all(name, is_finite_number)),
+            key=lambda name: int(plain(name).removeprefix("rejected")),
         )
     if not chosen or not rejected:
         return None
@@ -241,7 +189,7 @@ def _verdicts(columns: Columns) -> Found | None:
         for better in filter(None, map(columns.get, VERDICTS)):
             values = verdict_values(columns.values[better], answers) or _named_models(columns, better, suffixes)
             # Labels of 1 may mean the first answer, as SHP's do, or the second.
-            if values and not (values == [[0], [1]] and _plain(better) in ("label", "labels")):
+            if values and not (values == [[0], [1]] and plain(better) in ("label", "labels")):
                 return Found({"answers": answers, "better": {better: values}}, _verdict_words(answers, better, values))
         for stem in ("score", "rating", "reward"):
             scores = columns.both(f"{stem}_{suffix}" for suffix in suffixes)
@@ -280,9 +228,9 @@ def _single(columns: Columns) -> Found | None:
     keys, words = {"response": response}, f"answers in `{response}`"
     helpfulness = columns.both(("helpfulness", "correctness", "coherence"))
     scores = [helpfulness[0]] if helpfulness else filter(None, map(columns.get, SINGLE_SCORES))
-    if label := _label(columns):
+    if label := _label(columns) or _true_if_good(columns):
         keys["label"], words = label, f"{words}, labels in `{label}`"
-    elif _plain(response) != "chosen" and (
+    elif plain(response) != "chosen" and (
         score := next((name for name in scores if columns.all(name, is_finite_number)), None)
     ):
         keys["score"], words = score, f"{words}, scores in `{score}`"
@@ -305,6 +253,12 @@ def _label(columns: Columns) -> str | None:
     return label if len(words) == 2 or (words and words <= LABELS.keys() and not words >= {"-1", "0"}) else None
 
 
+def _true_if_good(columns: Columns) -> str | None:
+    """The column that says of each answer whether it is good, as BeaverTails' does."""
+    names = filter(None, map(columns.get, TRUE_IF_GOOD))
+    return next((name for name in names if columns.all(name, lambda value: label_word(value) in ("true", "false"))), None)
+
+
 def _conversations(columns: Columns) -> Found | None:
     name = next((name for name in map(columns.get, CONVERSATIONS) if columns.all(name, _is_conversation)), None)
     if name is None:
@@ -319,11 +273,13 @@ def _is_conversation(value) -> bool:
         value = parse_serialized_turns(value, "")
     except RowError:
         return True  # It is reported with its row.
-    return isinstance(value, list) and all(isinstance(item, dict | str) for item in value)
+    return isinstance(value, list) and all(isinstance(item, dict | str) or is_text_pair(item) for item in value)
 
 
 def _text(columns: Columns) -> Found | None:
     name = columns.get("text")
+    if {"parent_id", "role"} <= columns.names:
+        return None  # Messages of trees, as OpenAssistant's are: see `nearest_entry`.
     return Found({"text": name}, f"plain text in `{name}`") if columns.all(name, lambda v: isinstance(v, str)) else None
 
 
@@ -357,8 +313,9 @@ def _prompt(columns: Columns, keys: Keys, can_lack: bool) -> tuple[Keys, str]:
     names = [name for name in map(columns.get, PROMPTS) if name and name not in taken]
     name = next((found for name in names if (found := _readable_prompt(columns, name))), None)
     if name is not None:
-        parts = map(columns.get, SECOND_PARTS) if _plain(name) in INSTRUCTIONS else ()
-        more = [part for part in parts if part and part not in taken]
+        parts = SECOND_PARTS if plain(name) in INSTRUCTIONS else (CONTEXT,) if plain(name) in QUESTIONS else ()
+        more = [part for part in map(columns.get, parts) if part and part not in taken]
+        more = [part for part in more if plain(name) in INSTRUCTIONS or columns.all(part, lambda v: isinstance(v, str))]
         return {"prompt": name}, f"prompts in `{'` and `'.join([name, *more])}`"
     if (
         not can_lack

@@ -3,7 +3,8 @@
 import json
 from itertools import product
 
-from preference_training.data.rows.formats import VERDICTS, Columns, Keys, two_answers
+from preference_training.data.rows.column_names import VERDICTS, Columns
+from preference_training.data.rows.formats import Keys, two_answers
 
 LIKE = {
     "rejected": ("reject", "bad", "worse", "los", "dispref", "neg"),
@@ -13,10 +14,10 @@ LIKE = {
 }
 
 
-def with_nearest(message: str, row: dict, key: str = "") -> str:
-    """A message, with the entry that probably reads rows like this one, if that has the key."""
+def with_nearest(message: str, row: dict, *parts: str) -> str:
+    """A message, with the entry that probably reads rows like this one, if that has all of some parts."""
     nearest = _nearest_entry(row) or ""
-    fits = nearest and key in nearest
+    fits = nearest and all(part in nearest for part in parts)
     return f"{message} No known format fits; the nearest is read by datasets=[{nearest}]." if fits else message
 
 

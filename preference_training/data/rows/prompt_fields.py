@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
+from unicodedata import category
 
 from preference_training.data.rows.conversations import (
     RowError,
@@ -19,15 +20,19 @@ from preference_training.data.rows.templates import parse_dialogue
 from preference_training.data.rows.values import check_text, field_value, parse_text_list, unlisted
 
 INSTRUCTIONS = ("instruction",)
-SECOND_PARTS = ("input", "context")
+QUESTIONS = ("question", "query")
+CONTEXT = "context"
+SECOND_PARTS = ("input", CONTEXT)
 SPELLED_PARTS = tuple(spelled for part in SECOND_PARTS for spelled in (part, part.title(), part.upper()))
 USUAL = "prompt"
+# So many letters of a script without capitals are more than a word or two; such scripts may not separate words.
+LETTERS_OF_PROMPT = 6
 
 
 def may_be_prompt(value) -> bool:
     """Whether a value is a text of several words, or has turns, as prompts are."""
     if isinstance(value, str):
-        return " " in value.strip()
+        return " " in value.strip() or sum(category(letter) == "Lo" for letter in value) >= LETTERS_OF_PROMPT
     return any(turn_keys(item) for item in (value if isinstance(value, list) else [value]))
 
 
@@ -63,10 +68,12 @@ class PromptFields:
 
     def may_be_elsewhere(self, row: dict, answers: Iterable[str]) -> bool:
         """Whether a column that nothing reads may be the prompt: it has turns, or texts of several words."""
-        if not self.prompt:
-            return False
+        return bool(self.prompt and self.candidates(row, answers))
+
+    def candidates(self, row: dict, answers: Iterable[str]) -> list[str]:
+        """The columns that nothing reads and that may be the prompt."""
         read = {part for name in (*answers, *self.names(), *self.others) for part in (name, name.split(".")[0])}
-        return any(may_be_prompt(value) for name, value in row.items() if name not in read)
+        return [str(name) for name, value in row.items() if name not in read and may_be_prompt(value)]
 
     def read(self, row: dict, as_turns: bool = False) -> Prompt:
         """The prompt: a text, or a conversation if it is a list, or has a system prompt or earlier turns. Raises RowError."""
@@ -78,7 +85,7 @@ class PromptFields:
             self._refuse_second_part(row)
             return self.with_system(row, parse_turns(value, self.prompt))
         check_text(value, self.prompt)
-        text = f"{value}\n{more}" if (more := self.second_part(row)) else value
+        text = f"{value}\n{more}" if (more := self.second_part(row) or self.context(row)) else value
         if (
             not as_turns
             and not (self.system and (self.system not in self.found or self._system(row)))
@@ -139,6 +146,13 @@ class PromptFields:
             check_text(value, name)
             parts.append(value)
         return "\n".join(dict.fromkeys(parts)) or None
+
+    def context(self, row: dict) -> str | None:
+        """The text in the column `context`, which belongs to a question unless it is mapped to something else."""
+        if self.prompt not in self.found or self.prompt.lower() not in QUESTIONS:
+            return None
+        names = (name for name in SPELLED_PARTS if name.lower() == CONTEXT and name not in self.others)
+        return next((row[name] for name in names if text_error(row.get(name)) is None), None)
 
     def _refuse_second_part(self, row: dict) -> None:
         if self.second_part(row):

@@ -1,5 +1,6 @@
 """Find the columns that a field map does not read, to report them."""
 
+import re
 from collections.abc import Iterable, Iterator
 
 from preference_training.data.rows.conversations import (
@@ -8,15 +9,33 @@ from preference_training.data.rows.conversations import (
     WEIGHT_KEYS,
     RowError,
     parse_serialized_turns,
+    round_keys,
     turn_keys,
 )
-from preference_training.data.rows.values import is_empty, is_plain_text
+from preference_training.data.rows.records import DataReport
+from preference_training.data.rows.values import LABELS, is_empty, is_finite_number, is_plain_text, label_word
 
 # Where only the text is named, as in chosen.content, the role is not reported.
 ROLE_BESIDE = {role: [text for other, text in TURN_KEYS if other == role] for role, _ in TURN_KEYS}
 
 # A row that has one of these depends on more than its texts.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+
+# Columns that may say that an answer is good, and those that may say that it is bad.
+OF_GOOD = re.compile(r"safe|correct|good|helpful|thumbs.?up|upvote|approved|accepted|passed|valid|feedback|verdict|quality")
+OF_BAD = re.compile(r"unsafe|incorrect|invalid|toxic|harm|bad|flag|nsfw|spam|hallucin|offensive|thumbs.?down|rejected")
+
+
+def note_verdict(row: dict, name: str, report: DataReport) -> None:
+    """Note a column that is not read where it seems to say that the answer of a row, its only one, is bad."""
+    value, lowered = row.get(name), name.lower()
+    label = LABELS.get(label_word(value)) if isinstance(value, bool | str) and not is_finite_number(value) else None
+    if label is not None and (label if OF_BAD.search(lowered) else not label and OF_GOOD.search(lowered)):
+        report.note(
+            f"{name} is {label_word(value)} of some rows, which are learned like the others; where: {{{name}: '!= {value}'}} "
+            "leaves them out"
+        )
 
 
 class ReadColumns:
@@ -75,6 +94,6 @@ def _beside_turns(value, name: str) -> Iterator[str]:
         # Columns that are only compared, as by `where`, need not contain turns.
         return
     for item in value if isinstance(value, list) else ():
-        if isinstance(item, dict) and len(item) > 2 and (keys := turn_keys(item)):
+        if isinstance(item, dict) and len(item) > 2 and (keys := turn_keys(item) or round_keys(item)):
             read = (*keys, *MESSAGE_FIELDS, *WEIGHT_KEYS)
             yield from (f"{name}.{key}" for key, inner in item.items() if key not in read and not is_empty(inner))

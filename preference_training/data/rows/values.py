@@ -2,6 +2,8 @@
 
 import operator
 from collections.abc import Callable, Iterable
+from decimal import Decimal
+from math import isnan
 from numbers import Real
 
 from preference_training.data.rows.conversations import RowError, parse_literal
@@ -11,6 +13,11 @@ from preference_training.data.rows.records import shown, text_error
 def is_empty(value) -> bool:
     """Whether a value is empty, as in tables where a row lacks the column."""
     return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def is_missing(value) -> bool:
+    """Whether a value is empty, or the number that tables have for none."""
+    return is_empty(value) or (isinstance(value, float) and isnan(value))
 
 
 def is_plain_text(value) -> bool:
@@ -40,6 +47,11 @@ def is_text_list(value) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
+def is_text_pair(value) -> bool:
+    """Whether a value is a list of a question and its answer."""
+    return is_text_list(value) and len(value) == 2
+
+
 def unlisted(value):
     """The text of a list of one text; anything else as it is."""
     return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) else value
@@ -58,6 +70,30 @@ def field_value(row: dict, name: str):
             raise RowError(f"no field {name!r}, the row has {', '.join(map(str, row)) or 'no fields'}.")
         value = [item.get(part) for item in items] if isinstance(value, list) else value[part]
     return value
+
+
+def listed_names(names: str | list) -> list:
+    return names if isinstance(names, list) else [names]
+
+
+def shown_names(names: str | list) -> str:
+    return ", ".join(listed_names(names))
+
+
+def values_in(row: dict, names: str | list):
+    """The values of a list in one column, or of several columns."""
+    return [field_value(row, name) for name in names] if isinstance(names, list) else parse_text_list(field_value(row, names))
+
+
+def comparable_number(value):
+    """A value as it is compared: true above false."""
+    return int(value) if isinstance(value, bool) else value
+
+
+def is_missing_number(number) -> bool:
+    if isinstance(number, str):
+        return number.strip().lower() in ("", "n/a", "na", "nan", "none", "null")
+    return number is None or (isinstance(number, float) and isnan(number))
 
 
 def field_number(row: dict, name: str) -> float:
@@ -80,7 +116,7 @@ def as_number(value, name: str) -> float:
 def is_finite_number(value) -> bool:
     """Whether a value is a finite number, also as a text."""
     try:
-        return isinstance(value, Real | str) and not isinstance(value, bool) and abs(float(value)) < float("inf")
+        return isinstance(value, Real | Decimal | str) and not isinstance(value, bool) and abs(float(value)) < float("inf")
     except ValueError:
         return False
 

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import BinaryIO
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.formats import PROMPTS
+from preference_training.data.rows.column_names import PROMPTS
 from preference_training.data.rows.records import DataReport
 
 # What json raises besides JSONDecodeError: ValueError for a number of thousands of digits, RecursionError for deep nesting.

@@ -72,12 +72,16 @@ def answers(directory: Path, longest: int) -> list[dict]:
     """The held-out questions with the answers before and after training, which are also written to answers.jsonl."""
     from preference_training.core.machine import quiet_libraries
     from preference_training.data.entries import load_records, read_entry
+    from preference_training.data.rendering.settings import TokenSettings
+    from preference_training.data.tokenization import text_reader
     from preference_training.generation.chat import load_before_training, load_for_chat
 
     quiet_libraries()
-    entry = read_entry({"path": str(PAIRS), "held_out_share": HELD_OUT})
-    questions = [record.prompt for record in load_records(entry, "test")]
     after = load_for_chat(str(directory))
+    # Held out is what the model reads: the split is that of the run only with its template.
+    reads = text_reader(after.tokenizer, TokenSettings("pairs", 2048, 1024, template=after.format.name))
+    entry = read_entry({"path": str(PAIRS), "held_out_share": HELD_OUT})
+    questions = [record.prompt for record in load_records(entry, "test", text_of=reads)]
     before = load_before_training(after)
     print(f"\nAnswering {len(questions)} held-out questions, before and after training ...", flush=True)
     both = (model.responses(questions, {"temperature": 0.0, "max_new_tokens": longest}) for model in (before, after))

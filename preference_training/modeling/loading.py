@@ -328,6 +328,7 @@ def _configuration(model_config: ModelConfig, tokenizer, cache_dir: str | None):
             config = AutoConfig.from_pretrained(name, **(values | {"cache_dir": cache_dir, "trust_remote_code": trusted}))
             if not trusted:
                 refuse_kernels(config)
+            _undo_quantization(config, name)
             return config
     tokens = {
         "eos_token_id": tokenizer.eos_token_id,
@@ -340,6 +341,20 @@ def _configuration(model_config: ModelConfig, tokenizer, cache_dir: str | None):
         return AutoConfig.for_model(**{"vocab_size": size, **tokens, **values})
     except ValueError as error:
         raise UserError(f"model.from_config.model_type: {values.get('model_type')!r} is not known to transformers.") from error
+
+
+def _undo_quantization(config, name: str) -> None:
+    """Have weights that were published in few bits loaded in `policy_dtype`. Raises UserError where that is impossible."""
+    quantization = getattr(config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method in ("mxfp4", "fp8"):
+        # With a GPU's kernels they would stay as they are, which cannot be trained.
+        quantization["dequantize"] = True
+    elif method in ("awq", "gptq"):
+        raise UserError(
+            f"model.name_or_path: the weights of {name} are quantized ({method}), and cannot be trained. Name the model "
+            "that they were made of; adapter=qlora quantizes it in memory."
+        )
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -19,7 +19,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from preference_training.configuration.composition import CONFIG_DIR, GROUPS, group_choices, in_open_section, known_keys
+from preference_training.configuration.composition import (
+    CONFIG_DIR,
+    GROUPS,
+    OPTIONAL_GROUPS,
+    group_choices,
+    in_open_section,
+    known_keys,
+)
 from preference_training.core.errors import UserError
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.grouping import group_rows
@@ -40,8 +47,8 @@ KINDS = {
     r"make [\w-]+": "test_what_is_made_is_there",
     r"pip install (--no-deps )?-r |pip install hydra-optuna-sweeper": "test_what_is_made_is_there",
     r"python3 -m venv |\. \.venv/bin/activate": "followed in a clean clone",
-    r"eval \$\(python train\.py -sc install=bash\)": "test_help.py completes with it",
     r"python my_run\.py": "test_the_page_on_python_can_be_followed",
+    r"eval \$\(python train.py -sc install=bash\)$": "tests/configuration/test_help.py completes",
     r"python -m pytest |python -c ": "followed in a clean clone, or run by test_what_is_run_in_one_line_runs",
 }
 
@@ -324,8 +331,8 @@ def test_your_own_loss_can_be_followed(clone):
 def is_known(text: str) -> bool:
     """Whether `key` or `key=value` is one of ours."""
     key, _, value = text.lstrip("+").partition("=")
-    if key in GROUPS and value:
-        a_model = key == "model" and ("/" in value or value in ("DIRECTORY", "FILE.gguf"))
+    if key in (*GROUPS, *OPTIONAL_GROUPS) and value:
+        a_model = key == "model" and ("/" in value or value in ("DIRECTORY", "FILE.gguf", "X"))
         return value == "NAME" or a_model or value in group_choices(key)
     if text.startswith("+"):
         return (CONFIG_DIR / key / f"{value}.yaml").is_file()

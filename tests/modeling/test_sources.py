@@ -6,7 +6,7 @@ from huggingface_hub import constants, errors
 from transformers import AutoConfig
 
 from preference_training.core.errors import UserError
-from preference_training.modeling.loading import check_model
+from preference_training.modeling.loading import check_model, model_configuration
 from preference_training.modeling.sources.checks import check_sources
 from preference_training.modeling.tokenizer import byte_level_tokenizer
 from preference_training.modeling.value_head import check_head
@@ -118,3 +118,15 @@ def test_a_dry_run_refuses_the_sizes_that_training_would_refuse(compose):
     config = compose("model=tiny", f"model.name_or_path={GOLDEN / 'llama'}").model
     with pytest.raises(UserError, match=r"model\.from_config\.\w+: found \d+, and the weights of .*llama are of \d+"):
         check_model(config, byte_level_tokenizer())
+
+
+def test_weights_in_few_bits_are_loaded_as_numbers_or_refused(compose, tmp_path):
+    tokenizer = byte_level_tokenizer()
+    for method, undone in (("mxfp4", True), ("fp8", True), ("awq", False), ("gptq", False)):
+        AutoConfig.for_model("llama", quantization_config={"quant_method": method}).save_pretrained(tmp_path)
+        config = compose(f"model={tmp_path}").model
+        if undone:
+            assert model_configuration(config, tokenizer).quantization_config["dequantize"] is True
+        else:
+            with pytest.raises(UserError, match=rf"are quantized \({method}\), and cannot be trained"):
+                model_configuration(config, tokenizer)

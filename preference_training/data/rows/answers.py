@@ -224,8 +224,8 @@ class Splitting:
         found = self.prompts.candidates(row, answers)
         if nearest != message or not found:
             return nearest
-        may_be = f"{found[0]} may be it" if len(found) == 1 else f"One of {', '.join(found)} may be it"
-        return f"{message} {may_be}: datasets=[{{path: ..., prompt: {found[0]}}}]."
+        may_be = found[0] if len(found) == 1 else f"one of {', '.join(found)}"
+        return f"{message} It may be {may_be}: datasets=[{{path: ..., prompt: {found[0]}}}]."
 
     def _of_conversations(self, row: dict, answers: list[Named]) -> tuple[Prompt, list[Response]]:
         longest = max(len(answer) for _, answer in answers if isinstance(answer, tuple))
@@ -249,6 +249,6 @@ class Splitting:
         responses = [response_of(rest) for rest in rests]
         if shared:
             return self.prompts.before(row, shared, shared + rests[0][: end_of_common(rests)]), responses
-        if self.prompts.in_row(row) or self.prompts.may_be_elsewhere(row, [name for name, _ in answers]):
+        if self.prompts.in_row(row) or self.prompts.candidates(row, [name for name, _ in answers]):
             return self._read(row, answers, as_turns=True), responses
         return self.prompts.with_system(row, ()) or "", responses

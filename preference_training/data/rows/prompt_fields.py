@@ -66,12 +66,10 @@ class PromptFields:
             return False
         return self.prompt in row or self.prompt != USUAL or (self.system is not None and self.system not in self.found)
 
-    def may_be_elsewhere(self, row: dict, answers: Iterable[str]) -> bool:
-        """Whether a column that nothing reads may be the prompt: it has turns, or texts of several words."""
-        return bool(self.prompt and self.candidates(row, answers))
-
     def candidates(self, row: dict, answers: Iterable[str]) -> list[str]:
-        """The columns that nothing reads and that may be the prompt."""
+        """The columns that nothing reads and that may be the prompt: they have turns, or texts of several words."""
+        if not self.prompt:
+            return []
         read = {part for name in (*answers, *self.names(), *self.others) for part in (name, name.split(".")[0])}
         return [str(name) for name, value in row.items() if name not in read and may_be_prompt(value)]
 

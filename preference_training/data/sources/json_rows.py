@@ -47,6 +47,8 @@ def read_json(file: BinaryIO, place: str, report: DataReport, one_object: bool =
     for number, row in numbered:
         if isinstance(row, dict):
             yield number, row
+        elif isinstance(row, list) and row and _is_turns(row):
+            yield number, {"messages": row}
         else:
             found = type(row).__name__
             report.bad_row(UserError(f"datasets: {place}, row {number}: found {found}, expected a JSON object."))

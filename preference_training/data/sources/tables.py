@@ -10,7 +10,7 @@ from typing import BinaryIO
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.rows.records import DataReport
 
-DELIMITERS = ",;\t"
+DELIMITERS = ",;\t|"
 
 
 def read_csv(file: BinaryIO, place: str, report: DataReport, delimiters: str = DELIMITERS) -> Iterator[tuple[int, dict]]:
@@ -22,15 +22,20 @@ def read_csv(file: BinaryIO, place: str, report: DataReport, delimiters: str = D
     # newline="" keeps line ends inside quoted fields; utf-8-sig removes a byte order mark.
     with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         header, delimiter, lines = _header(text, place, delimiters)
-        if delimiter == ";":
-            report.note("fields are separated by ;")
+        if delimiter in ";|":
+            report.note(f"fields are separated by {delimiter}")
+        spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
+        if spaced:
+            # Quotes behind the space quote then.
+            report.note("spaces behind delimiters are left out, since the header has them")
+            header = [name.strip().strip('"') for name in header]
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
             raise UserError(f"datasets: {place}: the header names {', '.join(twice)} twice. Rename one column.")
         if delimiter == "\t":
             records: Iterator[list[str] | str] = _tab_separated(text, len(header))
         else:
-            records = _records(csv.reader(text, delimiter=delimiter, strict=True), lines, place)
+            records = _records(csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=spaced), lines, place)
         for number, values in enumerate(filter(None, records), start=1):
             if isinstance(values, list) and len(values) == len(header):
                 yield number, dict(zip(header, values, strict=True))

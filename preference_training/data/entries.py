@@ -313,11 +313,11 @@ def load_records(
         if rows:
             source = own.source_of(rows, split)
         # Rows of several files have names instead of numbers.
-        by_row = bool(rows) and type(rows[0]) is int
+        row = rows[0] if rows and type(rows[0]) is int else 0
         pairs = [(int(chosen), int(rejected)) for chosen, rejected in record["pairs"]]
         texts = list(record["responses"]), pairs, record["sft_target"]
         more = _optional(record, report) if len(record) > 3 else {}
-        yield PreferenceRecord(prompt, *texts, rows[0] if by_row else number, source, **more, by_row=by_row)
+        yield PreferenceRecord(prompt, *texts, number, source, **more, row=row)
 
 
 def _optional(record: dict, report: DataReport) -> dict:

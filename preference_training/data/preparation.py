@@ -215,7 +215,7 @@ class _Preparation:
                     lists = {key: values for key in (*LISTS_OF_VALUES, "tools") if (values := getattr(record, key))}
                     content = (record.prompt, record.responses, record.pairs, record.sft_target, *several)
                     digest.update(repr((*content, lists) if lists else content).encode())
-                self.by_row &= record.by_row
+                self.by_row &= record.row > 0
                 yield record
         except OSError as error:
             # The loader's own files, not those of prepared data.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from preference_training.data.rows.conversations import (
     RowError,
     end_of_common,
+    json_type,
     parse_serialized_turns,
     parse_turns,
     part_conversations,
@@ -23,7 +24,6 @@ from preference_training.data.rows.records import (
     message_of,
     response_of,
     text_error,
-    type_name,
 )
 from preference_training.data.rows.templates import split_dialogue
 from preference_training.data.rows.values import check_text, is_text_list, is_text_pair, parse_text_list, unlisted
@@ -232,7 +232,7 @@ class Splitting:
         conversations = []
         for name, answer in answers:
             if isinstance(answer, str) and longest > 1:
-                raise RowError(f"field {name!r} is {type_name(answer)}, expected a conversation as in the other field.")
+                raise RowError(f"field {name!r} is {json_type(answer)}, expected a conversation as in the other field.")
             conversations.append(answer if isinstance(answer, tuple) else (Turn("assistant", answer),))
             if conversations[-1][-1].role != "assistant":
                 raise RowError(_not_the_assistants(name, conversations[-1][-1].role))

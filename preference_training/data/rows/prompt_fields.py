@@ -9,13 +9,14 @@ from unicodedata import category
 from preference_training.data.rows.conversations import (
     RowError,
     join_turns,
+    json_type,
     occurs_in,
     parse_serialized_turns,
     parse_tools,
     parse_turns,
     turn_keys,
 )
-from preference_training.data.rows.records import Prompt, Turn, prompt_error, text_error, type_name
+from preference_training.data.rows.records import Prompt, Turn, prompt_error, text_error
 from preference_training.data.rows.templates import parse_dialogue
 from preference_training.data.rows.values import check_text, field_value, parse_text_list, unlisted
 
@@ -183,7 +184,7 @@ class PromptFields:
             return ()
         value = parse_text_list(field_value(row, self.history)) or []
         if not isinstance(value, list) or not all(isinstance(item, list) and len(item) == 2 for item in value):
-            raise RowError(f"field {self.history!r} is {type_name(value)}, expected a list of [question, answer].")
+            raise RowError(f"field {self.history!r} is {json_type(value)}, expected a list of [question, answer].")
         texts = [text for item in value for text in item]
         for text in texts:
             check_text(text, self.history)

@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import FrozenInstanceError
 from importlib.metadata import distribution
-from itertools import cycle, product
+from itertools import cycle, islice, product
 from pathlib import Path
 
 import pytest
@@ -152,9 +152,8 @@ def test_the_presets_of_the_original_leave_what_belongs_to_training_as_it_is(pla
 
 
 def test_every_loss_every_model_and_every_trainer_compose(plain):
-    for loss, model, trainer in zip(
-        group_choices("loss"), cycle(group_choices("model")), cycle(group_choices("trainer")), strict=False
-    ):
+    groups = [group_choices(group) for group in ("loss", "model", "trainer")]
+    for loss, model, trainer in islice(zip(*map(cycle, groups), strict=False), max(map(len, groups))):
         assert plain(f"model={model}", f"loss={loss}", f"trainer={trainer}")["trainer"]["name"] == trainer
 
 

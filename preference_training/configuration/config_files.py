@@ -65,9 +65,11 @@ def insert_config_file(arguments: list[str]) -> list[str]:
     given = {key_of(text) for text in rest}
     own = [text for text in _overrides(values, file) if key_of(text) not in given]
     _FILE_OF.update({key_of(text): file for text in own})
+    # The folder may have presets too, which Hydra looks for there.
+    options = [f"--config-dir={folder}"] if folder else []
     # Overrides stand together: argparse takes none that follow an option behind others.
     first = next((number for number, text in enumerate(rest) if "=" in text and not text.startswith("-")), len(rest))
-    return [*rest[:first], *own, *rest[first:]]
+    return [*options, *rest[:first], *own, *rest[first:]]
 
 
 def name_file(message: str) -> str:

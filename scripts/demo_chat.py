@@ -3,6 +3,7 @@
 python scripts/demo_chat.py [DIRECTORY] [KEY=VALUE ...]      # keys of the training run
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -26,8 +27,6 @@ TRAINING = [
     "exp_name=demo_chat",
     "wandb.enabled=false",
 ]
-# Of a response, which is cut if it has not ended by then. Unit: tokens.
-LONGEST = 120
 SENTENCES = 2
 LIST_ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", flags=re.MULTILINE)
 SENTENCE_END = re.compile(r"[.!?](?=\s|[\"')\]]|$)")
@@ -35,14 +34,17 @@ SENTENCE_END = re.compile(r"[.!?](?=\s|[\"')\]]|$)")
 
 def main() -> None:
     """Train, answer the held-out questions before and after, print both and a table, and open a chat in a terminal."""
-    words = sys.argv[1:]
-    overrides = [word for word in words if "=" in word]
-    named = [word for word in words if "=" not in word]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="DIRECTORY or KEY=VALUE")
+    parser.add_argument("--longest", type=int, default=120, help="tokens at which an answer is cut (default: 120)")
+    options = parser.parse_args()
+    overrides = [word for word in options.words if "=" in word]
+    named = [word for word in options.words if "=" not in word]
     directory = Path(named[0]) if named else ROOT / "runs" / f"demo_chat_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     started = time.monotonic()
     train(directory, overrides)
-    rows = answers(directory)
-    show(directory, rows)
+    rows = answers(directory, options.longest)
+    show(directory, rows, options.longest)
     print(f"\nThis took {time.monotonic() - started:.0f} s. Output in {directory}:")
     print("  report.html     what was trained, and how it went: open it in a browser")
     print("  answers.jsonl   all held-out questions with both answers")
@@ -66,19 +68,23 @@ def shown(command: list[str]) -> str:
     return " ".join(["python", *(word.removeprefix(f"{ROOT}/").replace(f"={ROOT}/", "=") for word in command[1:])])
 
 
-def answers(directory: Path) -> list[dict]:
+def answers(directory: Path, longest: int) -> list[dict]:
     """The held-out questions with the answers before and after training, which are also written to answers.jsonl."""
     from preference_training.core.machine import quiet_libraries
     from preference_training.data.entries import load_records, read_entry
+    from preference_training.data.rendering.settings import TokenSettings
+    from preference_training.data.tokenization import text_reader
     from preference_training.generation.chat import load_before_training, load_for_chat
 
     quiet_libraries()
-    entry = read_entry({"path": str(PAIRS), "held_out_share": HELD_OUT})
-    questions = [record.prompt for record in load_records(entry, "test")]
     after = load_for_chat(str(directory))
+    # Held out is what the model reads: the split is that of the run only with its template.
+    reads = text_reader(after.tokenizer, TokenSettings("pairs", 2048, 1024, template=after.format.name))
+    entry = read_entry({"path": str(PAIRS), "held_out_share": HELD_OUT})
+    questions = [record.prompt for record in load_records(entry, "test", text_of=reads)]
     before = load_before_training(after)
     print(f"\nAnswering {len(questions)} held-out questions, before and after training ...", flush=True)
-    both = (model.responses(questions, {"temperature": 0.0, "max_new_tokens": LONGEST}) for model in (before, after))
+    both = (model.responses(questions, {"temperature": 0.0, "max_new_tokens": longest}) for model in (before, after))
     rows = [{"prompt": question, "before": old, "after": new} for question, old, new in zip(questions, *both, strict=True)]
     with (directory / "answers.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -92,7 +98,7 @@ def is_short(answer: str) -> bool:
     return is_whole and len(ends) <= SENTENCES and not LIST_ITEM.search(answer)
 
 
-def show(directory: Path, rows: list[dict]) -> None:
+def show(directory: Path, rows: list[dict], longest: int) -> None:
     """Print some answers side by side, and the table with intervals."""
     import torch
 
@@ -108,7 +114,7 @@ def show(directory: Path, rows: list[dict]) -> None:
         "answers of at most two sentences": (lambda text: float(is_short(text)), share_interval),
         "words of an answer": (lambda text: float(len(text.split())), mean_interval),
     }
-    print(f"\n{len(rows)} held-out questions, answers of at most {LONGEST} tokens; [95% interval]\n")
+    print(f"\n{len(rows)} held-out questions, answers of at most {longest} tokens; [95% interval]\n")
     print(f"{'':36}{'before':>22}{'after':>22}")
     results: dict[str, dict[str, float]] = {}
     for measure, (value, interval) in measures.items():

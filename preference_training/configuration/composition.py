@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,11 +11,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from preference_training.configuration.keys import NEWER, OPEN, key_names
 from preference_training.configuration.model_names import BASES, CONFIG_DIR, name_models
+from preference_training.configuration.other_tools import answer, near_name
 from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.values import dotted
 
 GROUPS = ("model", "loss", "trainer")
+# Groups of which config.yaml chooses nothing.
+OPTIONAL_GROUPS = ("adapter", "experiment")
+ALL_KEYS = "`python train.py --help` lists the usual keys, docs/key-reference.md all."
 
 
 def in_open_section(name: str) -> bool:
@@ -27,12 +32,13 @@ def force_open_sections(arguments: list[str]) -> list[str]:
     return [f"++{text}" if in_open_section(text) else text for text in arguments]
 
 
-def prepare_arguments(arguments: list[str]) -> list[str]:
-    """Command-line arguments as Hydra needs them for models by name, for open sections, and for groups that are swept over.
+def resolve_groups(overrides: Sequence[str], folder: Path | None = None) -> list[str]:
+    """Overrides in which `model` may be any model, and a group with no default needs no leading +.
 
-    Raises UserError where one names a model that does not exist.
+    folder: one with presets of the user's own, beside those of config/. Raises UserError where a model does not exist.
     """
-    return defer_keys_of_swept_groups(force_open_sections(name_models(arguments)))
+    choices = tuple(f"{group}=" for group in OPTIONAL_GROUPS)
+    return name_models([f"+{text}" if text.startswith(choices) else text for text in overrides], folder)
 
 
 def defer_keys_of_swept_groups(arguments: list[str]) -> list[str]:
@@ -88,7 +94,7 @@ def compose_overrides(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    given = force_open_sections(name_models(overrides))
+    given = force_open_sections(resolve_groups(overrides))
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = compose("config", overrides=given, return_hydra_config=True)
@@ -176,8 +182,11 @@ def explain_composition_error(error: Exception, overrides: Sequence[str] = ()) -
     return "\n".join(part for part in (text, str(error.__cause__ or "")) if part)
 
 
-def unknown_key(key: str, choice: str = "") -> str:
-    """Explain a key that does not exist, or not here. choice: what was chosen of its group, of a sweep several."""
+def unknown_key(key: str, choice: str = "", value: object = None) -> str:
+    """Explain a key that does not exist, or not here.
+
+    choice: what was chosen of its group, of a sweep several. value: what the key was to be, if that is known.
+    """
     if key in known_keys():
         group, name = key.split(".", 1)
         owners: list[str] = []
@@ -191,7 +200,13 @@ def unknown_key(key: str, choice: str = "") -> str:
             this = f"{group}={lacking}" if lacking else f"this {group}"
             return f"{key}: {this} has no such key; {keys}all have it but {group}={', '.join(others)}."
         return f"{key}: this {group} has no such key. It belongs to {group}={', '.join(owners)}."
-    return f"{key}: no such key; {nearest(key, known_keys())}"
+    given = None if value is None else str(value)
+    if of_other_tool := answer(key, given):
+        return of_other_tool
+    hint = nearest(key, known_keys(), ALL_KEYS)
+    if hint == ALL_KEYS and (other := near_name(key)):
+        hint = f"did you mean {answer(other, given)}"
+    return f"{key}: no such key; {hint}"
 
 
 @cache

@@ -5,6 +5,7 @@ composes, sweeps and is shown as a preset is.
 """
 
 import importlib.util
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ BASES = ("base_model", "pretrained")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_GGUF = re.compile(r"\w[\w.-]*/\w[\w.-]*/\w[\w./-]*\.gguf")
 GGUF = ".gguf"
+MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 # A file that an installed Python package brings: package:NAME/FILE.gguf
 IN_PACKAGE = re.compile(r"package:(\w+)/(.+)")
 # What installs the packages that a GGUF file, and the one in a package, need.
@@ -28,25 +30,29 @@ REQUIREMENTS = {
 OTHERS = "A model may also be a hub id, as in model=Qwen/Qwen3-0.6B, a directory, as in model=./my_model, or a .gguf file."
 
 
-def presets() -> list[str]:
-    """The names of the model presets."""
-    return sorted(file.stem for file in (CONFIG_DIR / "model").glob("*.yaml") if file.stem not in BASES)
+def presets(folder: Path = CONFIG_DIR) -> list[str]:
+    """The names of the model presets in a folder of configurations."""
+    return sorted(file.stem for file in (folder / "model").glob("*.yaml") if file.stem not in BASES)
 
 
-def name_models(arguments: Sequence[str]) -> list[str]:
-    """Overrides in which `model` may be any model, as Hydra needs them. Raises UserError for what is no model."""
+def name_models(arguments: Sequence[str], folder: Path | None = None) -> list[str]:
+    """Overrides in which `model` may be any model, as Hydra needs them. Raises UserError for what is no model.
+
+    folder: one with presets of the user's own, beside those of config/.
+    """
     named = any(_is_choice(text) for text in arguments)
-    return [word for text in arguments for word in _named(text, named)]
+    known = (*BASES, *presets(), *(presets(folder) if folder else ()))
+    return [word for text in arguments for word in _named(text, named, known)]
 
 
 def _is_choice(text: str) -> bool:
     return text.lstrip("+").partition("=")[0] == "model"
 
 
-def _named(text: str, preset_is_given: bool) -> Iterable[str]:
+def _named(text: str, preset_is_given: bool, known: Sequence[str]) -> Iterable[str]:
     key, _, value = text.lstrip("+").partition("=")
     if key == "model" and value:
-        yield f"model={','.join(_as_override(_choice(name)) for name in _values(text.lstrip('+')))}"
+        yield f"model={','.join(as_override(_choice(name, known)) for name in _values(text.lstrip('+')))}"
         return
     yield text
     if key == "model.name_or_path" and not preset_is_given and value not in ("", "null"):
@@ -72,20 +78,22 @@ def _values(text: str) -> list[str]:
     return [override.value() if isinstance(override.value(), str) else raw]
 
 
-def _as_override(name: str) -> str:
-    """A name as a value on the command line, quoted where Hydra would read something else."""
-    if re.fullmatch(r"[A-Za-z/][\w./-]*", name) and name.lower() not in ("null", "true", "false", "nan", "inf"):
-        return name
-    return "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def as_override(text: str) -> str:
+    """A text as a value on the command line, quoted where Hydra would read something else."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    if re.fullmatch(r"[A-Za-z/][\w./-]*", text) and text.lower() not in ("null", "true", "false", "nan", "inf"):
+        return text
+    return QuotedString(text, Quote.single).with_quotes()
 
 
-def _choice(name: str) -> str:
-    """The choice of the group `model` for a name: a preset, or one that is made for it here."""
-    if name in (*BASES, *presets()):
+def _choice(name: str, known: Sequence[str]) -> str:
+    """The choice of the group `model` for a name: a known preset, or one that is made for it here."""
+    if name in known:
         return name
     values = find_model(name)
     # A path that leads upwards could be read as one within config/.
-    choice = values["name_or_path"] if name[0] in "~." else name.rstrip("/")
+    choice = str(Path(name).expanduser().absolute()) if name[0] in "~." else name.rstrip("/")
     _store(choice, values)
     return choice
 
@@ -102,14 +110,70 @@ def _store(choice: str, values: dict[str, Any]) -> None:
 def find_model(name: str) -> dict[str, Any]:
     """The keys of the section `model` that a model's name stands for. Raises UserError for what is no model."""
     path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == GGUF) or HUB_GGUF.fullmatch(name):
-        full = str(path.absolute()) if name[0] in "~." else name.rstrip("/")
+    full = str(path.absolute()) if name[0] in "~." else name.rstrip("/")
+    if path.is_dir():
+        return _in_directory(path, full)
+    if (path.is_file() and path.suffix == GGUF) or HUB_GGUF.fullmatch(name):
         return {"name_or_path": full}
+    if path.is_file():
+        raise UserError(
+            f"model={name}: found a file, expected a directory with {MODEL_CONFIG}. Weights alone are model.archive."
+        )
     if name[0] in "/~." or name.endswith(GGUF) or name.count("/") > 1:
-        raise UserError(f"model={name}: no such {'file' if name.endswith(GGUF) else 'directory'}: {path.absolute()}. {OTHERS}")
+        kind = "file" if name.endswith(GGUF) else "directory"
+        raise UserError(f"model={name}: no such {kind}: {path.absolute()}. {OTHERS}")
     if HUB_ID.fullmatch(name):
         return {"name_or_path": name}
     raise UserError(f"model={name}: there is no such model; {nearest(name, presets())} {OTHERS}")
+
+
+def _in_directory(path: Path, name: str) -> dict[str, Any]:
+    """The keys for a directory: a model, an adapter, a run's newest checkpoint, or the only GGUF file."""
+    if (path / ADAPTER_CONFIG).is_file():
+        return _adapter(path, name)
+    if (path / MODEL_CONFIG).is_file():
+        return {"name_or_path": name}
+    if checkpoint := _newest_checkpoint(path):
+        return _in_directory(checkpoint, str(checkpoint))
+    files = sorted(path.glob(f"*{GGUF}"))
+    if len(files) == 1:
+        return {"name_or_path": f"{name}/{files[0].name}"}
+    if files:
+        raise UserError(f"model={name}: found several GGUF files. Name one, as in model={name}/{files[0].name}")
+    inside = ", ".join(sorted(each.name for each in path.iterdir())[:5]) or "nothing"
+    raise UserError(
+        f"model={name}: found {inside} there, expected a model ({MODEL_CONFIG}, weights, a tokenizer), an adapter "
+        f"({ADAPTER_CONFIG}), a run with a checkpoint, or a GGUF file."
+    )
+
+
+def _newest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run directory."""
+    found = [path for path in run.glob("step-*") if path.name[5:].isdecimal() and (path / "checksums.json").is_file()]
+    return max(found, key=lambda path: int(path.name[5:]), default=None)
+
+
+def _adapter(path: Path, name: str) -> dict[str, Any]:
+    """The keys for an adapter: training continues with it, on the model that it was trained on."""
+    try:
+        config = json.loads((path / ADAPTER_CONFIG).read_text())
+        lora = {"r": int(config["r"]), "alpha": config["lora_alpha"]}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"model={name}: its {ADAPTER_CONFIG} is damaged. Expected a LoRA adapter.") from error
+    base = config.get("base_model_name_or_path")
+    # A run keeps the base where no other place has it.
+    kept = next(
+        (folder for folder in (path / "base", path.resolve().parent / "base") if (folder / MODEL_CONFIG).is_file()), None
+    )
+    if not base or not (Path(base).is_dir() or (HUB_ID.fullmatch(base) and base[0] not in "/.")):
+        if kept is None:
+            raise UserError(
+                f"model={name}: it is an adapter of {base or 'a model that it does not name'}, which is not there. Set "
+                f"base_model_name_or_path in its {ADAPTER_CONFIG} to its base model, a hub id or a directory."
+            )
+        base = str(kept)
+    tokenizer = {"tokenizer_name_or_path": name} if (path / "tokenizer_config.json").is_file() else {}
+    return {"name_or_path": base, "archive": name, "lora": lora, **tokenizer}
 
 
 def is_gguf(name: str) -> bool:

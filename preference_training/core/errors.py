@@ -9,11 +9,16 @@ class UserError(Exception):
     """A user's mistake. `train.py` prints the message without a traceback and exits with status 2."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A clause that suggests what `name` may have meant: "did you mean loss.beta?", or all known names if none is near."""
+def nearest(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """A clause that suggests what `name` may have meant: "did you mean loss.beta?".
+
+    If no known name is near, it is `otherwise`, by default all known names.
+    """
     by_lower = {key.lower(): key for key in sorted(known)}
     close = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return f"did you mean {by_lower[close[0]]}?" if close else f"known are: {', '.join(by_lower.values())}."
+    if close:
+        return f"did you mean {by_lower[close[0]]}?"
+    return otherwise or f"known are: {', '.join(by_lower.values())}."
 
 
 def first_line(error: BaseException, length: int = 200) -> str:

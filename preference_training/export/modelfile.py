@@ -216,5 +216,5 @@ def read_tokenizer_model(tokenizer, sources: list[str]) -> bytes | None:
             reasons.append(f"{source}: {first_line(error)}")
     raise UserError(
         "--ollama: Ollama reads a SentencePiece tokenizer from the file tokenizer.model, which was not found "
-        f"({'; '.join(reasons)}). Copy the base model's into the checkpoint directory."
+        f"({'; '.join(reasons)}). Copy the base model's into the checkpoint directory, or add --gguf, which needs none."
     )

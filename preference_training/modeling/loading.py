@@ -89,7 +89,7 @@ def load_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = Non
     if base_dir is not None and model_config.lora.r is not None and not base_dir.is_dir():
         if not _is_loadable_elsewhere(model.config, model_config):
             _write_base(base_dir, lambda folder: _save_with_tokenizer(model, tokenizer, folder))
-        elif _belongs_to_run(archive := base_archive(model_config)):
+        elif _belongs_to_run(archive := base_archive(model_config) or _local_directory(model_config)):
             _write_base(base_dir, lambda folder: _link_model(archive, folder))
     base = str(base_dir.resolve()) if base_dir is not None and base_dir.is_dir() else None
     model = _configure(model, model_config, base)
@@ -146,6 +146,12 @@ def _is_loadable_elsewhere(config, model_config: ModelConfig) -> bool:
 
     saved = AutoConfig.from_pretrained(archive, trust_remote_code=model_config.trust_remote_code)
     return not config_differences(saved, config)
+
+
+def _local_directory(model_config: ModelConfig) -> Path | None:
+    """The directory that a model is loaded from; None for one on the hub, or from scratch."""
+    name = model_config.name_or_path
+    return Path(name) if name and Path(name).is_dir() else None
 
 
 def _belongs_to_run(archive: Path | None) -> bool:
@@ -322,6 +328,7 @@ def _configuration(model_config: ModelConfig, tokenizer, cache_dir: str | None):
             config = AutoConfig.from_pretrained(name, **(values | {"cache_dir": cache_dir, "trust_remote_code": trusted}))
             if not trusted:
                 refuse_kernels(config)
+            _undo_quantization(config, name)
             return config
     tokens = {
         "eos_token_id": tokenizer.eos_token_id,
@@ -334,6 +341,20 @@ def _configuration(model_config: ModelConfig, tokenizer, cache_dir: str | None):
         return AutoConfig.for_model(**{"vocab_size": size, **tokens, **values})
     except ValueError as error:
         raise UserError(f"model.from_config.model_type: {values.get('model_type')!r} is not known to transformers.") from error
+
+
+def _undo_quantization(config, name: str) -> None:
+    """Have weights that were published in few bits loaded in `policy_dtype`. Raises UserError where that is impossible."""
+    quantization = getattr(config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method in ("mxfp4", "fp8"):
+        # With a GPU's kernels they would stay as they are, which cannot be trained.
+        quantization["dequantize"] = True
+    elif method in ("awq", "gptq"):
+        raise UserError(
+            f"model.name_or_path: the weights of {name} are quantized ({method}), and cannot be trained. Name the model "
+            "that they were made of; adapter=qlora quantizes it in memory."
+        )
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -367,6 +388,8 @@ def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = No
     if path:
         shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(path).items()}
         model_from_archive(config, shapes, path, torch.float32, device_map={"": "meta"}, **_kind(model_config))
+    elif model_config.from_config and (directory := _local_directory(model_config)):
+        _check_sizes(config, directory)
     if model_config.lora.r is not None or model_config.head == "value":
         with torch.device("meta"):
             model = build_untrained(model_config, tokenizer, cache_dir)
@@ -375,6 +398,21 @@ def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = No
     if model_config.lora.r is not None:
         lines += describe_frozen_layers(model, model_config)
     return lines
+
+
+def _check_sizes(config, directory: Path) -> None:
+    """Raise UserError where the embedding of a model in a directory has another size than `from_config` sets."""
+    from transformers import AutoConfig
+
+    own = AutoConfig.from_pretrained(directory)
+    sizes = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "intermediate_size")
+    for key in sizes:
+        found, expected = (getattr(each.get_text_config(), key, None) for each in (own, config))
+        if found != expected:
+            raise UserError(
+                f"model.from_config.{key}: found {expected}, and the weights of {directory} are of {found}. Name the model by "
+                f"model={directory}, which sets none."
+            )
 
 
 def describe_unused_options(config) -> list[str]:

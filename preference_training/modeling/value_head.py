@@ -37,13 +37,21 @@ def check_head(config, head: str, name: str) -> None:
 
     name: of the model, for the message.
     """
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     classifies = any(map(is_classifier, config.architectures or ()))
     if head == "lm" and classifies:
         raise UserError(
             f"model.name_or_path: {name} is a sequence classifier, and this loss trains a language model. Choose a language "
             "model, or loss=reward."
+        )
+    own = getattr(config, "auto_map", None) or {}
+    generates = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own
+    if head == "lm" and (not generates or any(str(each).endswith("ForMaskedLM") for each in config.architectures or ())):
+        found = ", ".join(config.architectures or [config.model_type])
+        raise UserError(
+            f"model.name_or_path: {name} is no causal language model, but {found}. Expected one that writes text from "
+            "left to right, such as llama, qwen3, gemma3 or gpt2."
         )
     if head == "value" and classifies and config.num_labels != 1:
         raise UserError(

@@ -195,6 +195,7 @@ def comparison_page(runs: Sequence[RunRecord], folder: Path) -> str:
     groups = group_runs(runs)
     keys = differing_keys(runs)
     columns = {name: title for name, title in COLUMNS.items() if any(name in run.last_evaluation for run in runs)}
+    has_prompts = any(HELD_OUT_PROMPTS in run.last_evaluation for run in runs)
     return render(
         "comparison.html",
         number=len(runs),
@@ -202,8 +203,8 @@ def comparison_page(runs: Sequence[RunRecord], folder: Path) -> str:
         in_columns=len(keys) <= MAX_KEY_COLUMNS,
         differences=[(key, [setting_text(group.settings.get(key)) for group in groups]) for key in keys],
         warnings=comparability_warnings(runs),
-        columns=[*columns.values(), "held-out prompts"],
-        rows=[table_row(group, list(columns), folder) for group in groups],
+        columns=[*columns.values(), *(["held-out prompts"] if has_prompts else [])],
+        rows=[table_row(group, list(columns), has_prompts, folder) for group in groups],
         frontiers=[figure for figure in frontier_charts(groups) if figure],
         legend=shared_legend(groups),
         charts=[figure for name, title in CURVES.items() if (figure := curve_chart(groups, name, title))],
@@ -232,12 +233,12 @@ def comparability_warnings(runs: Sequence[RunRecord]) -> list[str]:
     return found
 
 
-def table_row(group: Group, metrics: Sequence[str], folder: Path) -> dict:
-    """A group's row of the table."""
+def table_row(group: Group, metrics: Sequence[str], has_prompts: bool, folder: Path) -> dict:
+    """A group's row of the table. has_prompts: whether it says how many held-out prompts there were."""
     return {
         "name": group.name,
         "settings": [setting_text(value) for value in group.settings.values()],
-        "cells": [*(table_cell(group.runs, name) for name in metrics), prompts_cell(group.runs)],
+        "cells": [table_cell(group.runs, name) for name in metrics] + [prompts_cell(group.runs)] * has_prompts,
         "runs": [
             {"label": run.label, "seed": run.settings.get(SEED), "status": run.status, "report": report_link(run, folder)}
             for run in group.runs

@@ -187,13 +187,21 @@ def model(run: RunRecord) -> str:
     settings = run.settings
     name, archive = settings.get("model.name_or_path"), settings.get("model.archive")
     kind = settings.get("model.from_config.model_type")
-    text = short_path(str(name)) if name else f"{kind} built from scratch" if kind else ""
+    text = short_path(str(name)) if name else f"{kind}{_size(run)} built from scratch" if kind else ""
     if archive:
         text = f"{text} from {short_path(str(archive))}" if name else short_path(str(archive))
     rank, quantized = settings.get("model.lora.r"), settings.get("model.quantization")
     if rank:
         return f"{text} + {'Q' * bool(quantized)}LoRA r={rank}" + f" ({quantized})" * bool(quantized)
     return text
+
+
+def _size(run: RunRecord) -> str:
+    """How many parameters a model has, in words."""
+    number = run.about.get("parameters")
+    if not isinstance(number, int):
+        return ""
+    return f" of {number / 1e9:.2g}B parameters" if number >= 1e9 else f" of {number / 1e6:.2g}M parameters"
 
 
 def short_path(name: str) -> str:

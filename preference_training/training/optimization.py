@@ -176,9 +176,11 @@ def warmup_steps(config, total_steps: int) -> int:
 def schedule(config, total_steps: int) -> Callable[[int], float]:
     """The learning rate of each optimizer step (from 0) over `lr`: a linear rise, then the shape that `lr_schedule` names.
 
-    linear and cosine reach `final_lr_share` at the run's last step; inverse_sqrt falls as 1 / sqrt(step).
+    linear and cosine reach `final_lr_share` at the run's last step; inverse_sqrt falls as 1 / sqrt(step). A share of 0 would
+    be reached one step later: a step with learning rate 0 is computed for nothing.
     """
     warmup, final = warmup_steps(config, total_steps), config.final_lr_share
+    last = total_steps - 1 if final else total_steps
     shapes = {
         "constant": lambda _: 1.0,
         "linear": lambda step: 1 - (1 - final) * progress(step),
@@ -187,7 +189,7 @@ def schedule(config, total_steps: int) -> Callable[[int], float]:
     }
 
     def progress(step: int) -> float:
-        return min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+        return min(1.0, (step - warmup) / max(1, last - warmup))
 
     shape = shapes[config.lr_schedule]
     return lambda step: (step + 1) / (warmup + 1) if step < warmup else shape(step)

@@ -29,6 +29,7 @@ from preference_training.losses.base import Loss
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.limits import check_limits, check_rows, model_limits
 from preference_training.modeling.loading import build_untrained, check_model
+from preference_training.modeling.sources.checks import check_sources
 from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.training.defaults import fit_lr, fit_steps, settle_dtypes
@@ -78,6 +79,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     if config.contamination_files and not config.dry_run:
         print("contamination_files: read by dry_run=true alone, which compares them with the training data", flush=True)
     config = with_converted_model(config)
+    check_sources(config.model, config.cache_dir)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     lines = [line] if (line := adapter_notice(config)) else []
     lines += check_model(config.model, tokenizer, config.cache_dir)
@@ -277,7 +279,7 @@ def report_split(prepared, entries: list, split: str, what: str, needed: bool) -
         raise UserError(f"datasets: {names}: expected at least one {kind} example, and none is left: {why}.")
     prompts, what = "prompt" + "s" * (len(prepared.table) != 1), what.removesuffix("s") if examples == 1 else what
     lines = [f"  {name}: {line}" for name, line in found]
-    if split == "test" and len(prepared.table):
+    if split == "test" and len(prepared.table) and len(entries) > 1:
         empty = [e.name for e, report in zip(entries, prepared.reports, strict=True) if not report.num_prompts]
         lines += [f"  {name}: nothing is held out of it (held_out_share)" for name in empty]
     print(f"{split}: {len(prepared.table)} {prompts}, {examples} {what}", *lines, sep="\n", flush=True)

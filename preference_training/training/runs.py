@@ -12,6 +12,7 @@ from preference_training.checkpointing.resume import checkpoint_to_resume
 from preference_training.configuration.run_dirs import writable
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.signals import StoppedError, StopRequests
+from preference_training.data.preparation import Prepared
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import Placement
 from preference_training.modeling.adapters import BASE_DIR, has_adapter, saved_base
@@ -77,16 +78,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
             tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
             if notice:
                 tracker.log_message(notice)
-            with writable(run_dir):
-                write_about(
-                    run_dir,
-                    [entry.name for entry in prepared.entries],
-                    [split.reports for split in data],
-                    total,
-                    placement.device,
-                    _sizes(models, batches, *(split.table for split in data))
-                    | {"usual": about["usual"], "chosen": config.chosen},
-                )
+            _write_about(prepared, placement, run_dir, total, _sizes(models, batches, data) | {"usual": about["usual"]})
             opened.enter_context(tracker)
         else:
             about, tracker = {}, opened.enter_context(NoTracker())
@@ -123,9 +115,16 @@ def _end_of_run(callbacks: Callbacks, run_dir: Path) -> Iterator[None]:
     callbacks.call("on_end", run_dir)
 
 
-def _sizes(models: Models, batches: Batches, train: PromptTable, held_out: PromptTable) -> dict:
+def _write_about(prepared: PreparedRun, placement: Placement, run_dir: Path, total: int, more: dict) -> None:
+    """Write about.json, for a run over `total` examples. Raises UserError."""
+    names, reports = [entry.name for entry in prepared.entries], [split.reports for split in prepared.data]
+    with writable(run_dir):
+        write_about(run_dir, names, reports, total, placement.device, more | {"chosen": prepared.config.chosen})
+
+
+def _sizes(models: Models, batches: Batches, data: Sequence[Prepared]) -> dict:
     """How many optimizer steps a run has, its model's size and usual learning rate, and what its splits hold."""
-    tables = {"train": train, "held out": held_out}
+    tables = {name: split.table for name, split in zip(("train", "held out"), data, strict=True)}
     sizes = {
         name: {"examples": int(table.num_examples.sum()), "responses": table.num_responses} for name, table in tables.items()
     }

@@ -302,6 +302,22 @@ def test_a_run_that_was_configured_otherwise_is_refused_with_every_key_that_diff
     assert "\n" not in told
 
 
+def test_of_another_loss_its_name_alone_is_told_and_not_the_keys_that_it_has(same_run):
+    then, now = {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0}, {"name": "simpo", "beta": 2.0, "gamma": 0.5}
+    told = same_run(made_of(loss=then, seed=1), made_of(loss=now, seed=2))
+    assert "another configuration: loss.name: was 'dpo', is 'simpo'; seed: was 1, is 2. Start" in told
+
+
+def test_a_run_that_cannot_be_resumed_is_refused_before_its_data_is_prepared(run_dir, tmp_path, compose, monkeypatch):
+    from preference_training.training import preparation
+
+    monkeypatch.setattr(preparation, "prepare_data", lambda *_: pytest.fail("it was prepared"))
+    with pytest.raises(UserError, match="belongs to a run with another configuration: .*lr: was"):
+        preparation.prepare_run(compose("lr=0.5", f"resume={run_dir}"), tmp_path)
+    with pytest.raises(UserError, match="^resume: .*no such directory"):
+        preparation.prepare_run(compose(f"resume={tmp_path / 'missing'}"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("key", "told"),
     [("data", "resume: datasets: the prepared data are not"), ("began_with", "resume: model: the weights that it began with")],

@@ -1,5 +1,6 @@
 """When a run is asked to stop: signals to a real process, and its time."""
 
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -29,8 +30,8 @@ class Listener:
     """A process that listens for signals, and whose clock stands where it is put."""
 
     def __init__(self):
-        command = [sys.executable, "-c", LISTENER]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        command, pipe = [sys.executable, "-c", LISTENER], subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
 
     def ask(self, time: float | str = "") -> str:
         """The reason to stop, after all signals that were sent before, and at `time` if it is given."""
@@ -54,6 +55,15 @@ def test_a_first_signal_asks_the_run_to_stop_and_ends_nothing(name, listener):
     assert listener.ask() == name
     listener.process.stdin.close()
     assert listener.process.wait(30) == 0
+
+
+def test_a_run_that_is_to_stop_says_so_at_once_and_once(listener):
+    for _ in range(2):
+        listener.process.send_signal(stopping.signal.SIGTERM)
+        assert listener.ask() == "SIGTERM"
+    listener.process.stdin.close()
+    said = "SIGTERM: the run stops after its step, with a checkpoint; a second Ctrl-C ends it at once, without one\n"
+    assert listener.process.stderr.read() == said
 
 
 def test_a_second_interrupt_at_once_is_the_same_one_heard_twice_and_a_later_one_ends_the_process(listener):
@@ -129,3 +139,18 @@ def test_a_signal_is_the_reason_also_where_the_time_is_over():
     assert stop.reason == "max_wall_time is over"
     stop._receive(stopping.signal.SIGUSR1, None)
     assert stop.reason == "SIGUSR1"
+
+
+@pytest.mark.parametrize(("ends_process", "status"), [(True, 0), (False, -signal.SIGTERM)])
+def test_a_signal_after_a_run_does_not_change_the_exit_status_of_a_process_that_ends_with_it(ends_process, status):
+    code = f"""
+import os, signal
+from preference_training.core.signals import StopRequests
+StopRequests.ends_process = {ends_process}
+with StopRequests():
+    pass
+print("run directory: here", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "run directory: here\n")

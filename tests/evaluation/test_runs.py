@@ -150,11 +150,11 @@ def test_the_script_evaluates_under_another_trainer_with_the_same_results(beta_d
     assert done.stdout.count("win rate against reference, judged by toy") == 1
 
 
-def test_the_command_lines_of_the_readme_are_understood(sft, monkeypatch):
+def test_the_command_lines_of_its_page_are_understood(sft, monkeypatch):
     script = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts" / "evaluate.py")
     module = importlib.util.module_from_spec(script)
     script.loader.exec_module(module)
-    lines = [words[2:] for _, words in shown.commands(r"python scripts/evaluate\.py", ["README.md"])]
+    lines = [words[2:] for _, words in shown.commands(r"python scripts/evaluate\.py", ["docs/evaluation.md"])]
     assert len(lines) == 3
     parsed = []
     for line in lines:

@@ -491,7 +491,9 @@ def test_an_adapter_on_a_model_from_scratch_is_exported_with_that_model(folder, 
 def test_int8_weights_load_as_they_were_quantized(folder, tmp_path):
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    export(folder / "runs" / "it", options(tmp_path, quantize="int8"))
+    lines = export(folder / "runs" / "it", options(tmp_path, quantize="int8"))
+    assert "note: vLLM needs the package torchao for int8 weights: pip install torchao" in lines
+    assert f"for vLLM: vllm serve {tmp_path / 'out'} --dtype float32" in lines
     whole = Source.read(folder / "runs" / "it" / "LATEST").load_model()
     before = logps_of(whole)
     quantize_(whole.model.layers, Int8WeightOnlyConfig())

@@ -377,6 +377,8 @@ def test_what_is_no_model_is_one_message(full_run, tmp_path):
         load_for_chat(str(tmp_path / "notes.txt"))
     with pytest.raises(UserError, match=r"no such directory.*did you mean.*/it\?"):
         load_for_chat(str(full_run.parent / "itt"))
+    with pytest.raises(UserError, match=rf"no such directory. Beside it: there are .*{full_run.name}\b"):
+        load_for_chat(str(full_run.parent / ("z" * 200)))
     with pytest.raises(UserError, match=r"nobody/nothing could not be loaded.*hub id"):
         load_for_chat("nobody/nothing")
     (tmp_path / "step-8").mkdir()
@@ -395,3 +397,26 @@ def test_an_adapter_without_peft_says_what_to_install(lora_run, monkeypatch):
     monkeypatch.setattr(adapters, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package peft.*requirements/lora\.txt"):
         load_for_chat(str(lora_run))
+
+
+@pytest.mark.long
+def test_a_real_model_answers_as_plain_transformers_does():
+    """SmolLM2, of several turns: the same greedy tokens, with the kept cache and in a batch."""
+    chat = load_for_chat("smollm2-135m")
+    directory = chat.model.config._name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    questions = ["What is the capital of France?", "And of Italy?", "Name three colors."]
+    answers, messages = talked(chat, questions, max_new_tokens=24), []
+    assert "Paris" in answers[0]
+    for question, answer in zip(questions, answers, strict=True):
+        messages.append({"role": "user", "content": question})
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        assert inputs["input_ids"][0].tolist() == chat.prompt_ids([Turn(*message.values()) for message in messages])
+        found = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert tokenizer.decode(found, skip_special_tokens=True) == answer
+        messages.append({"role": "assistant", "content": answer})
+    assert (
+        chat.responses([questions[0], tuple(Turn(*message.values()) for message in messages[:3])], {"max_new_tokens": 24})
+        == (answers[:2])
+    )

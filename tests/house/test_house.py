@@ -1,4 +1,4 @@
-"""What holds the whole together: options have readers, run directories their place, the README's commands work."""
+"""What holds the whole together: options have readers, run directories their place, what README and pages show works."""
 
 import inspect
 import json
@@ -16,7 +16,6 @@ from preference_training.losses.registry import losses
 from tests.support import shown
 from tests.support.files import ROOT
 
-README = (ROOT / "README.md").read_text()
 PACKAGE = sorted(ROOT.glob("preference_training/**/*.py"))
 
 
@@ -47,15 +46,19 @@ def test_a_run_directory_lies_in_its_folder_whatever_the_experiment_is_called(na
     assert path.resolve().parent == tmp_path
 
 
-# ---- the README -----------------------------------------------------------------------------------------------------------
+# ---- the README and the pages ---------------------------------------------------------------------------------------------
 
 
 TRAININGS = shown.commands(shown.TRAINING)
 
 
 def test_the_readme_and_the_docs_show_commands():
-    assert len([page for page, _ in TRAININGS if page == "README.md"]) >= 8
-    assert len({page for page, _ in TRAININGS}) >= 8
+    assert len([page for page, _ in TRAININGS if page == "README.md"]) >= 6
+    assert len({page for page, _ in TRAININGS}) >= 16
+
+
+def test_the_readme_is_a_screen_and_a_half():
+    assert len(shown.PAGES["README.md"].splitlines()) <= 150
 
 
 @pytest.mark.parametrize(("page", "words"), TRAININGS, ids=[f"{page} {' '.join(words)[:60]}" for page, words in TRAININGS])
@@ -63,7 +66,8 @@ def test_every_command_that_is_shown_composes_and_makes_sense(page, words, compo
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
     shown.write_files(page, tmp_path)
-    for name in ("long.jsonl", "tools_sft.jsonl", "tools_dpo.jsonl"):
+    for name in ("mine.jsonl", "long.jsonl", "tools_sft.jsonl", "tools_dpo.jsonl", "examples/short_answers.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     for file, row in (
         ("my_labels", {"prompt": "A?", "response": "yes", "label": True}),
@@ -71,8 +75,6 @@ def test_every_command_that_is_shown_composes_and_makes_sense(page, words, compo
         ("my_margins", {"prompt": "A?", "chosen": "yes", "rejected": "no", "margin": 2.5}),
     ):
         (tmp_path / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
-    if page == "README.md":
-        (tmp_path / "my_answers.csv").write_text("question,good,bad,rating\nA?,yes,no,4\nB?,yes,no,2\n")
     arguments = force_open_sections(shown.training_arguments(words))
     overrides = [text for text in arguments if "=" in text and "sweeper" not in text]
     archive = next((text for text in overrides if text.startswith("model.archive=")), None)
@@ -93,19 +95,19 @@ def sweep_values(overrides: list[str]) -> list[list[str]]:
     return jobs
 
 
-def test_the_readmes_own_data_is_read(tmp_path, monkeypatch):
+def test_own_data_as_shown_is_read(tmp_path, monkeypatch):
     from preference_training.data.entries import load_records, read_entry
 
     monkeypatch.chdir(tmp_path)
-    shown.write_files("README.md", tmp_path)
+    shown.write_files(shown.OWN_DATA, tmp_path)
     rows = [record for split in ("train", "test") for record in load_records(read_entry("my_preferences.jsonl"), split)]
-    assert sorted(record.responses[0] for record in rows) == [" Blue.", "An oak.", "Blue."]
+    assert sorted(record.responses[0] for record in rows) == [" Monday.", "An oak.", "Blue.", "Iron.", "The Nile."]
     [first, _] = load_records(read_entry("my_data.py:colors"), "train")
     assert first.pairs == [(0, 1), (0, 2)]
 
 
-def test_the_losses_of_the_readme_and_their_keys_are_all_there_are():
-    table = README.split("| `loss=` |")[1].split("\n\n")[0].splitlines()[2:]
+def test_the_losses_of_their_page_and_their_keys_are_all_there_are():
+    table = shown.PAGES["docs/losses.md"].split("| `loss=` |")[1].split("\n\n")[0].splitlines()[2:]
     rows = [re.findall(r"`(\w+)`", f"{row.split('|')[1]} {row.split('|')[3]}") for row in table]
     assert [name for name, *_ in rows] == [*losses()]
     for name, *keys in rows:
@@ -115,13 +117,13 @@ def test_the_losses_of_the_readme_and_their_keys_are_all_there_are():
     assert both - {"dpo", "beta_DPO"} | {"name"} == group_keys("loss")["dpo"]
 
 
-def test_the_presets_the_readme_names_are_all_there_are():
-    named = set(re.findall(r"`([\w.-]+)`", README.split("- `model=`:")[1].split("- `model.archive`")[0]))
+def test_the_presets_that_their_page_names_are_all_there_are():
+    named = set(re.findall(r"`([\w.-]+)`", shown.PAGES["docs/models.md"].split("- `model=`:")[1].split("- `model.archive`")[0]))
     assert {path.stem for path in (ROOT / "config" / "model").glob("*.yaml")} - {"base_model", "pretrained"} <= named
     assert OmegaConf.load(ROOT / "config" / "config.yaml").defaults[1].model == "tiny"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config" / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
-def test_each_example_of_an_experiment_says_how_it_is_called_and_is_named_in_the_readme(path):
+def test_each_example_of_an_experiment_says_how_it_is_called_and_is_named_on_the_page_of_sweeps(path):
     assert f"python train.py -m +experiment={path.stem}" in path.read_text()
-    assert f"python train.py -m +experiment={path.stem}" in README
+    assert f"python train.py -m +experiment={path.stem}" in shown.PAGES["docs/sweeps.md"]

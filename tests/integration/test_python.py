@@ -73,6 +73,7 @@ except ZeroDivisionError as error:
 @pytest.mark.long
 def test_in_several_processes_callbacks_are_called_on_rank_0_and_end_the_run_on_all(run_script, tmp_path):
     (tmp_path / "watching.py").write_text("""
+from pathlib import Path
 
 class Watch:
     def on_step(self, metrics):

@@ -89,7 +89,7 @@ def logits_of_transformers(file, ids):
 
 
 def logits_of_run(compose, tmp_path, name, ids):
-    config = with_converted_model(compose(f"model={name}", f"cache_dir={tmp_path}", "max_length=64", "max_prompt_length=32"))
+    config = with_converted_model(compose(f"model={name}", f"cache_dir={tmp_path}", "model.policy_dtype=float32"))
     tokenizer = load_tokenizer(config.model)
     with torch.no_grad():
         return load_model(config.model, tokenizer).eval()(input_ids=ids).logits
@@ -124,6 +124,11 @@ def test_a_file_is_converted_once_whatever_it_is_called(tmp_path, file, capsys):
     assert converted(file, "x", str(tmp_path)) == first
     assert f"model: x is read from {first}, as converted before" in capsys.readouterr().out
     assert (first / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_conversion_draws_no_progress_bar_in_a_file(tmp_path, file, capfd):
+    converted(file, "tiny.gguf", str(tmp_path))
+    assert "GGUF" not in capfd.readouterr().err
 
 
 def test_another_content_is_another_directory(tmp_path, file):

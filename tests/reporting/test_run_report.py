@@ -256,10 +256,12 @@ def test_an_accuracy_that_may_be_chance_is_reported(low, high, expected):
     assert ("not distinguishable from chance" in said([step(4), evaluation(8, **last)])) is expected
 
 
-def test_frequent_clipping_is_reported():
+def test_frequent_clipping_is_reported_where_it_changes_the_steps():
     rows = [step(n, grad_norm=norm) for n, norm in enumerate((5, 5, 5, 1))]
-    assert "max_grad_norm=2.0 in 75% of the steps" in said(rows, {"max_grad_norm": 2.0})
-    assert "max_grad_norm" not in said(rows, {"max_grad_norm": 10.0})
+    assert "max_grad_norm=2.0 in 75% of the steps" in said(rows, {"max_grad_norm": 2.0, "optimizer": "SGD"})
+    assert "max_grad_norm" not in said(rows, {"max_grad_norm": 10.0, "optimizer": "SGD"})
+    # It divides by the size of recent gradients.
+    assert "max_grad_norm" not in said(rows, {"max_grad_norm": 2.0, "optimizer": "AdamW"})
 
 
 # ---- when it is written -----------------------------------------------------------------------------------------------------

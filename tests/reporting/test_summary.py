@@ -100,6 +100,12 @@ def test_a_model_is_named_without_its_folders(tmp_path, values, expected):
     assert model(record(tmp_path, {"model": values})) == expected
 
 
+def test_a_model_built_from_scratch_is_said_to_be_as_large_as_it_is(tmp_path):
+    config = {"model": {"from_config": {"model_type": "llama"}}}
+    assert model(record(tmp_path, config, {"parameters": 824_000})) == "llama of 0.82M parameters built from scratch"
+    assert model(record(tmp_path, config, {"parameters": 7_000_000_000})) == "llama of 7B parameters built from scratch"
+
+
 @pytest.mark.parametrize(
     ("loss", "lora", "expected"),
     [

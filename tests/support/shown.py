@@ -12,6 +12,10 @@ from tests.support.files import ROOT
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 FENCE = re.compile(r'^( *)```(\w+)(?: title="([^"]+)")?\n(.*?)^\1```$', flags=re.MULTILINE | re.DOTALL)
 ASSIGNMENT = re.compile(r"[A-Z_0-9]+=")
+# A cell of a table that is a command.
+CELL = re.compile(r"(?<=\| )`((?:python|pip|make|torchrun) [^`]+)`(?= \|)")
+# Its files are those that commands of other pages read.
+OWN_DATA = "docs/your-own-data.md"
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,20 @@ def blocks(page: str) -> list[Block]:
 
 
 def commands(pattern: str, pages=PAGES) -> list[tuple[str, list[str]]]:
-    """(page, words) of every command that begins as the pattern says."""
+    """(page, words) of every command that begins as the pattern says, in a block or in a cell of a table."""
     shown = [(page, words) for page in pages for block in blocks(page) for words in block.commands]
+    shown += [(page, words) for page in pages for words in table_commands(page)]
     return [(page, words) for page, words in shown if re.match(pattern, " ".join(words))]
 
 
+def table_commands(page: str) -> list[list[str]]:
+    """The words of the commands that are cells of a page's tables."""
+    return [shlex.split(text) for text in CELL.findall(PAGES[page])]
+
+
 def write_files(page: str, folder: Path) -> None:
-    """Write what a page shows as files, and before it what the README shows so."""
-    for each in dict.fromkeys(["README.md", page]):
+    """Write what a page shows as files, and before it what the page on own data shows so."""
+    for each in dict.fromkeys([OWN_DATA, page]):
         for block in blocks(each):
             if block.title:
                 (folder / block.title).write_text(block.text)

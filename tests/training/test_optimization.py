@@ -29,6 +29,7 @@ from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import NoTracker
 from preference_training.training.optimization import (
+    MasterWeights,
     build_optimizer,
     check_optimizer,
     precision_notices,
@@ -87,8 +88,8 @@ def test_constant_rises_in_equal_steps_and_stays(rates):
     assert rates() == pytest.approx([1 / 3, 2 / 3] + [1] * 8)
 
 
-def test_linear_falls_in_equal_steps_to_its_end_at_the_last_step(rates):
-    assert rates("lr_schedule=linear") == pytest.approx([1 / 3, 2 / 3, *(1 - k / 7 for k in range(8))])
+def test_linear_falls_in_equal_steps_to_its_end_at_the_last_step_and_to_zero_behind_it(rates):
+    assert rates("lr_schedule=linear") == pytest.approx([1 / 3, 2 / 3, *(1 - k / 8 for k in range(8))])
     assert rates("lr_schedule=linear", "final_lr_share=0.1")[-1] == pytest.approx(0.1)
 
 
@@ -132,9 +133,9 @@ def test_a_trainers_last_step_has_the_final_learning_rate(compose, tokenizer):
 @pytest.mark.parametrize(
     ("overrides", "more", "said"),
     [
-        # Of three steps cosine's last has lr 0, and so has all behind it; of six the fourth has (1 + cos(3/5 pi)) / 2.
-        (["lr_schedule=cosine"], "n_epochs=2", "is 0.000345 at the next step, where it would have been 0"),
-        (["lr_schedule=linear"], "n_epochs=2", "is 0.0004 at the next step, where it would have been 0"),
+        # Of three steps all behind the last have lr 0; of six the fourth is half way down.
+        (["lr_schedule=cosine"], "n_epochs=2", "is 0.0005 at the next step, where it would have been 0"),
+        (["lr_schedule=linear"], "n_epochs=2", "is 0.0005 at the next step, where it would have been 0"),
         (["warmup_share=0.9"], "n_epochs=2", "is 0.000667 at the next step, where it would have been 0.001"),
         (["lr_schedule=constant"], "n_epochs=2", None),
         (["lr_schedule=inverse_sqrt", "warmup_steps=1"], "n_epochs=2", None),
@@ -170,7 +171,7 @@ def test_every_step_tells_its_learning_rate_epoch_time_and_tokens(compose, token
     begun = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - begun
-    assert [row["lr"] for row in rows] == pytest.approx([1e-3 * (1 - k / 5) for k in range(6)])
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3 * (1 - k / 6) for k in range(6)])
     sizes = [row["counters/examples"] for row in rows]
     assert [row["epoch"] for row in rows] == pytest.approx([size / (sizes[-1] / 2) for size in sizes])
     assert rows[0]["time"] > 0 and rows[-1]["time"] <= seconds
@@ -494,3 +495,27 @@ def test_a_batch_size_beside_that_of_one_device_is_refused(compose):
 def test_arguments_that_an_optimizer_does_not_take_are_refused(compose):
     with pytest.raises(UserError, match="optimizer_kwargs: AdamW8bit refuses .*'nesterov'"):
         check_optimizer(compose("optimizer=AdamW8bit", "++optimizer_kwargs.nesterov=true"))
+
+
+def test_gradients_of_several_packs_are_summed_in_float32_beside_master_weights():
+    weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = MasterWeights(torch.optim.SGD([weight], lr=1.0))
+    # 256 + 1/2 is between two numbers of bfloat16.
+    parts = (256.0, 0.5, 0.5)
+    optimizer.sum_gradients_in_float32(True)
+    for part in parts:
+        (weight * part).sum().backward()
+    assert weight.grad.dtype == torch.float32 and weight.grad[0] == sum(parts)
+    optimizer.step()
+    assert weight.dtype == torch.bfloat16 and optimizer.masters[weight][0] == 1 - sum(parts)
+    # One alone takes no more memory than its dtype.
+    optimizer.sum_gradients_in_float32(False)
+    (weight * 2.0).sum().backward()
+    assert weight.grad.dtype == torch.bfloat16
+
+
+def test_without_master_weights_they_are_summed_in_the_dtype_of_the_weights():
+    weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    for part in (256.0, 0.5, 0.5):
+        (weight * part).sum().backward()
+    assert weight.grad.dtype == torch.bfloat16 and weight.grad[0] == 256

@@ -1,0 +1,224 @@
+"""What the options of other tools are called here: of TRL and the Trainer of transformers, LLaMA-Factory, axolotl, torchtune.
+
+A table of names. Each has the override that does the same, with {} where the user's value goes, and a value that it is shown
+with where the user gave none; or a sentence where nothing is to be set.
+"""
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an option of another tool is here.
+
+    overrides: as on the command line. example: a value of it. values: those of the other tool that have another name here.
+    off: those that are the default here. note: what else is to be known, or all there is to say where there is no override.
+    """
+
+    overrides: str = ""
+    example: str = ""
+    values: dict[str, str] = field(default_factory=dict)
+    off: tuple[str, ...] = ()
+    note: str = ""
+
+    def text(self, value: str | None = None) -> str | None:
+        """The override with the user's value, or with the example; None where there is nothing to set."""
+        plain = (value or "").strip("'\"").lower()
+        if plain in (self.off if "{}" in self.overrides else _OFF):
+            return None
+        given = self.example if value is None else self.values.get(plain, value)
+        if "," in given and given[0] not in "[{'\"" and any(name in self.overrides for name in _LISTS):
+            given = f"[{given}]"
+        return self.overrides.format(given) or None
+
+
+_OFF = ("false", "none", "null", "no", "off")
+# Keys whose values are lists, which other tools write without brackets.
+_LISTS = ("datasets=", "tracking=", "target_modules=")
+_LOSSES = {
+    "sigmoid": "dpo", "rm": "reward", "pt": "sft", "rlhf": "dpo", "robust": "robust", "kto_pair": "kto", "exo_pair": "exo_pair",
+    "nca_pair": "nca_pair", "bco_pair": "bco", "sppo_hard": "sppo_hard", "aot_pair": "aot_unpaired", "discopop": "discopop",
+    "apo_zero": "apo_zero", "apo_down": "apo_down",
+}  # fmt: skip
+_OPTIMIZERS = {
+    "adamw": "AdamW", "adamw_torch": "AdamW", "adamw_torch_fused": "AdamW", "sgd": "SGD", "rmsprop": "RMSprop",
+    "adamw_hf": "AdamW", "adamw_8bit": "AdamW8bit", "adamw_bnb_8bit": "AdamW8bit", "lion_8bit": "Lion8bit",
+    "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_32bit": "PagedAdamW",
+}  # fmt: skip
+_SCHEDULES = {"constant_with_warmup": "constant", "rex": "linear", "cosine_with_restarts": "cosine", "polynomial": "linear"}
+_DTYPES = {"auto": "bfloat16", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+_ATTENTIONS = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "true": "flash_attention_2", "disabled": "eager"}
+_IN_EXAMPLES = "it counts examples, not steps: steps times batch_size"
+_PACKED = "responses are always packed without padding, and what they share is computed once: nothing to set"
+
+
+def _each(names: str, *answer: object, **more: object) -> dict[str, Answer]:
+    return {name: Answer(*answer, **more) for name in names.split()}  # type: ignore[arg-type]
+
+
+# By their names in lower case, with underscores for dashes.
+OTHER_NAMES: dict[str, Answer] = {
+    # The model and its adapter.
+    **_each(
+        "model_name_or_path model_name model_id model_path base_model base_model_name_or_path pretrained_model_name_or_path "
+        "hf_model model_name_or_id",
+        *("model={}", "Qwen/Qwen3-0.6B"),
+    ),
+    **_each(
+        "tokenizer tokenizer_name tokenizer_path tokenizer_name_or_path tokenizer_config",
+        *("model.tokenizer_name_or_path={}", "Qwen/Qwen3-0.6B"),
+    ),
+    **_each("torch_dtype dtype model_dtype", "model.policy_dtype={}", "bfloat16", _DTYPES),
+    **_each("trust_remote_code", "model.trust_remote_code={}", "true"),
+    **_each("attn_implementation", "model.attn_implementation={}", "flash_attention_2", _ATTENTIONS),
+    **_each("flash_attention flash_attn use_flash_attention_2 use_flash_attn", "model.attn_implementation=flash_attention_2"),
+    **_each("use_liger_kernel use_liger enable_liger_kernel liger_kernel", "model.liger_kernels={}", "true"),
+    **_each("load_in_4bit qlora bnb_4bit use_qlora", "adapter=qlora"),
+    **_each("load_in_8bit", "adapter=lora model.quantization=int8"),
+    **_each("quantization_bit", "adapter=lora model.quantization={}", "nf4", {"4": "nf4", "8": "int8"}),
+    **_each("bnb_4bit_compute_dtype", "adapter=qlora model.quantized_compute_dtype={}", "bfloat16", _DTYPES),
+    **_each("use_peft use_lora peft lora peft_config", "adapter=lora"),
+    **_each("finetuning_type", "adapter={}", "lora", off=("full", "none"), note="without adapter=lora all weights are trained"),
+    **_each("lora_r lora_rank lora_config_r model.lora_rank", "adapter=lora model.lora.r={}", "16"),
+    **_each("lora_alpha model.lora_alpha", "adapter=lora model.lora.alpha={}", "32"),
+    **_each("lora_dropout model.lora_dropout", "adapter=lora model.lora.dropout={}", "0.05"),
+    **_each(
+        "lora_target_modules lora_target lora_target_linear model.lora_attn_modules",
+        *("adapter=lora model.lora.target_modules={}", "[q_proj,v_proj]"),
+        values=dict.fromkeys(("all", "all-linear", "true"), "null"),
+    ),
+    **_each("adapter_name_or_path lora_model_dir", "model={}", "Qwen/Qwen3-0.6B", note="a directory of an adapter is a model"),
+    **_each("ref_model ref_model_name_or_path reference_model", note="the reference is the model that training starts from"),
+    # The data.
+    **_each(
+        "dataset dataset_name dataset_path dataset_name_or_path dataset_mixer train_file train_dataset data_path data_files",
+        *("datasets={}", "mine.jsonl"),
+    ),
+    **_each(
+        "eval_dataset eval_file test_file validation_file val_file dataset_test eval_datasets",
+        note="a file's entry in datasets has its held-out file: 'datasets=[{path: mine.jsonl, test_path: held_out.jsonl}]'",
+    ),
+    **_each("val_set_size val_size test_size eval_split_ratio validation_split", "held_out_share={}", "0.1"),
+    **_each("max_samples max_train_samples", "n_examples={}", "1000"),
+    **_each("max_eval_samples", "n_eval_examples={}", "200"),
+    **_each("chat_template conversation_template prompt_template", "template={}", "chat", {"tokenizer_default": "chat"}),
+    **_each("system_message default_system", "system_prompt={}", "'Answer briefly.'"),
+    **_each(
+        "cutoff_len sequence_len max_seq_length max_seq_len seq_len model_max_length tokenizer.max_seq_len max_sequence_length",
+        *("max_length={}", "1024"),
+    ),
+    **_each(
+        "max_completion_length max_target_length max_response_length", note="max_length counts prompt and response together"
+    ),
+    **_each("packing sample_packing neat_packing padding_free pad_to_sequence_len group_by_length", note=_PACKED),
+    **_each(
+        "train_on_inputs assistant_only_loss completion_only_loss train_on_prompt mask_prompt dataset.train_on_input",
+        note="prompts are never trained on; train_on=last_turn trains on the last turn of a conversation alone",
+    ),
+    # The loss.
+    **_each("stage rl loss_type pref_loss rl_loss training_type trainer_type alignment", "loss={}", "dpo", _LOSSES),
+    **_each("beta pref_beta dpo_beta rl_beta kto_beta orpo_beta loss_beta", "loss=dpo loss.beta={}", "0.1"),
+    **_each("simpo_gamma gamma", "loss=simpo loss.gamma={}", "1.0"),
+    **_each("pref_ftx rpo_alpha dpo_ftx", "loss=rpo loss.alpha={}", "1.0"),
+    **_each("label_smoothing dpo_label_smoothing label_smoothing_factor", "loss=dpo loss.label_smoothing={}", "0.1"),
+    **_each("kto_chosen_weight desirable_weight", "loss=kto loss.desirable_weight={}", "1.0"),
+    **_each("kto_rejected_weight undesirable_weight", "loss=kto loss.undesirable_weight={}", "1.0"),
+    **_each("reference_free", "loss=dpo loss.reference_free={}", "true"),
+    **_each("precompute_ref_log_probs precompute_ref_logps precompute_ref_log_prob", "reference_logps=cached"),
+    **_each("sync_ref_model", "loss=tr_dpo"),
+    # The optimizer and the length of a run.
+    **_each("learning_rate learningrate peak_lr optimizer.lr", "lr={}", "1e-5"),
+    **_each("optim optimizer_type optimizer_name", "optimizer={}", "AdamW", _OPTIMIZERS),
+    **_each("adam_epsilon adam_eps", "optimizer=AdamW optimizer_kwargs.eps={}", "1e-8"),
+    **_each("adam_beta1", "optimizer=AdamW optimizer_kwargs.betas=[{},0.999]", "0.9"),
+    **_each("adam_beta2", "optimizer=AdamW optimizer_kwargs.betas=[0.9,{}]", "0.95"),
+    **_each("wd optimizer.weight_decay", "weight_decay={}", "0.01"),
+    **_each("gradient_clip_val gradient_clipping clip_grad_norm max_norm", "max_grad_norm={}", "1.0"),
+    **_each("lr_scheduler_type lr_scheduler scheduler", "lr_schedule={}", "cosine", _SCHEDULES),
+    **_each("cosine_min_lr_ratio min_lr_ratio", "lr_schedule=cosine final_lr_share={}", "0.1"),
+    **_each("warmup_ratio warmup_fraction", "warmup_share={}", "0.1"),
+    **_each("num_warmup_steps lr_warmup_steps", "warmup_steps={}", "10"),
+    **_each("num_train_epochs num_epochs epochs max_epochs", "n_epochs={}", "3"),
+    **_each("max_steps max_train_steps num_steps total_steps train_steps max_steps_per_epoch", "n_steps={}", "100"),
+    **_each(
+        "per_device_train_batch_size micro_batch_size micro_train_batch_size device_train_batch_size train_micro_batch_size",
+        *("per_device_batch_size={}", "4"),
+    ),
+    **_each("train_batch_size global_batch_size total_batch_size effective_batch_size", "batch_size={}", "32"),
+    **_each("per_device_eval_batch_size eval_micro_batch_size val_batch_size", "eval_batch_size={}", "8"),
+    **_each("gradient_accumulation accumulation_steps grad_accum", "gradient_accumulation_steps={}", "4"),
+    **_each("early_stopping patience", "early_stopping_patience={}", "3"),
+    # Memory, speed and devices.
+    **_each("fp16 half_precision", "model.autocast_dtype=float16"),
+    **_each("mixed_precision", "model.autocast_dtype={}", "bfloat16", {**_DTYPES, "no": "null"}),
+    **_each(
+        "gradient_checkpointing enable_activation_checkpointing use_gradient_checkpointing",
+        *("activation_checkpointing={}", "true"),
+        values={"unsloth": "true"},
+    ),
+    **_each("torch_compile use_torch_compile", "compile={}", "true"),
+    **_each(
+        "deepspeed deepspeed_config ds_config fsdp fsdp_config use_fsdp zero_stage accelerate_config",
+        *("trainer=FSDPTrainer",),
+        note="trainer.sharding: full is ZeRO stage 3, grad_op stage 2, optimizer stage 1",
+    ),
+    **_each("tensor_parallel tensor_parallel_size tp_size", "trainer=TensorParallelTrainer"),
+    **_each("num_gpus n_gpus num_processes nproc_per_node", "trainer=FSDPTrainer trainer.nproc_per_node={}", "2"),
+    **_each("ddp data_parallel", "trainer=FSDPTrainer trainer.sharding=none"),
+    # Files, evaluation and logging.
+    **_each("output_dir output_path out_dir save_dir checkpoint_dir", "local_run_dir={}", "runs/mine"),
+    **_each("run_name wandb_name wandb_run_name wandb_run_id experiment_name name", "exp_name={}", "mine"),
+    **_each(
+        "report_to log_with logger logging_backend metric_logger", "tracking={}", "wandb", {"none": "jsonl", "all": "wandb"}
+    ),
+    **_each("use_wandb wandb", "tracking=[jsonl,wandb]"),
+    **_each("wandb_project", "wandb.project={}", "mine"),
+    **_each("wandb_entity", "wandb.entity={}", "mine"),
+    **_each(
+        "logging_steps log_every_n_steps log_interval logging_strategy log_steps",
+        *("minimum_log_interval_secs={}", "1"),
+        note="seconds between two lines; metrics.jsonl has every step",
+    ),
+    **_each("eval_steps evaluation_steps eval_interval val_steps evals_per_epoch", "eval_every={}", "2000", note=_IN_EXAMPLES),
+    **_each("eval_strategy evaluation_strategy", "eval_every=2000", note=_IN_EXAMPLES),
+    **_each("eval_on_start", "do_first_eval={}", "true"),
+    **_each("save_steps save_interval checkpoint_every saves_per_epoch", "save_every={}", "2000", note=_IN_EXAMPLES),
+    **_each("save_total_limit max_checkpoints", "keep_last={}", "2"),
+    **_each("load_best_model_at_end save_best", "keep_best=1"),
+    **_each("metric_for_best_model", "objective={}", "loss/eval"),
+    **_each("generate_during_eval", "sample_during_eval={}", "true"),
+    **_each(
+        "resume_from_checkpoint resume_from auto_resume_from_checkpoints",
+        *("resume={}", "auto"),
+        values=dict.fromkeys(("true", "latest"), "auto") | {"false": "null"},
+    ),
+    **_each("random_seed data_seed", "seed={}", "0"),
+    **_each("hub_model_id push_to_hub hf_repo", note="python scripts/export.py RUN --to DIRECTORY --push ORGANIZATION/NAME"),
+    **_each("merge_lora export_dir", note="python scripts/export.py RUN --to DIRECTORY --merge"),
+}
+
+
+def answer(key: str, value: str | None = None) -> str | None:
+    """What an option of another tool is here, in one line; None for a name that none of them has."""
+    found = OTHER_NAMES.get(_plain(key))
+    if found is None:
+        return None
+    overrides = found.text(value)
+    said = f"in this project: {overrides}" if overrides else "" if found.note else "leave it out"
+    return f"{key}: {'; '.join(part for part in (said, found.note) if part)}"
+
+
+def near_name(key: str) -> str | None:
+    """The option of another tool that a misspelled name most likely means; None where none is near."""
+    return next(iter(get_close_matches(_plain(key), OTHER_NAMES, n=1, cutoff=0.85)), None)
+
+
+def translated(key: str, value: str | None) -> str | None:
+    """The override for an option of another tool with the user's value; None where there is none."""
+    found = OTHER_NAMES.get(_plain(key))
+    return found.text(value) if found is not None else None
+
+
+def _plain(key: str) -> str:
+    return key.lower().replace("-", "_")

@@ -1,0 +1,126 @@
+"""Options as other tools call them, and the answers: what each is called here."""
+
+import shlex
+
+import pytest
+
+from preference_training.configuration.command_line import prepare_arguments
+from preference_training.configuration.composition import compose_overrides, known_keys
+from preference_training.configuration.other_tools import OTHER_NAMES, answer, translated
+from preference_training.core.errors import UserError
+
+# What people type on their first day, by tool.
+TRL = (
+    "learning_rate per_device_train_batch_size num_train_epochs output_dir model_name_or_path load_in_4bit lora_r lora_alpha "
+    "gradient_checkpointing warmup_ratio lr_scheduler_type logging_steps save_steps eval_steps dataset_name max_seq_length "
+    "report_to deepspeed max_steps beta loss_type torch_dtype attn_implementation precompute_ref_log_probs optim "
+    "max_completion_length"
+)
+LLAMA_FACTORY = (
+    "cutoff_len finetuning_type stage pref_beta pref_loss lora_rank lora_target dataset val_size quantization_bit flash_attn "
+    "num_train_epochs neat_packing export_dir adapter_name_or_path"
+)
+AXOLOTL = "base_model micro_batch_size num_epochs sequence_len chat_template rl val_set_size lr_scheduler sample_packing"
+TORCHTUNE = "epochs optimizer.lr tokenizer.max_seq_len model.lora_rank enable_activation_checkpointing metric_logger dtype"
+
+
+def refusal(*arguments):
+    with pytest.raises(UserError) as error:
+        prepare_arguments(list(arguments))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER_NAMES if OTHER_NAMES[name].overrides])
+def test_every_answer_composes(name):
+    found = OTHER_NAMES[name]
+    texts = {found.text(value) for value in [None, *list(found.values)[:1]]} - {None}
+    assert texts
+    for text in texts:
+        compose_overrides(*shlex.split(text))
+
+
+def test_every_value_that_is_translated_composes():
+    # Of answers with the same override once.
+    texts = {found.text(value) for found in OTHER_NAMES.values() for value in found.values} - {None}
+    for text in sorted(texts):
+        compose_overrides(*shlex.split(text))
+
+
+def test_no_key_of_ours_is_taken_for_another_tools():
+    assert not OTHER_NAMES.keys() & known_keys()
+
+
+@pytest.mark.parametrize("name", [*TRL.split(), *LLAMA_FACTORY.split(), *AXOLOTL.split(), *TORCHTUNE.split()])
+def test_the_names_that_people_bring_are_answered_in_a_line(name):
+    assert "\n" not in answer(name)
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("learning_rate=3e-4", "learning_rate: in this project: lr=3e-4"),
+        ("+learning_rate=3e-4", "learning_rate: in this project: lr=3e-4"),
+        ("learning_rate=1e-5,3e-5", "learning_rate: in this project: lr=1e-5,3e-5"),
+        ("loss_type=sigmoid", "loss_type: in this project: loss=dpo"),
+        ("stage=rm", "stage: in this project: loss=reward"),
+        ("optim=adamw_torch", "optim: in this project: optimizer=AdamW"),
+        ("load_in_4bit=true", "load_in_4bit: in this project: adapter=qlora"),
+        ("load_in_4bit=false", "load_in_4bit: leave it out"),
+        ("lora_target=q_proj,v_proj", "lora_target: in this project: adapter=lora model.lora.target_modules=[q_proj,v_proj]"),
+        ("lora_target=all", "lora_target: in this project: adapter=lora model.lora.target_modules=null"),
+        ("finetuning_type=full", "finetuning_type: without adapter=lora all weights are trained"),
+        (
+            "save_steps=500",
+            "save_steps: in this project: save_every=500; it counts examples, not steps: steps times batch_size",
+        ),
+        ("model_name_or_path=a/b", "model_name_or_path: in this project: model=a/b"),
+        ("--lr=1e-5", "--lr: written without dashes here: lr=1e-5"),
+        ("--save-async", "--save-async: written without dashes here: save_async=true"),
+        ("--learning-rate=1e-5", "learning_rate: in this project: lr=1e-5"),
+        ("--learninrate=1", "learninrate: no such key; did you mean lr?"),
+    ],
+)  # fmt: skip
+def test_the_answer_has_the_users_value(argument, told):
+    if "did you mean" in told:
+        assert refusal(argument).startswith(told.split(";")[0])
+    else:
+        assert refusal(argument) == told
+
+
+def test_several_are_answered_together_with_the_whole_command():
+    arguments = [
+        "--model_name_or_path",
+        "a/b",
+        "loss=dpo",
+        "--learning_rate",
+        "1e-5",
+        "--per_device_train_batch_size=2",
+        "--fp16",
+    ]
+    assert refusal(*arguments).splitlines() == [
+        "model_name_or_path: in this project: model=a/b",
+        "learning_rate: in this project: lr=1e-5",
+        "per_device_train_batch_size: in this project: per_device_batch_size=2",
+        "fp16: in this project: model.autocast_dtype=float16",
+        "All in all: python train.py model=a/b loss=dpo lr=1e-5 per_device_batch_size=2 model.autocast_dtype=float16",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--cfg", "job"], ["-m", "loss.beta=0.1,0.2", "loss=dpo"], ["--multirun"], ["--hydra-help"]]
+)
+def test_the_options_of_hydra_stay_what_they_are(arguments):
+    assert prepare_arguments(arguments) == arguments
+
+
+def test_an_adapter_needs_no_plus(plain):
+    assert plain("adapter=lora") | {"local_run_dir": 0} == plain("+adapter=lora") | {"local_run_dir": 0}
+    assert plain("adapter=lora")["model"]["lora"]["r"] == 16
+    assert prepare_arguments(["adapter=lora,qlora", "-m"]) == ["+adapter=lora,qlora", "-m"]
+    with pytest.raises(UserError, match="adapter=lorra: there is no such adapter; did you mean lora?"):
+        compose_overrides("adapter=lorra")
+
+
+def test_a_name_of_no_tool_has_no_answer():
+    assert answer("zzz") is None
+    assert translated("zzz", "1") is None

@@ -1,0 +1,68 @@
+"""rerun.yaml: the overrides of a run, as a file that repeats it from any working directory."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from preference_training.configuration.rerun import rerun_values, write_rerun
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.jsonl", "loader.py", "judge.jinja"):
+        (tmp_path / name).touch()
+    (tmp_path / "model").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "values"),
+    [
+        (["lr=1e-5", "loss=dpo", "loss.beta=0.2"], {"lr": 1e-5, "loss": "dpo", "loss.beta": 0.2}),
+        # The last of two counts, as on the command line.
+        (["lr=1e-5", "lr=2e-5"], {"lr": 2e-5}),
+        (["+adapter=lora", "++optimizer_kwargs.eps=1e-6"], {"adapter": "lora", "optimizer_kwargs.eps": 1e-6}),
+        (["n_epochs=null", "debug=true", "exp_name='a b'"], {"n_epochs": None, "debug": True, "exp_name": "a b"}),
+        # What belongs to one start.
+        (
+            ["resume=auto", "dry_run=true", "local_run_dir=x", "hydra.verbose=true", "hydra/launcher=x", "seed=3"],
+            {"seed": 3},
+        ),
+        # Names are no paths.
+        (["model=pythia28", "datasets=[hh,shp]"], {"model": "pythia28", "datasets": ["hh", "shp"]}),
+        (["model=Qwen/Qwen3-0.6B", "datasets=org/set"], {"model": "Qwen/Qwen3-0.6B", "datasets": "org/set"}),
+    ],
+)
+def test_a_file_has_the_keys_and_values_of_the_command_line(overrides, values, here):
+    assert rerun_values(overrides) == values
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("datasets=mine.jsonl", "{here}/mine.jsonl"),
+        ("datasets=[hh,{path:mine.jsonl,prompt:mine.jsonl}]", ["hh", {"path": "{here}/mine.jsonl", "prompt": "mine.jsonl"}]),
+        ("datasets=loader.py:mine", "{here}/loader.py:mine"),
+        ("datasets='*.jsonl'", "{here}/*.jsonl"),
+        ("datasets=s3://bucket/mine.jsonl", "s3://bucket/mine.jsonl"),
+        ("model=model", "{here}/model"),
+        ("model.name_or_path=model", "{here}/model"),
+        ("model.chat_template=judge.jinja", "{here}/judge.jinja"),
+        ("local_dirs=[runs]", ["{here}/runs"]),
+        ("exp_name=model", "model"),
+    ],
+)
+def test_paths_are_absolute(override, value, here):
+    def placed(given):
+        if isinstance(given, list):
+            return [placed(each) for each in given]
+        return {k: placed(v) for k, v in given.items()} if isinstance(given, dict) else given.replace("{here}", str(here))
+
+    assert list(rerun_values([override]).values()) == [placed(value)]
+
+
+def test_a_run_writes_what_it_was_started_with_and_how_to_repeat_it(here, compose):
+    write_rerun(compose("loss=dpo", "lr=3e-4", "datasets=toy"), here)
+    text = (here / "rerun.yaml").read_text()
+    assert f"python train.py --config-name rerun --config-dir {here}\n" in text
+    assert OmegaConf.to_container(OmegaConf.create(text)) == {"loss": "dpo", "lr": 3e-4, "datasets": "toy"}

@@ -114,7 +114,7 @@ class Trainer:
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Metrics:
         """Take one optimizer step on one batch. Returns the batch's metrics, none where the step was skipped."""
-        result = self.step.take(micro_batches, self.halve, self.observers.stop.reason is not None)
+        result = self.step.take(micro_batches, self.halve, lambda: self.observers.stop.reason is not None)
         self.stopping = result.stops
         if not result.metrics:
             self.log_skipped(result.packs)

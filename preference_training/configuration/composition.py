@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from preference_training.configuration.keys import NEWER, OPEN, key_names
 from preference_training.configuration.model_names import BASES, CONFIG_DIR, name_models
-from preference_training.configuration.other_tools import answer
+from preference_training.configuration.other_tools import answer, near_name
 from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.values import dotted
@@ -200,8 +200,13 @@ def unknown_key(key: str, choice: str = "", value: object = None) -> str:
             this = f"{group}={lacking}" if lacking else f"this {group}"
             return f"{key}: {this} has no such key; {keys}all have it but {group}={', '.join(others)}."
         return f"{key}: this {group} has no such key. It belongs to {group}={', '.join(owners)}."
-    of_other_tool = answer(key, None if value is None else str(value))
-    return of_other_tool or f"{key}: no such key; {nearest(key, known_keys(), ALL_KEYS)}"
+    given = None if value is None else str(value)
+    if of_other_tool := answer(key, given):
+        return of_other_tool
+    hint = nearest(key, known_keys(), ALL_KEYS)
+    if hint == ALL_KEYS and (other := near_name(key)):
+        hint = f"did you mean {answer(other, given)}"
+    return f"{key}: no such key; {hint}"
 
 
 @cache

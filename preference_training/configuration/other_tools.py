@@ -5,6 +5,7 @@ with where the user gave none; or a sentence where nothing is to be set.
 """
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,11 @@ def answer(key: str, value: str | None = None) -> str | None:
     overrides = found.text(value)
     said = f"in this project: {overrides}" if overrides else "" if found.note else "leave it out"
     return f"{key}: {'; '.join(part for part in (said, found.note) if part)}"
+
+
+def near_name(key: str) -> str | None:
+    """The option of another tool that a misspelled name most likely means; None where none is near."""
+    return next(iter(get_close_matches(_plain(key), OTHER_NAMES, n=1, cutoff=0.85)), None)
 
 
 def translated(key: str, value: str | None) -> str | None:

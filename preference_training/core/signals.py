@@ -56,8 +56,17 @@ class StopRequests:
         now = time.monotonic()
         if self.received is None:
             self.received = signal.Signals(number).name, now
+            _announce(self.received[0])
         elif number == signal.SIGINT and now - self.received[1] > SAME_SIGNAL:
             os._exit(ENDED_AT_ONCE)
+
+
+def _announce(name: str) -> None:
+    """Say, from within a signal handler, that the run will stop: its step and an evaluation may still take minutes."""
+    if os.environ.get("RANK", "0") == "0":
+        text = f"{name}: the run stops after its step, with a checkpoint; a second Ctrl-C ends it at once, without one\n"
+        # Unlike `print`, it may interrupt another write.
+        os.write(2, text.encode())
 
 
 def restore_handlers(usual: dict) -> None:

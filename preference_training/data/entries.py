@@ -309,11 +309,15 @@ def load_records(
             report.bad_row(UserError(f"datasets: {source}: {problem}. {expected}"))
             continue
         prompt, record = item
-        if own and record.get("rows"):
-            source = own.source_of(record["rows"], split)
+        rows = record.get("rows") if own else None
+        if rows:
+            source = own.source_of(rows, split)
+        # Rows of several files have names instead of numbers.
+        row = rows[0] if rows and type(rows[0]) is int else 0
         pairs = [(int(chosen), int(rejected)) for chosen, rejected in record["pairs"]]
         texts = list(record["responses"]), pairs, record["sft_target"]
-        yield PreferenceRecord(prompt, *texts, number, source, **(_optional(record, report) if len(record) > 3 else {}))
+        more = _optional(record, report) if len(record) > 3 else {}
+        yield PreferenceRecord(prompt, *texts, number, source, **more, row=row)
 
 
 def _optional(record: dict, report: DataReport) -> dict:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.registry import DATASETS, Dataset, Prompts
-from preference_training.data.rows.conversations import RowError
-from preference_training.data.rows.records import DataReport, Items, NumberedRows, prompt_text, split_by_hash, type_name
+from preference_training.data.rows.conversations import RowError, json_type
+from preference_training.data.rows.records import DataReport, Items, NumberedRows, prompt_text, split_by_hash
 from preference_training.data.rows.values import field_value
 from preference_training.data.sources.filters import RowFilter, Where
+from preference_training.data.sources.tables import rows_of_batch
 
 
 @cache
@@ -34,12 +35,12 @@ def load_hub(path: str, subset: str | None, data_dir: str | None, split: str, ca
         ) from error
 
 
-def hub_rows(dataset, place: str) -> NumberedRows:
+def hub_rows(dataset, place: str, report: DataReport | None = None) -> NumberedRows:
     """(row number, row) of a loaded hub set, numbered from 1. Raises UserError naming `place` for damaged values."""
-    number = 0
+    number, report = 0, report or DataReport()
     try:
         for batch in dataset.with_format("arrow").iter(batch_size=1000):
-            for row in batch.to_pylist():
+            for row in rows_of_batch(batch, report):
                 number += 1
                 yield number, row
     except Exception as error:  # half a dozen types: text that is not UTF-8, invalid dates
@@ -58,9 +59,7 @@ def valid_rows(rows: NumberedRows, place: str, report: DataReport, kinds: dict[s
                 value = field_value(row, name)
                 wrong = [item for item in (value if "." in name else [value]) if not isinstance(item, kind)]
                 if wrong:
-                    raise RowError(
-                        f"field {name!r} is {'null' if wrong[0] is None else type_name(wrong[0])}, expected {KINDS[kind]}."
-                    )
+                    raise RowError(f"field {name!r} is {json_type(wrong[0])}, expected {KINDS[kind]}.")
         except RowError as error:
             report.bad_row(UserError(f"datasets: {place}, row {number}: {error}"))
         else:

@@ -110,6 +110,8 @@ class _Preparation:
         self.content_is_known = known is not None
         depends_on = [entry.name, known, entry.report().skip_bad_rows, split, vocabulary, *_settings_key(settings)]
         self.key = hash_values(depends_on)
+        # Whether the numbers of prompts are those of rows, as far as they are read.
+        self.by_row = True
 
     def result(self) -> tuple[TablePart | None, DataReport]:
         """The memory-mapped file (None without any prompt) and the report. Prepares it if needed."""
@@ -136,7 +138,7 @@ class _Preparation:
         try:
             stored = json.loads(path.with_suffix(".json").read_text())
             # The first version had none.
-            fingerprint = stored.pop("fingerprint", None)
+            fingerprint, self.by_row = stored.pop("fingerprint", None), stored.pop("by_row", False)
             report = DataReport(**stored)
             if path.exists():
                 part = self._map(path, fingerprint)
@@ -152,9 +154,13 @@ class _Preparation:
 
     def _map(self, path: Path, fingerprint: str | None) -> TablePart:
         """A complete file as a part of the run's table."""
-        what = "row" if self.entry.tokenized_file else f"{self.split} prompt"
+        own, name = self.entry.user_data, self.entry.name
+        if self.entry.tokenized_file or (own and self.by_row):
+            name, what = own.path_of(self.split) if self.by_row and own else name, "row"
+        else:
+            what = f"{self.split} prompt"
         weight = self.entry.weight if self.split == "train" else 1.0
-        return TablePart.of_file(path, f"{self.entry.name}, {what}", weight, fingerprint)
+        return TablePart.of_file(path, f"{name}, {what}", weight, fingerprint)
 
     def _make(self) -> tuple[TablePart | None, DataReport]:
         """Write the file under a temporary name, then rename it."""
@@ -170,7 +176,7 @@ class _Preparation:
             name = self.key if digest is None else f"{self.key}-{digest.hexdigest()}"
             path = self.directory / f"{name}.arrow"
             # The report first: if the data exists, so does its report.
-            side.write_text(json.dumps(report.as_dict() | {"fingerprint": content.hexdigest()}))
+            side.write_text(json.dumps(report.as_dict() | {"fingerprint": content.hexdigest(), "by_row": self.by_row}))
             side.replace(path.with_suffix(".json"))
             if report.num_prompts == 0:
                 return None, report
@@ -209,6 +215,7 @@ class _Preparation:
                     lists = {key: values for key in (*LISTS_OF_VALUES, "tools") if (values := getattr(record, key))}
                     content = (record.prompt, record.responses, record.pairs, record.sft_target, *several)
                     digest.update(repr((*content, lists) if lists else content).encode())
+                self.by_row &= record.row > 0
                 yield record
         except OSError as error:
             # The loader's own files, not those of prepared data.

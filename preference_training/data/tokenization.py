@@ -216,7 +216,7 @@ class _Tokenization:
             responses,
             part.examples,
             record.source,
-            record.number,
+            record.row or record.number,
             0,
             spans,
             part.weights,

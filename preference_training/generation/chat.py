@@ -244,9 +244,17 @@ def _check_name(name: str, path: Path) -> None:
     if path.is_file():
         raise UserError(f"{name}: this file is no model. {EXPECTED}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir():
-        beside = [str(each) for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
-        hint = f" Beside it: {nearest(str(path), beside)}" if beside and len(beside) <= 20 else ""
+        beside = _models_in(path.parent)
+        there_are = f"there are {', '.join(beside)}."
+        hint = f" Beside it: {nearest(str(path), beside, there_are)}" if 0 < len(beside) <= 20 else ""
         raise UserError(f"{name}: no such directory.{hint} {EXPECTED}")
+
+
+def _models_in(folder: Path) -> list[str]:
+    """The directories in a folder that can be talked to: runs, checkpoints, exports and models."""
+    files = (CONFIG, STATE, MODEL_CONFIG, CONFIG_FILE)
+    directories = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [str(each) for each in directories if any((each / file).is_file() for file in files)]
 
 
 def _load_checkpoint(path: Path, options: LoadOptions) -> ChatModel:

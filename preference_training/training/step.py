@@ -107,9 +107,9 @@ class TrainingStep:
         self,
         micro_batches: Sequence[MicroBatch],
         halve: Callable[[Sequence[MicroBatch]], list[MicroBatch]],
-        stop: bool = False,
+        is_to_stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
-        """Take one step on one batch. halve: cuts a batch into smaller packs; stop: whether this rank is to stop.
+        """Take one step on one batch. halve: cuts a batch into smaller packs; is_to_stop: whether this rank is to stop by now.
 
         The gradient is that of the mean loss over the whole batch, however it was cut and distributed over ranks. The step is
         skipped where a loss or the gradient is not finite. Raises UserError where policy and reference have not been the same.
@@ -124,7 +124,7 @@ class TrainingStep:
         # Read at once, before the weights change: one wait for the device.
         packs = [pack for micro_batch in batch.micro_batches for pack in micro_batch.packs]
         counts = sum(pack.num_tokens for pack in packs), sum(pack.num_row_tokens for pack in packs)
-        *values, tokens, row_tokens, stops, norm = self.reduce(batch.sums, grad_norm, counts, stop).tolist()
+        *values, tokens, row_tokens, stops, norm = self.reduce(batch.sums, grad_norm, counts, is_to_stop()).tolist()
         sums = zip(batch.sums, values[::2], values[1::2], strict=True)
         metrics = with_margins({name: total / count for name, total, count in sums if count}, TRAIN)
         if shares_prefixes(self.models.policy):

@@ -342,6 +342,7 @@ def test_a_run_writes_its_configuration_as_it_was_composed_and_a_copy_with_other
         ("loss=dpo loss.betaa=1", "loss.betaa: no such key; did you mean loss.beta?"),
         ("loss=dpo +loss.betta=1", "loss.betta: no such key; did you mean loss.beta?"),
         ("loss=dpo ++loss.betta=1", "loss.betta: no such key; did you mean loss.beta?"),
+        ("learnig_rate=1e-5", "learnig_rate: no such key; did you mean learning_rate: in this project: lr=1e-5"),
         ("batchsize=3", "batchsize: no such key; did you mean batch_size?"),
         ("+optimizer_kwargss=3", "optimizer_kwargss: no such key; did you mean optimizer_kwargs?"),
         ("model.archiv=x", "model.archiv: no such key; did you mean model.archive?"),

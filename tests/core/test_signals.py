@@ -30,8 +30,8 @@ class Listener:
     """A process that listens for signals, and whose clock stands where it is put."""
 
     def __init__(self):
-        command = [sys.executable, "-c", LISTENER]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        command, pipe = [sys.executable, "-c", LISTENER], subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
 
     def ask(self, time: float | str = "") -> str:
         """The reason to stop, after all signals that were sent before, and at `time` if it is given."""
@@ -55,6 +55,15 @@ def test_a_first_signal_asks_the_run_to_stop_and_ends_nothing(name, listener):
     assert listener.ask() == name
     listener.process.stdin.close()
     assert listener.process.wait(30) == 0
+
+
+def test_a_run_that_is_to_stop_says_so_at_once_and_once(listener):
+    for _ in range(2):
+        listener.process.send_signal(stopping.signal.SIGTERM)
+        assert listener.ask() == "SIGTERM"
+    listener.process.stdin.close()
+    said = "SIGTERM: the run stops after its step, with a checkpoint; a second Ctrl-C ends it at once, without one\n"
+    assert listener.process.stderr.read() == said
 
 
 def test_a_second_interrupt_at_once_is_the_same_one_heard_twice_and_a_later_one_ends_the_process(listener):

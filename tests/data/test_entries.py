@@ -466,8 +466,9 @@ def test_a_file_of_every_format_gives_the_same_records(tmp_path, suffix):
             1,
             f"{path}, rows 1, 3",
             ("good 0", "better"),
+            row=1,
         ),
-        PreferenceRecord("question 1", ["good 1", "bad 1"], [(0, 1)], "good 1", 2, f"{path}, row 2"),
+        PreferenceRecord("question 1", ["good 1", "bad 1"], [(0, 1)], "good 1", 2, f"{path}, row 2", row=2),
     ]
     assert report == DataReport(rows_read=3)
 

@@ -187,7 +187,7 @@ def test_a_malformed_json_list_is_refused_with_its_line(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-@pytest.mark.parametrize(("value", "kind"), [("3", "int"), ('"text"', "str"), ("null", "NoneType"), ("[]", "list")])
+@pytest.mark.parametrize(("value", "kind"), [("3", "int"), ('"text"', "str"), ("null", "null"), ("[]", "list")])
 def test_a_list_of_things_that_are_no_objects_is_refused_with_the_row_and_what_it_is(tmp_path, suffix, value, kind):
     path = tmp_path / f"rows{suffix}"
     path.write_text(f'[{{"a": 1}}, {value}]')
@@ -262,7 +262,7 @@ FIX = " Fix the row, or skip such rows with on_bad_row=skip."
         (
             "rows.json",
             b'[{"a": "1"}, 2, [], "4", null, {"a": "6"}]',
-            [f"row {n}: found {kind}, expected a JSON object." for n, kind in enumerate(["int", "list", "str", "NoneType"], 2)],
+            [f"row {n}: found {kind}, expected a JSON object." for n, kind in enumerate(["int", "list", "str", "null"], 2)],
         ),
         (
             "rows.csv",

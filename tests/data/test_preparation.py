@@ -150,7 +150,7 @@ def test_what_is_prepared_is_what_the_tokenizer_says_of_the_records(folder):
     assert [replace(prompt, source="") for prompt in table] == [
         replace(prompt, first_row=row, source="") for prompt, row in zip(expected, first_rows, strict=True)
     ]
-    assert table[3].source == "rows.jsonl, train prompt 4"
+    assert table[3].source == "rows.jsonl, row 4"
     assert (report.rows_read, report.num_prompts) == (20, 20)
 
 
@@ -852,7 +852,7 @@ def test_what_has_a_test_file_of_its_own_stays_and_what_is_in_both_is_said_with_
     tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
     assert overlap(train, held_out).line(tokenizer) == (
         "held-out prompts that are also trained on: 2 of 5, for example '\\n\\nHuman: Is it 4?\\n\\nAssistant:' "
-        "(train.jsonl, test prompt 1 = train.jsonl, train prompt 5)"
+        "(test.jsonl, row 1 = train.jsonl, row 5)"
     )
 
 
@@ -963,7 +963,10 @@ def test_a_run_says_which_held_out_prompts_it_trains_on(folder, compose, capsys)
     write(folder / "test.jsonl", rows(3))
     config = compose("datasets=[{path: rows.jsonl, test_path: test.jsonl}]", "loss=dpo", f"local_dirs=[{folder}]")
     splits = preparation.prepare_data(config, read_entries(config), byte_level_tokenizer(), build_loss("dpo"))
-    assert "held-out prompts that are also trained on: 3 of 3, for example 'question 0' (rows.jsonl" in capsys.readouterr().out
+    assert (
+        "held-out prompts that are also trained on: 3 of 3, for example 'question 0' (test.jsonl, row 1 = rows"
+        in capsys.readouterr().out
+    )
     assert splits[1].table.first_row == splits[0].table.num_responses == 40
 
 

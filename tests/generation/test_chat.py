@@ -377,6 +377,8 @@ def test_what_is_no_model_is_one_message(full_run, tmp_path):
         load_for_chat(str(tmp_path / "notes.txt"))
     with pytest.raises(UserError, match=r"no such directory.*did you mean.*/it\?"):
         load_for_chat(str(full_run.parent / "itt"))
+    with pytest.raises(UserError, match=rf"no such directory. Beside it: there are .*{full_run.name}\b"):
+        load_for_chat(str(full_run.parent / ("z" * 200)))
     with pytest.raises(UserError, match=r"nobody/nothing could not be loaded.*hub id"):
         load_for_chat("nobody/nothing")
     (tmp_path / "step-8").mkdir()

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -26,6 +27,7 @@ from preference_training.configuration.composition import (
     in_open_section,
     known_keys,
 )
+from preference_training.core.errors import UserError
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.grouping import group_rows
 from preference_training.data.rows.records import DataReport
@@ -360,6 +362,16 @@ def test_what_the_tables_of_other_programs_name_as_ours_is_there():
     for there, here, remark in rows:
         for text in [*re.findall(r"`([^`]+)`", here), *re.findall(r"`(\+?[a-z][\w.]*=[^`\s]+)`", remark)]:
             assert is_known(text), f"{there.strip()}: {text}"
+
+
+def test_what_is_shown_as_refused_is_refused_in_these_words(compose):
+    shown_there = [block.text for page in DOCS for block in shown.blocks(page) if block.language == "console"]
+    for text in shown_there:
+        command, told = text.removeprefix("$ ").split("\n", 1)
+        with pytest.raises(UserError) as refusal:
+            compose(*shown.training_arguments(shlex.split(command)))
+        assert str(refusal.value) == told.strip(), command
+    assert shown_there
 
 
 def test_what_users_of_other_tools_look_for_has_its_command():

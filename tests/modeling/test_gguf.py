@@ -126,6 +126,11 @@ def test_a_file_is_converted_once_whatever_it_is_called(tmp_path, file, capsys):
     assert (first / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_conversion_draws_no_progress_bar_in_a_file(tmp_path, file, capfd):
+    converted(file, "tiny.gguf", str(tmp_path))
+    assert "GGUF" not in capfd.readouterr().err
+
+
 def test_another_content_is_another_directory(tmp_path, file):
     other = tmp_path / file.name
     content = bytearray(file.read_bytes())

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.rendering.turn_texts import TurnTexts
@@ -38,6 +39,39 @@ class Spanned(NamedTuple):
     ends: bool = True
 
 
+class Probes(NamedTuple):
+    """What renderings of stand-ins show of a chat template. opening: see `response_opening`. turn_texts: see `TurnTexts`."""
+
+    opening: str
+    turn_texts: TurnTexts | None
+
+
+# Tokenizer -> its chat template and special tokens, and what probes of that showed: they run once.
+_PROBED: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def probes_of(tokenizer) -> Probes:
+    """What probes of a tokenizer's chat template show."""
+    template = (repr(tokenizer.chat_template), repr(tokenizer.special_tokens_map))
+    known, found = _PROBED.get(tokenizer, (None, None))
+    if known != template:
+        opening = _response_opening(tokenizer)
+        found = Probes(opening, _turn_texts(tokenizer, opening))
+        _PROBED[tokenizer] = template, found
+    return found
+
+
+def _turn_texts(tokenizer, opening: str) -> TurnTexts | None:
+    """What the template writes around turns; None where that is not always the same, or where it marks what is scored."""
+    try:
+        if GENERATION.search(tokenizer.get_chat_template()):
+            return None
+        ask = partial(rendered, tokenizer, add_generation_prompt=True)
+        return TurnTexts.of(partial(rendered, tokenizer), lambda messages: ask(messages) + opening)
+    except (ConversationError, ValueError):
+        return None
+
+
 class ChatTemplate:
     """The tokenizer's chat template, as `templates.Template`. Raises UserError if the tokenizer has no usable one."""
 
@@ -45,8 +79,7 @@ class ChatTemplate:
         check_chat_template(tokenizer)
         # Cached: a tokenizer looks up its special tokens on each access.
         self.tokenizer, self.eos_token = tokenizer, tokenizer.eos_token
-        self.opening = response_opening(tokenizer)
-        self.turn_texts = self._turn_texts()
+        self.opening, self.turn_texts = probes_of(tokenizer)
         self.special_tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
 
     def __call__(
@@ -63,16 +96,6 @@ class ChatTemplate:
             except ConversationError as error:
                 refused = refused or error
         raise refused
-
-    def _turn_texts(self) -> TurnTexts | None:
-        """What the template writes around turns; None where that is not always the same, or where it marks what is scored."""
-        if GENERATION.search(self.tokenizer.get_chat_template()):
-            return None
-        ask = partial(rendered, self.tokenizer, add_generation_prompt=True)
-        try:
-            return TurnTexts.of(partial(rendered, self.tokenizer), lambda messages: ask(messages) + self.opening)
-        except ConversationError:
-            return None
 
     def last_tokens(self, text: str) -> Iterator[str]:
         """The special tokens at the end of a text, white space aside, from the last one on."""
@@ -338,6 +361,10 @@ def response_opening(tokenizer) -> str:
 
     Empty for most templates, which render it with add_generation_prompt.
     """
+    return probes_of(tokenizer).opening
+
+
+def _response_opening(tokenizer) -> str:
     question, response = {"role": "user", "content": "a question"}, {"role": "assistant", "content": "a response"}
     try:
         asked, opened = (rendered(tokenizer, [question], add_generation_prompt=add) for add in (False, True))

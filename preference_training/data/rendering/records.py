@@ -38,6 +38,10 @@ END_NOT_MARKED = "responses whose end is not learned: the chat template's {% gen
 OWN_SYSTEM_TURN = "prompts without system_prompt: they have their own system turn"
 
 
+# Sets of tools of which it is remembered whether the template renders them: each row may have its own.
+KNOWN_TOOLS = 1000
+
+
 class Rendered(NamedTuple):
     """A record, what is trained on of it, and the texts of that."""
 
@@ -57,6 +61,8 @@ class Renderer:
         if settings.template == "chat" and (opening := response_opening(tokenizer)):
             self.report.note(OPENING_MOVED.format(opening))
         self.is_rendered = rendered_prompts(tokenizer)
+        # Tools -> whether the template renders them.
+        self.renders: dict[str, bool] = {}
         # Cached: a tokenizer looks up its special tokens on each access.
         self.eos_token = tokenizer.eos_token
 
@@ -89,7 +95,7 @@ class Renderer:
             self.report.change(RENDERED)
         elif prompt and self.settings.system_prompt:
             self._count_system_prompt(prompt)
-        if record.tools and not self._holds_tools(record, prompt, text):
+        if record.tools and not self._renders_tools(record.tools, prompt, text):
             self.report.change(NO_TOOLS)
         if self.settings.template == "chat":
             self._count_reasoning(responses, [text + (some if isinstance(some, str) else some.text) for some in texts])
@@ -103,14 +109,18 @@ class Renderer:
             return self.eos_token in value
         return any(self.eos_token in text for turn in value for text in turn[1:])
 
-    def _holds_tools(self, record: PreferenceRecord, prompt: Prompt, text: str) -> bool:
-        """Whether the text of a prompt holds the record's tools: whether it would be another without them."""
+    def _renders_tools(self, tools: str, prompt: Prompt, text: str) -> bool:
+        """Whether the text of a prompt holds its tools: whether it would be another without them. Tried once for each set."""
         if self.settings.template != "chat" or isinstance(prompt, str):
             return False
-        try:
-            return self.template(prompt, [])[0] != text
-        except ConversationError:
-            return True
+        if tools not in self.renders:
+            if len(self.renders) >= KNOWN_TOOLS:
+                self.renders.clear()
+            try:
+                self.renders[tools] = self.template(prompt, [])[0] != text
+            except ConversationError:
+                self.renders[tools] = True
+        return self.renders[tools]
 
     def _count_reasoning(self, responses: Sequence[Response], texts: list[str]) -> None:
         """Count the turns whose reasoning the chat template drops: most drop that of earlier turns."""

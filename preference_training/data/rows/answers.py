@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from preference_training.data.rows.conversations import (
     RowError,
     end_of_common,
+    json_type,
     parse_serialized_turns,
     parse_turns,
     part_conversations,
@@ -23,7 +24,6 @@ from preference_training.data.rows.records import (
     message_of,
     response_of,
     text_error,
-    type_name,
 )
 from preference_training.data.rows.templates import split_dialogue
 from preference_training.data.rows.values import check_text, is_text_list, is_text_pair, parse_text_list, unlisted
@@ -224,15 +224,15 @@ class Splitting:
         found = self.prompts.candidates(row, answers)
         if nearest != message or not found:
             return nearest
-        may_be = f"{found[0]} may be it" if len(found) == 1 else f"One of {', '.join(found)} may be it"
-        return f"{message} {may_be}: datasets=[{{path: ..., prompt: {found[0]}}}]."
+        may_be = found[0] if len(found) == 1 else f"one of {', '.join(found)}"
+        return f"{message} It may be {may_be}: datasets=[{{path: ..., prompt: {found[0]}}}]."
 
     def _of_conversations(self, row: dict, answers: list[Named]) -> tuple[Prompt, list[Response]]:
         longest = max(len(answer) for _, answer in answers if isinstance(answer, tuple))
         conversations = []
         for name, answer in answers:
             if isinstance(answer, str) and longest > 1:
-                raise RowError(f"field {name!r} is {type_name(answer)}, expected a conversation as in the other field.")
+                raise RowError(f"field {name!r} is {json_type(answer)}, expected a conversation as in the other field.")
             conversations.append(answer if isinstance(answer, tuple) else (Turn("assistant", answer),))
             if conversations[-1][-1].role != "assistant":
                 raise RowError(_not_the_assistants(name, conversations[-1][-1].role))
@@ -249,6 +249,6 @@ class Splitting:
         responses = [response_of(rest) for rest in rests]
         if shared:
             return self.prompts.before(row, shared, shared + rests[0][: end_of_common(rests)]), responses
-        if self.prompts.in_row(row) or self.prompts.may_be_elsewhere(row, [name for name, _ in answers]):
+        if self.prompts.in_row(row) or self.prompts.candidates(row, [name for name, _ in answers]):
             return self._read(row, answers, as_turns=True), responses
         return self.prompts.with_system(row, ()) or "", responses

@@ -82,4 +82,5 @@ class Columns:
 
 
 def plain(name: str) -> str:
+    """A name as names are compared."""
     return "".join(character for character in name.lower() if character not in " -_")

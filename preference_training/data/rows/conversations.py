@@ -6,12 +6,17 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 
-from preference_training.data.rows.records import Turn, is_learned, text_error, turn_error, type_name
+from preference_training.data.rows.records import Turn, is_learned, text_error, turn_error
 from preference_training.data.rows.templates import parse_dialogue
 
 
 class RowError(Exception):
     """An error in a row, as a sentence; the caller adds file and row number."""
+
+
+def json_type(value) -> str:
+    """The name of the type of a row's value, for messages: null for None, as in files."""
+    return "null" if value is None else type(value).__name__
 
 
 class NothingLearned(Exception):  # noqa: N818
@@ -150,7 +155,7 @@ def _text_of_parts(content, place: str):
         present = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {"text": part}
         kind = present.get("type", "text")
         if not isinstance(text := present.get("text"), str) or kind not in ("text", "input_text", "output_text"):
-            found = kind if kind != "text" else next((key for key in present if key not in ("type", "text")), type_name(text))
+            found = kind if kind != "text" else next((key for key in present if key not in ("type", "text")), json_type(text))
             raise RowError(
                 f"{place} has a part of the type {found!r}, but models read only text here. Expected texts, or parts such as "
                 '{"type": "text", "text": "..."}.'
@@ -205,11 +210,11 @@ def _of_json(value):
     return parsed if isinstance(parsed, dict | list) else value
 
 
-def _without_nones(value):
+def without_nones(value):
     """A value without the keys that are None: in tables, each of some objects has the keys of all."""
     if isinstance(value, dict):
-        return {key: _without_nones(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nones(inner) for inner in value] if isinstance(value, list) else value
+        return {key: without_nones(inner) for key, inner in value.items() if inner is not None}
+    return [without_nones(inner) for inner in value] if isinstance(value, list) else value
 
 
 NO_TOOLS = ("", "none", "null", "nan", "n/a")
@@ -219,13 +224,13 @@ def parse_tools(value, name: str) -> str:
     """The tools in the field `name`, objects or their JSON text, as the JSON text of a list; "" for none. Raises RowError."""
     if isinstance(value, str) and value.strip().lower() in NO_TOOLS:
         return ""
-    found = _without_nones(_of_json(value))
+    found = without_nones(_of_json(value))
     found = [found] if isinstance(found, dict) and found else found
     items = [_of_json(item) for item in found] if isinstance(found, list) else found
     if not items:
         return ""
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise RowError(f"field {name!r} is {type_name(value)}, expected a list of tools (objects), or its JSON text.")
+        raise RowError(f"field {name!r} is {json_type(value)}, expected a list of tools (objects), or its JSON text.")
     return json.dumps(items, ensure_ascii=False)
 
 

@@ -25,11 +25,10 @@ from preference_training.data.rows.answers import (
 from preference_training.data.rows.column_names import CONVERSATIONS
 from preference_training.data.rows.conversations import NothingLearned, RowError, check_mask, split_conversation, with_roles
 from preference_training.data.rows.formats import find
-from preference_training.data.rows.grouping import Row, pairs_by_score
+from preference_training.data.rows.grouping import Row, pairs_by_score, strip_repeated_prompts
 from preference_training.data.rows.nearest_entry import with_nearest
-from preference_training.data.rows.prompt_fields import PromptFields
+from preference_training.data.rows.prompt_fields import CONTEXT, PromptFields
 from preference_training.data.rows.records import DataReport, NumberedRows, response_of, text_error
-from preference_training.data.rows.repeated_prompts import strip_repeated_prompts
 from preference_training.data.rows.unread_columns import ReadColumns, note_verdict
 from preference_training.data.rows.values import (
     NO_VERDICT,
@@ -135,7 +134,9 @@ class FieldMap:
         names = frozenset(value for value in found.keys.values() if isinstance(value, str))
         keys = found.keys if found.words else {}
         columns = tuple(dict.fromkeys(str(name) for row in rows for name in row))
-        return FoundMap(**{**given, **found.keys}, found=names, found_keys=keys, words=found.words, asked=self, columns=columns)
+        of = FoundMap(**{**given, **found.keys}, found=names, found_keys=keys, words=found.words, asked=self, columns=columns)
+        is_joined = not (of.text or of.messages) and any(of.prompts.context(row) for row in rows)
+        return replace(of, found_keys={**keys, "joined": CONTEXT}) if is_joined else of
 
     @property
     def found(self) -> frozenset[str]:

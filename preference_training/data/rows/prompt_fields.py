@@ -9,13 +9,14 @@ from unicodedata import category
 from preference_training.data.rows.conversations import (
     RowError,
     join_turns,
+    json_type,
     occurs_in,
     parse_serialized_turns,
     parse_tools,
     parse_turns,
     turn_keys,
 )
-from preference_training.data.rows.records import Prompt, Turn, prompt_error, text_error, type_name
+from preference_training.data.rows.records import Prompt, Turn, prompt_error, text_error
 from preference_training.data.rows.templates import parse_dialogue
 from preference_training.data.rows.values import check_text, field_value, parse_text_list, unlisted
 
@@ -66,12 +67,10 @@ class PromptFields:
             return False
         return self.prompt in row or self.prompt != USUAL or (self.system is not None and self.system not in self.found)
 
-    def may_be_elsewhere(self, row: dict, answers: Iterable[str]) -> bool:
-        """Whether a column that nothing reads may be the prompt: it has turns, or texts of several words."""
-        return bool(self.prompt and self.candidates(row, answers))
-
     def candidates(self, row: dict, answers: Iterable[str]) -> list[str]:
-        """The columns that nothing reads and that may be the prompt."""
+        """The columns that nothing reads and that may be the prompt: they have turns, or texts of several words."""
+        if not self.prompt:
+            return []
         read = {part for name in (*answers, *self.names(), *self.others) for part in (name, name.split(".")[0])}
         return [str(name) for name, value in row.items() if name not in read and may_be_prompt(value)]
 
@@ -185,7 +184,7 @@ class PromptFields:
             return ()
         value = parse_text_list(field_value(row, self.history)) or []
         if not isinstance(value, list) or not all(isinstance(item, list) and len(item) == 2 for item in value):
-            raise RowError(f"field {self.history!r} is {type_name(value)}, expected a list of [question, answer].")
+            raise RowError(f"field {self.history!r} is {json_type(value)}, expected a list of [question, answer].")
         texts = [text for item in value for text in item]
         for text in texts:
             check_text(text, self.history)

@@ -54,6 +54,7 @@ NumberedRows = Iterable[tuple[int, dict]]
 class PreferenceRecord:
     """One validated record. number: counts the records of its data set and split from 1. source: its name in messages.
 
+    row: the number of its first row in the file; 0 if unknown.
     sft_targets: the responses that SFT learns, if there are more than sft_target. scores, labels: of each response, None where
     unknown. weights, margins: of each pair. All four are None if the data has none. tools: the JSON text of a list, or "".
     """
@@ -70,6 +71,7 @@ class PreferenceRecord:
     weights: list[float] | None = None
     margins: list[float] | None = None
     tools: str = ""
+    row: int = 0
 
     @property
     def targets(self) -> tuple[Response, ...]:

@@ -73,10 +73,12 @@ def field_value(row: dict, name: str):
 
 
 def listed_names(names: str | list) -> list:
+    """One column or several, as a list."""
     return names if isinstance(names, list) else [names]
 
 
 def shown_names(names: str | list) -> str:
+    """One column or several, for messages."""
     return ", ".join(listed_names(names))
 
 
@@ -91,6 +93,7 @@ def comparable_number(value):
 
 
 def is_missing_number(number) -> bool:
+    """Whether a number is missing, also as a text."""
     if isinstance(number, str):
         return number.strip().lower() in ("", "n/a", "na", "nan", "none", "null")
     return number is None or (isinstance(number, float) and isnan(number))

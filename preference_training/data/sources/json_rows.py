@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from preference_training.core.errors import UserError
 from preference_training.data.rows.column_names import PROMPTS
+from preference_training.data.rows.conversations import json_type
 from preference_training.data.rows.records import DataReport
 
 # What json raises besides JSONDecodeError: ValueError for a number of thousands of digits, RecursionError for deep nesting.
@@ -47,9 +48,10 @@ def read_json(file: BinaryIO, place: str, report: DataReport, one_object: bool =
     for number, row in numbered:
         if isinstance(row, dict):
             yield number, row
+        elif isinstance(row, list) and row and _is_turns(row):
+            yield number, {"messages": row}
         else:
-            found = type(row).__name__
-            report.bad_row(UserError(f"datasets: {place}, row {number}: found {found}, expected a JSON object."))
+            report.bad_row(UserError(f"datasets: {place}, row {number}: found {json_type(row)}, expected a JSON object."))
 
 
 def _up_to_content(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:

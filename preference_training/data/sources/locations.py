@@ -79,9 +79,9 @@ class TableSource:
     place: str
     table: Any
 
-    def rows(self, _report: DataReport) -> NumberedRows:
+    def rows(self, report: DataReport) -> NumberedRows:
         """(row number, row)."""
-        return hub_rows(self.table, self.place)
+        return hub_rows(self.table, self.place, report)
 
     def fingerprint(self) -> str | None:
         """The library's; a stream has none."""

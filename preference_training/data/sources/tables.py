@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from preference_training.core.errors import UserError, first_line
+from preference_training.data.rows.conversations import without_nones
 from preference_training.data.rows.records import DataReport
 
-DELIMITERS = ",;\t"
+DELIMITERS = ",;\t|"
 
 
 def read_csv(file: BinaryIO, place: str, report: DataReport, delimiters: str = DELIMITERS) -> Iterator[tuple[int, dict]]:
@@ -22,15 +23,20 @@ def read_csv(file: BinaryIO, place: str, report: DataReport, delimiters: str = D
     # newline="" keeps line ends inside quoted fields; utf-8-sig removes a byte order mark.
     with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         header, delimiter, lines = _header(text, place, delimiters)
-        if delimiter == ";":
-            report.note("fields are separated by ;")
+        if delimiter in ";|":
+            report.note(f"fields are separated by {delimiter}")
+        spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
+        if spaced:
+            # Quotes behind the space quote then.
+            report.note("spaces behind delimiters are left out, since the header has them")
+            header = [name.strip().strip('"') for name in header]
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
             raise UserError(f"datasets: {place}: the header names {', '.join(twice)} twice. Rename one column.")
         if delimiter == "\t":
             records: Iterator[list[str] | str] = _tab_separated(text, len(header))
         else:
-            records = _records(csv.reader(text, delimiter=delimiter, strict=True), lines, place)
+            records = _records(csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=spaced), lines, place)
         for number, values in enumerate(filter(None, records), start=1):
             if isinstance(values, list) and len(values) == len(header):
                 yield number, dict(zip(header, values, strict=True))
@@ -122,7 +128,7 @@ def _header(text: io.TextIOWrapper, place: str, delimiters: str) -> tuple[list[s
     return [], delimiters[0], len(read)
 
 
-def read_parquet(file: BinaryIO, place: str, _report: DataReport) -> Iterator[tuple[int, dict]]:
+def read_parquet(file: BinaryIO, place: str, report: DataReport) -> Iterator[tuple[int, dict]]:
     """Yield (row number, row) of a Parquet file."""
     import pyarrow.parquet
 
@@ -130,10 +136,10 @@ def read_parquet(file: BinaryIO, place: str, _report: DataReport) -> Iterator[tu
         with pyarrow.parquet.ParquetFile(file) as table:
             yield from table.iter_batches(batch_size=1024)
 
-    return _arrow_rows(batches(), place, "Parquet")
+    return _arrow_rows(batches(), place, "Parquet", report)
 
 
-def read_arrow(file: BinaryIO, place: str, _report: DataReport) -> Iterator[tuple[int, dict]]:
+def read_arrow(file: BinaryIO, place: str, report: DataReport) -> Iterator[tuple[int, dict]]:
     """Yield (row number, row) of an Arrow file, or of an Arrow stream, as the hub's library writes them."""
     import pyarrow
 
@@ -146,14 +152,14 @@ def read_arrow(file: BinaryIO, place: str, _report: DataReport) -> Iterator[tupl
         else:
             yield from pyarrow.ipc.open_stream(file)
 
-    return _arrow_rows(batches(), place, "Arrow")
+    return _arrow_rows(batches(), place, "Arrow", report)
 
 
-def _arrow_rows(batches: Iterator, place: str, what: str) -> Iterator[tuple[int, dict]]:
+def _arrow_rows(batches: Iterator, place: str, what: str, report: DataReport) -> Iterator[tuple[int, dict]]:
     number = 0
     try:
         for batch in batches:
-            for row in batch.to_pylist():
+            for row in rows_of_batch(batch, report):
                 number += 1
                 yield number, row
     except Exception as error:  # pyarrow raises half a dozen types for damaged and other files
@@ -161,3 +167,43 @@ def _arrow_rows(batches: Iterator, place: str, what: str) -> Iterator[tuple[int,
             raise
         after = f", after row {number}" if number else ""
         raise UserError(f"datasets: {place}{after}: not {what}, or damaged: {first_line(error)}.") from error
+
+
+# ---- calls of tools -------------------------------------------------------------------------------------------------------
+
+ARGUMENTS = ("arguments", "parameters")
+NOT_OF_THIS_CALL = "arguments of tool calls that are null were left out: Arrow gives each call the arguments of all others"
+
+
+def rows_of_batch(batch, report: DataReport) -> list[dict]:
+    """The rows of an Arrow batch or table; calls of tools in them have only the arguments that are not null."""
+    rows = batch.to_pylist()
+    columns = [field.name for field in batch.schema if _holds_arguments(field.type)]
+    return [_with_own_arguments(row, columns, report) for row in rows] if columns else rows
+
+
+def _holds_arguments(kind) -> bool:
+    """Whether an Arrow type has the arguments of calls as a struct, which has those of all calls in a file."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _holds_arguments(kind.value_type)
+    return types.is_struct(kind) and any(
+        (part.name in ARGUMENTS and types.is_struct(part.type)) or _holds_arguments(part.type) for part in kind
+    )
+
+
+def _with_own_arguments(row: dict, columns: list[str], report: DataReport) -> dict:
+    """A row whose calls have only the arguments that are not null."""
+    changed = {name: _own_arguments(row[name]) for name in columns}
+    if any(row[name] != changed[name] for name in columns):
+        report.note(NOT_OF_THIS_CALL)
+    return row | changed
+
+
+def _own_arguments(value):
+    if isinstance(value, list):
+        return [_own_arguments(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: without_nones(inner) if key in ARGUMENTS else _own_arguments(inner) for key, inner in value.items()}

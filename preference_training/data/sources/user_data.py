@@ -59,7 +59,7 @@ class UserData:
 
     def fingerprint(self, split: str, cache_dir: str | None) -> str | None:
         """A text that identifies the data of a split; None for a stream, which only reading it does."""
-        path = self._path(split)
+        path = self.path_of(split)
         # Token ids are no rows.
         is_rows = not path.endswith(TOKENIZED_SUFFIX)
         source = self._source(split, cache_dir).fingerprint() if is_rows else content_hash(Path(path))
@@ -77,16 +77,17 @@ class UserData:
     def source_of(self, rows: Sequence[int], split: str) -> str:
         """The name of the record of some rows, for messages."""
         numbers = [*map(str, rows[:3]), *["..."] * (len(rows) > 3)]
-        return f"{self._path(split)}, row{'s' * (len(rows) > 1)} {', '.join(numbers)}"
+        return f"{self.path_of(split)}, row{'s' * (len(rows) > 1)} {', '.join(numbers)}"
 
-    def _path(self, split: str) -> str:
+    def path_of(self, split: str) -> str:
+        """Where the rows of a split are."""
         return self.test_path if split == "test" and self.test_path else self.path
 
     def _source(self, split: str, cache_dir: str | None) -> Source:
         held_out = split == "test"
         splits = [self.split, self.test_split or self.split]
         part = Part(splits[held_out], splits[not held_out], self.subset, self.data_dir, self.streaming)
-        return find_source(self._path(split), part, cache_dir)
+        return find_source(self.path_of(split), part, cache_dir)
 
     def _at_least_one(self, items: Items, place: str, report: DataReport) -> Items:
         empty = True

@@ -4,6 +4,9 @@ transformers reads the file and undoes its quantization; the weights are kept in
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,7 +85,8 @@ def _convert(file: Path, name: str, directory: Path) -> None:
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, **_dequantized())
+        with _progress_of_large_files():
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, **_dequantized())
         ends = _end_tokens(file)
     except Exception as error:  # a dozen types, from two libraries
         raise UserError(
@@ -103,6 +107,23 @@ def _convert(file: Path, name: str, directory: Path) -> None:
     if license := GGUFReader(file).fields.get("general.license"):
         # As on the hub, so that the card of what is trained on it can name it.
         (directory / "README.md").write_text(f"---\nlicense: {license.contents()}\n---\n", encoding="utf-8")
+
+
+@contextmanager
+def _progress_of_large_files() -> Iterator[None]:
+    """transformers' progress bar of a conversion in terminals alone, and of files alone that take seconds."""
+    from tqdm import tqdm
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    theirs = vars(reader).get("tqdm")
+    if theirs is None:
+        yield
+        return
+    reader.tqdm = partial(tqdm, delay=5, leave=False, disable=None)
+    try:
+        yield
+    finally:
+        reader.tqdm = theirs
 
 
 def _dequantized() -> dict:

@@ -2,9 +2,8 @@
 
 import pytest
 
-from preference_training.data.rows.grouping import Row
+from preference_training.data.rows.grouping import CUT, LEFT, Row, strip_repeated_prompts
 from preference_training.data.rows.records import DataReport, Turn
-from preference_training.data.rows.repeated_prompts import CUT, LEFT, strip_repeated_prompts
 
 
 def pair(prompt, *responses: str) -> Row:

@@ -124,6 +124,7 @@ class RunConfig(Section):
         expected("true, false or null", lambda value: value is None or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
     )
     n_eval_model_samples: int = key(whole(0), MAY_CHANGE_ON_RESUME)
+    sample_every: int | None = key(whole(1, null=True), NEWER, MAY_CHANGE_ON_RESUME)
     max_sample_length: int | None = key(whole(1, null=True), NEWER, MAY_CHANGE_ON_RESUME)
     do_first_eval: bool = key(switch, MAY_CHANGE_ON_RESUME)
     lr: float | None = key(positive(null=True))

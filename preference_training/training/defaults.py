@@ -149,6 +149,8 @@ def fit_lr(config: RunConfig, learns: Learns, count_parameters: Callable[[], int
 # ---- what depends on the number of steps ------------------------------------------------------------------------------------
 
 EVALUATIONS = 10
+# Of these, besides the one before training: sampling 128 tokens takes as long as a step and a half on a CPU.
+SAMPLINGS = 4
 # Examples between two evaluations of a long run.
 MOST_BETWEEN = 20_000
 
@@ -159,13 +161,14 @@ def evaluation_interval(total: int, batch_size: int) -> int:
 
 
 def fit_steps(config: RunConfig, examples: int, steps: int) -> RunConfig:
-    """The configuration with `eval_every`, for a run over so many examples in so many steps; config.yaml keeps the null."""
+    """The configuration with `eval_every` and `sample_every`, for a run over so many examples; config.yaml keeps the nulls."""
     fitted = config
     if config.eval_every is None:
         every = evaluation_interval(examples, config.batch_size)
         number = -(-examples // every)
         line = f"eval_every: {every:,} examples, {number} evaluation{'s' * (number != 1)} in the run"
-        fitted = _chosen(replace(config, eval_every=every), "eval_every", line)
+        between = max(every, -(-examples // SAMPLINGS))
+        fitted = _chosen(replace(config, eval_every=every, sample_every=config.sample_every or between), "eval_every", line)
     if config.warmup_steps is None and config.warmup_share is not None:
         warmup = round(config.warmup_share * steps)
         line = f"warmup_steps: {warmup:,} of {steps:,}, warmup_share={config.warmup_share:g}"

@@ -34,6 +34,7 @@ class Evaluator:
         models, state, tracker = self.models, self.state, self.observers.tracker
         if not self.batches.held_out or state.evaluated_at == state.examples:
             return
+        before = state.evaluated_at
         compare = models.start_check and models.start_check.compare
         self.held_out = evaluate_held_out(
             models.policy, models.reference, models.loss, self.batches.held_out, self.ranks, compare
@@ -48,7 +49,7 @@ class Evaluator:
         self.observers.log_evaluation(state.held_out | interval_metrics(self.held_out) | changes | state.counters())
         for text in warnings:
             tracker.log_message(f"warning: {text}")
-        if self.batches.sample_prompts:
+        if self.batches.sample_prompts and self._is_time_to_sample(before):
             tracker.log_samples(self.sample(), state.examples)
         if self.observers.ledger is not None:
             self.observers.ledger.write()
@@ -60,7 +61,9 @@ class Evaluator:
         few = too_few(len(set(self.held_out.sources)), "held-out numbers")
         depends = self.models.loss.evaluation_depends_on
         said = f"loss/eval depends on {depends}: it is not comparable across runs, nor exactly between evaluations of this one"
-        return [text for text in (few, said if depends else None) if text]
+        return [
+            text for text in (few and f"{few}. Raise held_out_share, or n_eval_examples.", said if depends else None) if text
+        ]
 
     def _changes(self) -> dict[str, float]:
         """How far loss and accuracy have changed since before training; what they are then is remembered."""
@@ -99,6 +102,13 @@ class Evaluator:
             self.observers.tracker.log_message(f"pruned: {verdict}")
 
     # ---- samples --------------------------------------------------------------------------------------------------------
+
+    def _is_time_to_sample(self, before: int | None) -> bool:
+        """Whether responses are sampled at this evaluation, by `sample_every`. before: examples at the previous one, if any."""
+        every, examples = self.config.sample_every, self.state.examples
+        if every is None or before is None or self.batches.train.finished or self.ends_run:
+            return True
+        return examples // every > before // every
 
     def responses(self, model: nn.Module | None = None) -> list[str]:
         """A model's responses to the sample prompts; the policy's, unless another is given."""

@@ -149,6 +149,13 @@ def test_the_evaluation_interval_is_known_once_the_data_is_and_config_yaml_keeps
     assert config.chosen["warmup_steps"] == "warmup_steps: 4 of 36, warmup_share=0.1"
 
 
+def test_responses_are_sampled_four_times_in_a_run_that_chooses_its_evaluations_and_at_each_that_is_set(compose):
+    assert fitted(compose(*NEW), examples=285, steps=36).sample_every == 72  # a quarter of 285 is 71.25
+    assert fitted(compose(*NEW), examples=16, steps=2).sample_every == 8, "not more often than it is evaluated"
+    assert fitted(compose(*NEW, "sample_every=40"), examples=285, steps=36).sample_every == 40
+    assert fitted(compose(*NEW, "eval_every=24"), examples=285, steps=36).sample_every is None
+
+
 @pytest.fixture(scope="module")
 def new_run(compose):
     return fitted(compose(*NEW))

@@ -269,7 +269,7 @@ def test_held_out_loss_and_accuracy_are_compared_with_those_before_training_exam
     ("loss", "prompts", "told"),
     [
         ({"name": "dpo"}, 10, []),
-        ({"name": "dpo"}, 9, ["held-out numbers: 9 prompts, too few to decide anything by; expected at least 10"]),
+        ({"name": "dpo"}, 9, ["held-out numbers: 9 prompts, too few to decide anything by; expected at least 10. Raise"]),
         ({"name": "bco", "beta": 0.1}, 10, ["loss/eval depends on a running mean of training's rewards: it is not comparable"]),
     ],
 )
@@ -356,6 +356,22 @@ def test_samples_are_the_same_for_the_same_seed_and_leave_the_random_stream_alon
     assert first == second
     assert torch.equal(torch.get_rng_state(), state)
     assert [set(row) for row in first] == [{"examples", "prompt", "policy", "reference"}] * 3
+
+
+@pytest.mark.parametrize(("every", "sampled"), [(16, [0, 16, 40]), (None, [0, 8, 16, 24, 40, 44])])
+def test_responses_are_sampled_at_the_first_evaluation_after_sample_every_more_examples(every, sampled, build, tokenized):
+    prompts, found = tokenized["pairs"][:4], []
+    batches = {
+        "train": BatchIterator(Schedule(PromptTable.of(prompts), 4)),
+        "held_out": evaluation_batches(PromptTable.of(prompts), 4, None, seed=0),
+        "sample_prompts": [prompts[0].prompt_ids],
+    }
+    trainer = build(build_loss("dpo"), "llama", *LENGTHS, f"sample_every={'null' if every is None else every}", **batches)
+    trainer.observers.tracker.log_samples = lambda rows, examples: found.append(examples)
+    for examples in (0, 8, 16, 24, 40, 44):
+        trainer.state.examples = examples
+        trainer.evaluator.evaluate()
+    assert found == sampled
 
 
 def test_one_prompt_with_several_pairs_counts_each_pair(build):

@@ -15,8 +15,13 @@ RESULTS, PAGE = ROOT / "tests" / "architectures" / "results.json", ROOT / "docs"
 
 HEAD = """# Supported architectures
 
+```bash
+make architectures ARCHITECTURES="--only llama,gpt2 --checks dpo,lora"
+```
+
 Any causal language model in transformers can be trained. The sweep below tests tiny versions of them, which train in
-milliseconds and whose attention windows and chunks are shorter than the rows; `make architectures` repeats it.
+milliseconds and whose attention windows and chunks are shorter than the rows; `make architectures` repeats it, or as above a
+part of it.
 
 | column | what is compared |
 |---|---|

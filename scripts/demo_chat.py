@@ -1,5 +1,8 @@
 """SmolLM2-135M-Instruct learns to answer in at most two sentences, from 200 pairs: make demo-chat. Minutes, no hub, no GPU.
 
+The pairs are its own answers: what is rejected goes on, what is preferred ends after two sentences. What it says is as true as
+before; what it learns is when to stop.
+
 python scripts/demo_chat.py [DIRECTORY] [KEY=VALUE ...]      # keys of the training run
 """
 
@@ -16,13 +19,11 @@ import preference_datasets  # noqa: F401  its data sets register themselves
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ROOT / "examples" / "short_answers.jsonl"
-HELD_OUT = 0.12
 TRAINING = [
     "model=smollm2-135m",
     f"datasets={PAIRS}",
     "loss=dpo",
     "+adapter=lora",
-    f"held_out_share={HELD_OUT}",
     "eval_every=64",
     "exp_name=demo_chat",
     "wandb.enabled=false",
@@ -70,6 +71,7 @@ def shown(command: list[str]) -> str:
 
 def answers(directory: Path, longest: int) -> list[dict]:
     """The held-out questions with the answers before and after training, which are also written to answers.jsonl."""
+    from preference_training.configuration.saved import read_config
     from preference_training.core.machine import quiet_libraries
     from preference_training.data.entries import load_records, read_entry
     from preference_training.data.rendering.settings import TokenSettings
@@ -80,7 +82,7 @@ def answers(directory: Path, longest: int) -> list[dict]:
     after = load_for_chat(str(directory))
     # Held out is what the model reads: the split is that of the run only with its template.
     reads = text_reader(after.tokenizer, TokenSettings("pairs", 2048, 1024, template=after.format.name))
-    entry = read_entry({"path": str(PAIRS), "held_out_share": HELD_OUT})
+    entry = read_entry({"path": str(PAIRS), "held_out_share": read_config(directory)["held_out_share"]})
     questions = [record.prompt for record in load_records(entry, "test", text_of=reads)]
     before = load_before_training(after)
     print(f"\nAnswering {len(questions)} held-out questions, before and after training ...", flush=True)

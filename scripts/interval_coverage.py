@@ -29,6 +29,15 @@ KL_TWENTIETHS = (
 
 HEAD = """# Confidence intervals
 
+```bash
+python scripts/evaluate.py runs/my_run_DATE
+```
+
+```text
+held out               examples                  loss           accuracy             margin
+all                         256   0.11 [0.109, 0.112]       1 [0.981, 1]  2.16 [2.14, 2.17]
+```
+
 Every held-out metric has a 95% confidence interval over prompts. This page shows the coverage of each kind of interval: how
 often it contains the true value. `python scripts/interval_coverage.py` computes it: exactly for shares, by summing over all
 outcomes, and with {rounds:,} simulations per cell for the rest, whose own error is about ±1.4 points.

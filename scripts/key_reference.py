@@ -14,6 +14,20 @@ CONFIG, PAGE = ROOT / "config", ROOT / "docs" / "key-reference.md"
 
 HEAD = """# Configuration reference
 
+```bash
+python train.py loss=dpo --cfg job
+```
+
+```text
+seed: 0
+exp_name: run
+batch_size: 16
+...
+loss:
+  name: dpo
+  beta: 0.1
+```
+
 `python scripts/key_reference.py` generates this page from the comments in `config/`; edit those. Set a key on the command line
 (`lr=1e-6 loss.beta=0.3`). An unknown key is refused, with a suggestion of the nearest one. `python train.py --cfg job` prints
 the configuration that a command line composes. `null` means that no value is set.

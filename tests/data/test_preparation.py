@@ -955,6 +955,32 @@ def test_pairs_without_any_margin_are_counted_for_a_loss_that_needs_them(folder)
     assert (len(table), report.left_out) == (0, {NO_MARGIN: 20})
 
 
+def test_prompts_of_several_files_are_counted_and_those_of_files_prepared_before_rows_were_known_too(folder):
+    (folder / "several").mkdir()
+    for name in "ab":
+        write(folder / "several" / f"{name}.jsonl", rows(2))
+    several, *_ = prepared({"path": "several/", "held_out_share": 0}, folder / "prepared")
+    assert several[1].source == "several/, train prompt 2"
+    write(folder / "skips.jsonl", [{"prompt": "x"}, *rows(2)])
+    entry = {"path": "skips.jsonl", "held_out_share": 0, "on_bad_row": "skip"}
+    assert prepared(entry, folder / "prepared")[0][1].source == "skips.jsonl, row 3"
+    for side in (folder / "prepared").glob("*.json"):
+        side.write_text(json.dumps({key: value for key, value in json.loads(side.read_text()).items() if key != "by_row"}))
+    assert prepared(entry, folder / "prepared")[0][1].source == "skips.jsonl, train prompt 3"
+
+
+def test_rows_that_were_prepared_without_their_context_are_prepared_again(folder):
+    asked = [{"question": f"q {n}", "answer": "a"} for n in range(3)]
+    write(folder / "without.jsonl", asked)
+    write(folder / "with.jsonl", [row | {"context": "c"} for row in asked])
+    without, joined = (
+        read_entry(f"{name}.jsonl").user_data.found_map("train", None).found_keys for name in ("without", "with")
+    )
+    # Both are in the name of what is prepared.
+    assert without == {"response": "answer", "prompt": "question"}
+    assert joined == without | {"joined": "context"}
+
+
 def test_a_run_says_which_held_out_prompts_it_trains_on(folder, compose, capsys):
     from preference_training.data.entries import read_entries
     from preference_training.modeling.tokenizer import byte_level_tokenizer

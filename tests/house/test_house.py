@@ -12,6 +12,7 @@ import train  # noqa: F401  registers the resolvers that the configuration uses
 from preference_training.configuration.composition import force_open_sections, group_choices, group_keys, known_keys
 from preference_training.configuration.run_dirs import new_run_dir
 from preference_training.data.entries import read_entries
+from preference_training.data.registry import DATASETS
 from preference_training.losses.registry import losses
 from tests.support import shown
 from tests.support.files import ROOT
@@ -121,6 +122,14 @@ def test_the_presets_that_their_page_names_are_all_there_are():
     named = set(re.findall(r"`([\w.-]+)`", shown.PAGES["docs/models.md"].split("- `model=`:")[1].split("- `model.archive`")[0]))
     assert {path.stem for path in (ROOT / "config" / "model").glob("*.yaml")} - {"base_model", "pretrained"} <= named
     assert OmegaConf.load(ROOT / "config" / "config.yaml").defaults[1].model == "tiny"
+
+
+def test_the_data_sets_that_their_page_names_are_all_there_are():
+    rows = shown.PAGES["docs/data-sets.md"].split("| name | data |")[1].split("\n\n")[0].splitlines()[2:]
+    named = {name for row in rows for name in re.findall(r"`([\w-]+)`", row.split("|")[1])}
+    # Not those of other tests.
+    code = {name: getattr(each.load, "func", each.load).__module__ for name, each in DATASETS.items()}
+    assert named == {name for name, module in code.items() if module.startswith("preference_")}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config" / "experiment").glob("*.yaml")), ids=lambda path: path.stem)

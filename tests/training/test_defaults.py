@@ -5,7 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_training.configuration.composition import group_choices, usual_values
@@ -156,13 +156,15 @@ def test_responses_are_sampled_four_times_in_a_run_that_chooses_its_evaluations_
     assert fitted(compose(*NEW, "eval_every=24"), examples=285, steps=36).sample_every is None
 
 
-@given(st.integers(1, 5000))
-def test_warm_up_is_a_tenth_of_the_run_and_never_longer(steps):
-    from preference_training.configuration.validation import configured
+@pytest.fixture(scope="module")
+def new_run(compose):
+    return fitted(compose(*NEW))
 
-    config = fitted(configured(*NEW))
-    assert warmup_steps(config, steps) == round(0.1 * steps) <= steps
-    factors = [schedule(config, steps)(step) for step in range(min(steps, 50))]
+
+@given(steps=st.integers(1, 5000))
+def test_warm_up_is_a_tenth_of_the_run_and_never_longer(new_run, steps):
+    assert warmup_steps(new_run, steps) == round(0.1 * steps) <= steps
+    factors = [schedule(new_run, steps)(step) for step in range(min(steps, 50))]
     assert all(0 <= factor <= 1 for factor in factors) and (steps < 2 or max(factors) > 0)
 
 
@@ -205,12 +207,15 @@ SETTINGS = {
 }
 
 
-@given(st.sets(st.sampled_from(sorted(SETTINGS))), st.booleans(), st.sampled_from(["pretrained", "blank_model", "qwen3-0.6b"]))
-def test_what_the_user_sets_is_never_changed(keys, gpu, preset):
-    from preference_training.configuration.validation import configured
-
+@given(
+    keys=st.sets(st.sampled_from(sorted(SETTINGS))),
+    gpu=st.booleans(),
+    preset=st.sampled_from(["pretrained", "blank_model", "qwen3-0.6b"]),
+)
+@settings(max_examples=30)  # Each composes.
+def test_what_the_user_sets_is_never_changed(compose, keys, gpu, preset):
     overrides = [f"{key}={SETTINGS[key][0]}" for key in sorted(keys)]
-    config = fitted(configured(f"model={preset}", "model.name_or_path=some/model", *overrides), gpu=gpu)
+    config = fitted(compose(f"model={preset}", "model.name_or_path=some/model", *overrides), gpu=gpu)
     values = dotted(config.as_dict())
     assert {key: values[key] for key in keys} == {key: SETTINGS[key][1] for key in keys}
     # And nothing that a run needs is left open.

@@ -12,7 +12,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from tests_apart.browser.browser import asked_for, chromium, open_page, printed, show
 
 ROOT = Path(__file__).parents[2]
-SEARCHED = {"overfitting": "reading-the-curves.html", "load_in_4bit": "coming-from.html"}
+SEARCHED = {"overfitting": "reading-the-curves.html", "load_in_4bit": "coming-from.html", "label_smoothing": "losses.html"}
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
 from preference_training.data.rendering.chat_rendering import ChatTemplate
-from preference_training.data.rows.records import Turn
-from tests.support.chat_templates import KINDS, WITHOUT_SYSTEM, tokenizer_of
+from preference_training.data.rendering.records import Renderer
+from preference_training.data.rendering.settings import TokenSettings
+from preference_training.data.rows.records import DataReport, PreferenceRecord, Turn
+from tests.support.chat_templates import KINDS, WITHOUT_SYSTEM, tokenizer_of, with_template
 
 CONTENTS = st.sampled_from(
     ["the", "Yes, no.", " é ", "a\nb\n", "<think>\nso\n</think>\nyes", "x</think>", "<|im_end|>", "[INST]"]
@@ -50,3 +52,37 @@ def test_texts_around_turns_that_depend_on_their_place_are_not_known():
     # It writes the reasoning of the last turn only.
     assert ChatTemplate(tokenizer_of("Qwen 3")).turn_texts is None
     assert ChatTemplate(tokenizer_of("Llama 3")).turn_texts is not None
+
+
+def counted(tokenizer, monkeypatch) -> list:
+    """The conversations that a tokenizer renders from now on, with their options."""
+    usual, calls = tokenizer.apply_chat_template, []
+    monkeypatch.setattr(
+        tokenizer,
+        "apply_chat_template",
+        lambda *given, **options: (calls.append((given, options)), usual(*given, **options))[1],
+    )
+    return calls
+
+
+def test_a_template_is_probed_once_and_again_where_it_has_changed(monkeypatch):
+    tokenizer = with_template(KINDS["Llama 3"][0], *KINDS["Llama 3"][1:])
+    calls = counted(tokenizer, monkeypatch)
+    first = ChatTemplate(tokenizer)
+    probes = len(calls)
+    again = ChatTemplate(tokenizer)
+    # What is left checks the syntax.
+    assert (again.opening, again.turn_texts, len(calls) - probes) == (first.opening, first.turn_texts, 1)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|eot_id|>", "<|end|>")
+    assert ChatTemplate(tokenizer).turn_texts.ended == "<|end|>"
+
+
+def test_whether_a_template_renders_tools_is_tried_once_for_each_set_of_them(monkeypatch):
+    tokenizer, report = tokenizer_of("Qwen 2.5"), DataReport()
+    renderer = Renderer(tokenizer, TokenSettings("targets", 500, 250, "keep_end", "chat"), report)
+    calls = counted(tokenizer, monkeypatch)
+    for number in range(6):
+        tools = '[{"name": "f"}]' if number % 2 else '[{"name": "g"}]'
+        renderer.render(PreferenceRecord((Turn("user", f"q {number}"),), ["a"], [], "a", number, "", tools=tools))
+    without_tools = [options for _, options in calls if not options.get("tools")]
+    assert (len(without_tools), report.changed) == (2, {})

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.files import FORMATS, read_rows
 from preference_training.data.rows.records import DataReport
+from preference_training.data.sources.tables import NOT_OF_THIS_CALL
 
 ROWS = [{"prompt": "q0", "chosen": "a", "rejected": "b"}, {"prompt": "q1", "chosen": "c", "rejected": "d"}]
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -196,3 +198,54 @@ def test_the_text_true_of_a_csv_file_is_true_in_where(tmp_path):
     assert kept({"is_valid": True}) == kept("is_valid == true") == kept("is_valid == True") == ["q0", "q1", "q2"]
     assert kept({"is_valid": False}) == ["q3", "q4"]
     assert kept({"is_valid": [True, "no"]}) == ["q0", "q1", "q2", "q5"]
+
+
+# ---- tables as people write them --------------------------------------------------------------------------------------------
+
+
+def test_fields_may_be_separated_by_bars(tmp_path):
+    report = DataReport()
+    (tmp_path / "a.csv").write_text("prompt|chosen|rejected\nWhat, now?|a, b|c\n")
+    assert rows_of(tmp_path / "a.csv", report) == [{"prompt": "What, now?", "chosen": "a, b", "rejected": "c"}]
+    assert report.notes == ["fields are separated by |"]
+
+
+def test_where_the_header_has_spaces_behind_delimiters_no_field_begins_with_one(tmp_path):
+    report = DataReport()
+    (tmp_path / "a.csv").write_text('prompt, chosen, "rejected"\nWhy?, so, "a, b"\n')
+    assert rows_of(tmp_path / "a.csv", report) == [{"prompt": "Why?", "chosen": "so", "rejected": "a, b"}]
+    assert report.notes == ["spaces behind delimiters are left out, since the header has them"]
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\nWhy?, so, no\n")
+    assert rows_of(tmp_path / "a.csv") == [{"prompt": "Why?", "chosen": " so", "rejected": " no"}]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_conversation_that_is_a_row_by_itself_is_its_messages(tmp_path, name):
+    lines = [TURNS, [*TURNS, *TURNS]]
+    text = json.dumps(lines) if name == "a.json" else "\n".join(map(json.dumps, lines))
+    (tmp_path / name).write_text(text)
+    assert rows_of(tmp_path / name) == [{"messages": TURNS}, {"messages": [*TURNS, *TURNS]}]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_calls_do_not_get_the_arguments_that_other_calls_have(tmp_path, name):
+    given = [{"a": 1}, {"b": "x", "c": {"d": 2}}, {"c": {"e": 3}}]
+    calls = [[{"role": "assistant", "calls": [{"function": {"name": "f", "arguments": one}}]}] for one in given]
+    table = pyarrow.Table.from_pylist([{"messages": call} for call in calls])
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_file(str(tmp_path / name), table.schema) as file:
+            file.write_table(table)
+    assert table.column("messages")[0].as_py()[0]["calls"][0]["function"]["arguments"] == {"a": 1, "b": None, "c": None}
+    report = DataReport()
+    rows = rows_of(tmp_path / name, report)
+    assert [row["messages"][0]["calls"][0]["function"]["arguments"] for row in rows] == given
+    assert report.notes == [NOT_OF_THIS_CALL]
+
+
+def test_arguments_are_as_they_are_where_no_call_lacks_any(tmp_path):
+    calls = [{"messages": [{"calls": [{"arguments": {"a": n}}]}], "score": None} for n in range(2)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(calls), tmp_path / "a.parquet")
+    report = DataReport()
+    assert (rows_of(tmp_path / "a.parquet", report), report.notes) == (calls, [])

@@ -54,19 +54,23 @@ from preference_training.tracking.run_files import (
 # ---- the checkpoint that `resume` means -----------------------------------------------------------------------------------
 
 
-def checkpoint_to_resume(resume: str | None, run_dir: Path, exp_name: str) -> Checkpoint | None:
-    """The checkpoint that `resume` means, None for a new run. Runs are next to `run_dir`.
+def checkpoint_to_resume(
+    resume: str | None, run_dir: Path, exp_name: str, said: str = "resume: continuing from"
+) -> Checkpoint | None:
+    """The checkpoint that `resume` means, None for a new run; printed behind what is `said`. Runs are next to `run_dir`.
 
     Raises UserError for a path without a usable checkpoint.
     """
     if resume is None:
         return None
     if resume != "auto":
-        return _given(Path(resume))
+        found = _given(Path(resume))
+        print(f"{said} {found.path}", flush=True)
+        return found
     for directory in candidate_run_dirs(run_dir, exp_name):
         found = newest_usable(directory, opened=resumable)
         if found is not None:
-            print(f"resume: continuing from {found.path}", flush=True)
+            print(f"{said} {found.path}", flush=True)
             return found
     print(f"resume: no checkpoint of {exp_name} yet, starting a new run", flush=True)
     return None
@@ -88,7 +92,6 @@ def _given(path: Path) -> Checkpoint:
                 raise DamagedError(f"its name is no longer {CHECKPOINT}N")
     except DamagedError as problem:
         raise UserError(f"resume: {path}: {problem}. Expected a run directory or a checkpoint (step-N), or auto.") from None
-    print(f"resume: continuing from {found.path}", flush=True)
     return found
 
 

@@ -29,6 +29,7 @@ from preference_training.evaluation.results_text import format_results, warnings
 from preference_training.evaluation.task_suites import TaskList
 from preference_training.evaluation.win_rates import Comparison, win_rate
 from preference_training.generation.sampling import OTHER, POLICY, Sampler
+from preference_training.generation.settings import GenerationSettings
 from preference_training.modeling.token_budget import common_budget, token_budget
 from preference_training.tracking.run_files import ANSWERS, JUDGEMENTS, RESULTS_FILE
 
@@ -141,7 +142,12 @@ class EvaluationRun:
 
     def sample(self, model: nn.Module, stream: str = POLICY) -> list[list[int]]:
         """The token ids of a model's responses to the sample prompts."""
-        sampler = Sampler(self.tokenizer, self.config.max_length, self.config.seed, self.ranks)
+        room = self.config.evaluation.max_sample_length
+        settings = GenerationSettings(temperature=1.0, max_new_tokens=room) if room else None
+        if self.ranks.is_rank_zero:
+            longest = f"of up to {room:,} tokens" if room else f"up to max_length={self.config.max_length:,}"
+            print(f"sampling responses to {len(self.sample_prompts):,} prompts, {longest}", flush=True)
+        sampler = Sampler(self.tokenizer, self.config.max_length, self.config.seed, self.ranks, settings)
         return sampler.responses(model, self.sample_prompts, stream)
 
     def load_other(self, archive: str) -> nn.Module:

@@ -81,7 +81,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     config = with_converted_model(config)
     check_sources(config.model, config.cache_dir)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
-    lines = [line] if (line := adapter_notice(config)) else []
+    lines = [line] if not config.eval_only and (line := adapter_notice(config)) else []
     lines += check_model(config.model, tokenizer, config.cache_dir)
     config = fit_lr(config, loss.learns, partial(count_parameters, config, tokenizer))
     lines += [] if config.eval_only else precision_notices(config)

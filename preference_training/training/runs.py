@@ -155,7 +155,7 @@ def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
     from preference_training.evaluation.runs import EvaluationRun
 
     config, run_dir, data, ranks = prepared.config, prepared.run_dir, prepared.data, placement.ranks
-    found = checkpoint_to_resume(config.resume, run_dir, config.exp_name) if ranks.is_rank_zero else None
+    found = checkpoint_to_resume(config.resume, run_dir, config.exp_name, "evaluating") if ranks.is_rank_zero else None
     checkpoint = ranks.broadcast(found)
     placement.base_dir = saved_base(checkpoint.path) if checkpoint else None
     if config.resume and checkpoint is None:

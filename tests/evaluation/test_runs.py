@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.core.errors import UserError
 from preference_training.evaluation.runs import check_reference, load_run_config, write_text
+from preference_training.generation.sampling import Sampler
 from tests.evaluation.test_task_suites import own_task
 from tests.support import forked, shown
 from tests.support.files import ROOT
@@ -76,6 +78,22 @@ def test_an_evaluation_reproduces_the_last_metrics_of_the_run(beta_dpo, capsys):
     assert {path.name: path.read_bytes() for path in beta_dpo.iterdir() if path.name in before} == before
     new = {"results.json", "answers.jsonl", "step-16", "LATEST", "ledger"}
     assert {path.name for path in beta_dpo.iterdir()} - before.keys() == new
+
+
+def test_sampled_responses_are_as_long_as_is_set_and_an_evaluation_says_what_it_does(beta_dpo, tmp_path, monkeypatch, capsys):
+    sampled, real = [], Sampler.responses
+
+    def responses(*arguments):
+        sampled.extend(found := real(*arguments))
+        return found
+
+    monkeypatch.setattr(Sampler, "responses", responses)
+    options = ["evaluation.n_prompts=4", "evaluation.max_sample_length=3", f"evaluation.to={tmp_path / 'results.json'}"]
+    evaluate(beta_dpo, *options)
+    assert max(map(len, sampled)) == 3
+    said = capsys.readouterr().out
+    assert f"evaluating {beta_dpo / 'step-16'}\n" in said and "resume: " not in said
+    assert re.search(r"^sampling responses to 4 prompts, of up to 3 tokens$", said, re.MULTILINE)
 
 
 def test_the_model_as_configured_is_scored_and_sampled_and_no_checkpoint_is_written(train_run, beta_dpo):

@@ -60,8 +60,8 @@ def _without_chat_template(entries: Sequence[Entry], tokenizer, cache_dir: str |
     return {
         number: Choice(
             None,
-            f"template: hh, since the tokenizer has no chat template ({entry.name}: rows are {CONVERSATIONS}); template=chatml, "
-            "or model.chat_template=FILE, overrides",
+            f"template: hh, since the tokenizer has no chat template ({entry.name}: rows are {CONVERSATIONS}); "
+            "template=chatml, or model.chat_template=FILE, overrides",
         )
         for number, entry in own.items()
         if rows_of(entry, tokenizer, cache_dir) == CONVERSATIONS

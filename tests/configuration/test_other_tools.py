@@ -30,20 +30,34 @@ def refusal(*arguments):
     return str(error.value)
 
 
-@pytest.mark.parametrize("name", [name for name in OTHER_NAMES if OTHER_NAMES[name].overrides])
-def test_every_answer_composes(name):
+def texts_of(name):
+    """The overrides that an option is answered with: for its example, and for its values that have another name here."""
     found = OTHER_NAMES[name]
-    texts = {found.text(value) for value in [None, *list(found.values)[:1]]} - {None}
-    assert texts
-    for text in texts:
-        compose_overrides(*shlex.split(text))
+    return {found.text(value) for value in (None, *found.values)} - {None}
 
 
-def test_every_value_that_is_translated_composes():
-    # Of answers with the same override once.
-    texts = {found.text(value) for found in OTHER_NAMES.values() for value in found.values} - {None}
-    for text in sorted(texts):
-        compose_overrides(*shlex.split(text))
+def command_lines():
+    """All of them, each once, in as few command lines as they fit in without two of the same section."""
+    lines = []
+    for text in sorted({text for name in OTHER_NAMES for text in texts_of(name)}):
+        words = shlex.split(text)
+        fits = (line for line in lines if {*map(section, line)}.isdisjoint(map(section, words)))
+        line = next(fits, None)
+        lines.append(words) if line is None else line.extend(words)
+    return lines
+
+
+def section(override):
+    return override.lstrip("+").partition("=")[0].partition(".")[0]
+
+
+@pytest.mark.parametrize("line", command_lines(), ids=" ".join)
+def test_every_answer_composes_with_every_value_that_is_translated(line):
+    compose_overrides(*line)
+
+
+def test_every_answer_with_an_override_shows_one():
+    assert all(texts_of(name) for name, found in OTHER_NAMES.items() if found.overrides)
 
 
 def test_no_key_of_ours_is_taken_for_another_tools():

@@ -232,7 +232,7 @@ def test_the_commands_of_the_readme_are_understood(monkeypatch):
     assert {command[1] for command in lines} == {"scripts/export.py", "scripts/convert_policy_pt.py"}
     for _, name, *arguments in lines:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
-        assert scripts(Path(name).stem, monkeypatch).arguments().to == Path("my_model")
+        assert scripts(Path(name).stem, monkeypatch).arguments().to == Path(arguments[arguments.index("--to") + 1])
 
 
 @pytest.mark.parametrize("name", ["export", "convert_policy_pt"])

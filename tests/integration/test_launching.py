@@ -219,7 +219,9 @@ def test_a_run_that_a_signal_reaches_too_late_to_stop_it_ends_as_complete(tmp_pa
     wait_for(lambda: [path for path in tmp_path.glob("[0-9]*")], lambda found: len(found) == 2)
     program.send_signal(signal.SIGTERM)
     assert program.wait(60) == 0
-    assert (tmp_path / "said").read_text() == "SIGTERM\n"
+    # torch warns where the network does not know this machine's name.
+    said = (tmp_path / "said").read_text().splitlines()
+    assert [line for line in said if not line.startswith("[W")] == ["SIGTERM"]
 
 
 def wait_for(look, is_there, seconds: float = 60):

@@ -3,6 +3,7 @@
 python scripts/demo.py [DIRECTORY]      # make demo
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -38,8 +39,10 @@ def train(directory: Path, overrides: list[str]) -> Path:
 
 def main() -> None:
     """Train SFT and DPO, then compare the untrained model, SFT and DPO on held-out prompts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = ROOT / "runs" / f"demo_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
-    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else default
+    parser.add_argument("directory", nargs="?", type=Path, default=default, metavar="DIRECTORY")
+    directory = parser.parse_args().directory
     started = time.monotonic()
     sft = train(directory / "sft", SFT)
     dpo = train(directory / "dpo", [*DPO, f"model.archive={sft}"])

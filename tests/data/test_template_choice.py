@@ -64,11 +64,16 @@ def test_most_of_the_rows_decide(choose):
     assert choice.template is None
 
 
-def test_nothing_is_chosen_where_the_user_has_or_the_tokenizer_has_no_chat_template(choose):
+def test_nothing_is_chosen_where_the_user_has(choose):
     assert choose(CONVERSATION, template="hh") == {}
+
+
+def test_without_a_chat_template_texts_stay_as_they_are_and_what_becomes_of_conversations_is_said(choose):
     plain = copy(tokenizer_of("Qwen 2.5"))
     plain.chat_template = None
-    assert choose(CONVERSATION, tokenizer=plain) == {}
+    assert choose(QUESTION, tokenizer=plain) == {} and choose(DIALOGUE, tokenizer=plain) == {}
+    [choice] = choose(CONVERSATION, tokenizer=plain).values()
+    assert choice.template is None and choice.line.startswith("template: hh, since the tokenizer has no chat template (")
 
 
 def test_a_chat_template_that_cannot_be_used_is_said(choose):

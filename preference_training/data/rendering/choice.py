@@ -37,9 +37,11 @@ class Choice:
 
 
 def choose_templates(entries: Sequence[Entry], tokenizer, cache_dir: str | None = None) -> dict[int, Choice]:
-    """What is chosen for the entries without a template, by their numbers; nothing where the tokenizer has no chat template."""
-    if not tokenizer.chat_template or all(entry.template for entry in entries):
+    """What is chosen for the entries without a template, by their numbers; nothing for those that need none."""
+    if all(entry.template for entry in entries):
         return {}
+    if not tokenizer.chat_template:
+        return _without_chat_template(entries, tokenizer, cache_dir)
     try:
         check_chat_template(tokenizer)
     except UserError as error:
@@ -50,6 +52,20 @@ def choose_templates(entries: Sequence[Entry], tokenizer, cache_dir: str | None 
         if entry.template is None and (rows := rows_of(entry, tokenizer, cache_dir)):
             chosen[number] = _choice(entry, rows)
     return chosen
+
+
+def _without_chat_template(entries: Sequence[Entry], tokenizer, cache_dir: str | None) -> dict[int, Choice]:
+    """What becomes of conversations of the user's own; named sets say it themselves."""
+    own = {n: entry for n, entry in enumerate(entries) if not entry.template and not entry.dataset.prompts}
+    return {
+        number: Choice(
+            None,
+            f"template: hh, since the tokenizer has no chat template ({entry.name}: rows are {CONVERSATIONS}); "
+            "template=chatml, or model.chat_template=FILE, overrides",
+        )
+        for number, entry in own.items()
+        if rows_of(entry, tokenizer, cache_dir) == CONVERSATIONS
+    }
 
 
 def _choice(entry: Entry, rows: str) -> Choice:

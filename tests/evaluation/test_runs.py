@@ -99,7 +99,8 @@ def test_sampled_responses_are_as_long_as_is_set_and_an_evaluation_says_what_it_
 def test_the_model_as_configured_is_scored_and_sampled_and_no_checkpoint_is_written(train_run, beta_dpo):
     found = train_run("alone", "eval_only=true", "loss=dpo", f"model.archive={beta_dpo / 'LATEST'}")
     names = {path.name for path in found.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "samples.jsonl", "events.jsonl", "results.json", "answers.jsonl"}
+    written = {"config.yaml", "rerun.yaml", "metrics.jsonl", "samples.jsonl", "events.jsonl"}
+    assert names == {*written, "results.json", "answers.jsonl"}
     [row] = rows(found / "metrics.jsonl")
     # Policy and reference are the same weights.
     assert row["loss/eval"] == pytest.approx(0.6931472, abs=1e-6) and row["counters/updates"] == 0

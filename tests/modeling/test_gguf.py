@@ -126,6 +126,19 @@ def test_a_file_is_converted_once_whatever_it_is_called(tmp_path, file, capsys):
     assert (first / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_files_beside_a_model_are_not_taken_for_its_own(tmp_path, file):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    beside = folder / file.name
+    beside.write_bytes(file.read_bytes())
+    plain = converted(file, "tiny.gguf", str(tmp_path / "plain"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (folder / name).write_text("{}" if name != "tokenizer.json" else (plain / name).read_text())
+    found = AutoTokenizer.from_pretrained(converted(beside, "tiny.gguf", str(tmp_path / "other")))
+    expected = AutoTokenizer.from_pretrained(plain)
+    assert found.eos_token == expected.eos_token and found.chat_template == expected.chat_template
+
+
 def test_a_conversion_draws_no_progress_bar_in_a_file(tmp_path, file, capfd):
     converted(file, "tiny.gguf", str(tmp_path))
     assert "GGUF" not in capfd.readouterr().err

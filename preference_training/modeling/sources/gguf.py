@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -21,7 +22,7 @@ from preference_training.modeling.loading import loading_errors, save_model
 # Folder of the converted models, in `cache_dir` or beside the hub library's cache.
 FOLDER = "converted_gguf"
 # Of this module's rules: a change of it converts every file again.
-VERSION = 1
+VERSION = 2
 # The keys in a file of tokens that end a text or a turn.
 END_TOKENS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 
@@ -82,10 +83,12 @@ def _convert(file: Path, name: str, directory: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        with _progress_of_large_files():
+        # Alone in a folder: of an export, transformers would take the tokenizer and configuration that lie beside it.
+        with TemporaryDirectory() as alone, _progress_of_large_files():
+            (Path(alone) / file.name).symlink_to(file.absolute())
+            where = {"pretrained_model_name_or_path": alone, "gguf_file": file.name}
+            tokenizer = AutoTokenizer.from_pretrained(**where)
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, **_dequantized())
         ends = _end_tokens(file)
     except Exception as error:  # a dozen types, from two libraries

@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--url", help="the address of the server of openai: or ollama:")
     group = parser.add_argument_group("how tokens are chosen (default: as generation_config.json says; else greedy)")
     for name in SETTINGS:
-        group.add_argument(f"--{name}", f"--{name.replace('_', '-')}", metavar="NUMBER")
+        group.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), metavar="NUMBER")
     parser.add_argument("--template", choices=TEMPLATES, help="format of the prompts, if the run does not record it")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored; float32 on CPUs)")

@@ -144,8 +144,13 @@ def check_same_config(checkpoint: Checkpoint, config: dict) -> None:
     names = [key for key in changed if key in ("loss.name", "trainer.name")]
     changed = [key for key in changed if key in names or f"{key.partition('.')[0]}.name" not in names]
     if changed:
-        listed = "; ".join(f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
+        listed = "; ".join(f"{key}: was {_written(before.get(key))}, is {_written(now.get(key))}" for key in changed)
         raise UserError(f"resume: {checkpoint.path} belongs to a run with another configuration: {listed}. {ADVICE}")
+
+
+def _written(value: object) -> str:
+    """A value as configurations write it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def check_same_run(checkpoint: Checkpoint, about: dict) -> None:

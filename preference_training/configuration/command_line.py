@@ -55,8 +55,19 @@ def refuse_other_tools(arguments: Sequence[str]) -> None:
         told += [line] if line else []
         ours += shlex.split(override or "") if line else [text]
     if told:
-        whole = f"\nAll in all: python train.py {shlex.join(ours)}" if len(told) > 1 else ""
+        whole = f"\nTogether: python train.py {shlex.join(_each_key_once(ours))}" if len(told) > 1 else ""
         raise UserError("\n".join(told) + whole)
+
+
+def _each_key_once(arguments: Sequence[str]) -> list[str]:
+    """Overrides of which each key is set once: a later one replaces an earlier one, and qlora, which includes it, lora."""
+    last: dict[str, str] = {}
+    for text in arguments:
+        key = key_of(text) if "=" in text and not text.startswith("-") else text
+        before = last.pop(key, text)
+        keeps = key == "adapter" and before.endswith("=qlora") and text.endswith("=lora")
+        last[key] = before if keeps else text
+    return list(last.values())
 
 
 def _is_hydras(text: str) -> bool:

@@ -22,7 +22,7 @@ from preference_training.reporting.charts import Line, downsample, tick_labels, 
 from preference_training.reporting.run_charts import CHARTS
 from preference_training.reporting.run_record import RunRecord
 from preference_training.reporting.summary import duration_text, status, summary
-from preference_training.tracking.run_files import ABOUT, EVENTS, METRICS, counted, json_object, rows_in
+from preference_training.tracking.run_files import ABOUT, EVENTS, LOCK, METRICS, counted, json_object, rows_in
 
 # The charts of the report that are shown, in this order, as far as there are values and space.
 SHOWN = ("Loss", "Reward accuracy", "Reward margin", "Log-prob of responses", "Beta used", "Gradient norm")
@@ -61,7 +61,8 @@ class LiveRun:
 
     def __init__(self, run_dir: Path):
         if not (run_dir / METRICS).is_file():
-            raise UserError(f"{run_dir}: contains no {METRICS}. Expected a run directory.")
+            starting = "The run is starting: wait until its model is loaded." if (run_dir / LOCK).is_file() else None
+            raise UserError(f"{run_dir}: contains no {METRICS}. {starting or 'Expected a run directory.'}")
         self.run_dir = run_dir
         self.rows: dict[str, list[dict]] = {METRICS: [], EVENTS: []}
         self.files = {name: GrowingFile(run_dir / name) for name in self.rows}

@@ -297,7 +297,7 @@ def test_a_job_is_what_it_was_before_there_was_a_key_that_has_its_default():
 
 def test_a_run_that_was_configured_otherwise_is_refused_with_every_key_that_differs(same_run):
     told = same_run(made_of(lr=1.0, loss={"name": "dpo", "beta": 0.1}, old=1), made_of(lr=2.0, loss={"name": "dpo"}, new=None))
-    assert "belongs to a run with another configuration: loss.beta: was 0.1, is None; lr: was 1.0, is 2.0; old: was 1" in told
+    assert "belongs to a run with another configuration: loss.beta: was 0.1, is null; lr: was 1.0, is 2.0; old: was 1" in told
     assert told.endswith("Start a new run from it with model.archive, or restore the old value.")
     assert "\n" not in told
 

@@ -116,8 +116,22 @@ def test_several_are_answered_together_with_the_whole_command():
         "learning_rate: in this project: lr=1e-5",
         "per_device_train_batch_size: in this project: per_device_batch_size=2",
         "fp16: in this project: model.autocast_dtype=float16",
-        "All in all: python train.py model=a/b loss=dpo lr=1e-5 per_device_batch_size=2 model.autocast_dtype=float16",
+        "Together: python train.py model=a/b loss=dpo lr=1e-5 per_device_batch_size=2 model.autocast_dtype=float16",
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "together"),
+    [
+        (["loss=dpo", "+adapter=lora", "lora_r=8", "beta=0.2"], "adapter=lora model.lora.r=8 loss=dpo loss.beta=0.2"),
+        (["load_in_4bit=true", "lora_r=8"], "adapter=qlora model.lora.r=8"),
+        (["lora_r=8", "load_in_4bit=true"], "model.lora.r=8 adapter=qlora"),
+    ],
+)
+def test_the_whole_command_sets_each_key_once_and_can_be_typed(given, together, plain):
+    shown = refusal(*given).splitlines()[-1].removeprefix("Together: python train.py ")
+    assert shown == together
+    plain(*shown.split())
 
 
 @pytest.mark.parametrize(

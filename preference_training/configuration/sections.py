@@ -181,7 +181,7 @@ class EvaluationConfig(Section):
 
     to: str | None = key(text(null=True))
     n_prompts: int | None = key(whole(1, null=True))
-    max_sample_length: int | None = key(whole(1, null=True))
+    max_sample_length: int | None = key(whole(1, null=True), NEWER)
     judge: str | None = key(text(null=True))
     judge_url: str | None = key(text(null=True))
     against: str = key(text())

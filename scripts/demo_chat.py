@@ -19,8 +19,8 @@ import preference_datasets  # noqa: F401  its data sets register themselves
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ROOT / "examples" / "short_answers.jsonl"
-# DPO alone makes the long endings unlikely, and with them, in a model this small, all else: it answers with its system prompt. The
-# likelihood of the chosen answers (RPO) holds it.
+# DPO alone makes the long endings unlikely, and with them, in a model this small, all else: it answers with its system
+# prompt. The likelihood of the chosen answers (RPO) holds it.
 TRAINING = [
     "model=smollm2-135m",
     f"datasets={PAIRS}",

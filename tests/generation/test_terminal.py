@@ -234,6 +234,8 @@ def test_a_conversation_in_a_real_terminal(tmp_path):
         terminal.type("/undo\n")
         terminal.until("taken back: Again?")
         terminal.until("> ")
+        # A signal between the prompt and the wait for keys is seen with the next key only: no person is that fast.
+        time.sleep(1)
         terminal.type("\x03")
         terminal.until("Ctrl-D or /quit leaves.")
         terminal.type("\x04")

@@ -238,6 +238,8 @@ def test_a_conversation_in_a_real_terminal(tmp_path):
         time.sleep(1)
         terminal.type("\x03")
         terminal.until("Ctrl-D or /quit leaves.")
+        terminal.until("> ")
+        time.sleep(1)
         terminal.type("\x04")
         assert terminal.process.wait(60) == 0
     finally:

@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="DIRECTORY or KEY=VALUE")
     parser.add_argument("--longest", type=int, default=120, help="tokens at which an answer is cut (default: 120)")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     overrides = [word for word in options.words if "=" in word]
     named = [word for word in options.words if "=" not in word]
     directory = Path(named[0]) if named else ROOT / "runs" / f"demo_chat_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"

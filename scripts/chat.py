@@ -12,9 +12,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import preference_datasets  # noqa: F401  its data sets register themselves
-from preference_training.configuration.schema import TEMPLATES
-from preference_training.configuration.sections import DTYPES
 from preference_training.core.errors import UserError
+from preference_training.generation.settings import LoadOptions
 
 SETTINGS = ("temperature", "top_p", "top_k", "max_new_tokens", "seed")
 
@@ -39,10 +38,7 @@ def arguments() -> argparse.Namespace:
     group = parser.add_argument_group("how tokens are chosen (default: as generation_config.json says; else greedy)")
     for name in SETTINGS:
         group.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), metavar="NUMBER")
-    parser.add_argument("--template", choices=TEMPLATES, help="format of the prompts, if the run does not record it")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored; float32 on CPUs)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    LoadOptions.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -62,7 +58,7 @@ def talk(options: argparse.Namespace) -> None:
     """Open the models, and have them answer a file or a person."""
     from preference_training.core.machine import quiet_libraries
     from preference_training.generation.answers import read_prompts, write_answers
-    from preference_training.generation.chat import LoadOptions, newest_of, open_responders
+    from preference_training.generation.chat import newest_of, open_responders
     from preference_training.generation.chat_format import with_system
     from preference_training.generation.settings import GenerationSettings
     from preference_training.generation.terminal import Chat, greeting
@@ -74,7 +70,7 @@ def talk(options: argparse.Namespace) -> None:
     if options.to and prompts is None:
         raise UserError("--to: where the answers to --prompts go. Add --prompts FILE.")
     quiet_libraries()
-    loading = LoadOptions(options.template, options.device, options.dtype, options.trust_remote_code)
+    loading = LoadOptions.of(options)
     name = newest_of(options.model)
     print(f"loading {name} ...", file=sys.stderr, flush=True)
     # Where answers go, nothing else does.

@@ -10,9 +10,8 @@ import argparse
 import sys
 
 import preference_datasets  # noqa: F401  its data sets register themselves
-from preference_training.configuration.schema import TEMPLATES
-from preference_training.configuration.sections import DTYPES
 from preference_training.core.errors import UserError
+from preference_training.generation.settings import LoadOptions
 
 
 def arguments() -> argparse.Namespace:
@@ -24,10 +23,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--name", help="the model's name for clients (default: that of its directory)")
-    parser.add_argument("--template", choices=TEMPLATES, help="format of the prompts, if the run does not record it")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored; float32 on CPUs)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    LoadOptions.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -35,11 +31,11 @@ def main() -> None:
     """Serve until Ctrl-C. A user's mistake is reported as one message, with exit status 2."""
     options = arguments()
     from preference_training.core.machine import quiet_libraries
-    from preference_training.generation.chat import LoadOptions, newest_of, open_responders
+    from preference_training.generation.chat import newest_of, open_responders
     from preference_training.generation.serving import ModelServer, example, served_names
 
     quiet_libraries()
-    loading = LoadOptions(options.template, options.device, options.dtype, options.trust_remote_code)
+    loading = LoadOptions.of(options)
     try:
         responders = open_responders(newest_of(options.model), options.against, None, loading)
         with ModelServer(served_names(responders, options.name), options.host, options.port) as server:

@@ -25,7 +25,7 @@ from preference_training.generation.chat_format import ChatFormat
 from preference_training.generation.decoding import Ends, generate
 from preference_training.generation.sampling import OTHER, POLICY, Sampler, as_trained, choice_of_tokens, ends_of
 from preference_training.generation.servers import Reply, served_model
-from preference_training.generation.settings import GenerationSettings
+from preference_training.generation.settings import GenerationSettings, LoadOptions
 from preference_training.generation.streaming import PrefixCache, StreamedDecoding, TextStream
 from preference_training.modeling import loading
 from preference_training.modeling.adapters import (
@@ -46,6 +46,7 @@ EXPECTED = (
     "Expected a run directory, a checkpoint (step-N) in one, an export, a model directory, a .gguf file, a preset, a hub id."
 )
 BEFORE_TRAINING = "before training"
+AS_FITS = LoadOptions()
 # Where a model's configuration does not say how many tokens it can read.
 UNLIMITED = 1 << 20
 
@@ -60,11 +61,9 @@ class Responder(Protocol):
 
         changes: settings that differ from the model's own, by their names in GenerationSettings.
         """
-        raise NotImplementedError
 
     def responses(self, prompts: Sequence[Prompt], changes: dict[str, Any]) -> list[str]:
         """The responses to several prompts, each the one that `respond` gives."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -153,17 +152,7 @@ class ChatModel:
 # ---- loading ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """How to load a model: None is what fits. template: the prompt format, if the run does not record it."""
-
-    template: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    trust_remote_code: bool = False
-
-
-def load_for_chat(name: str, options: LoadOptions = LoadOptions()) -> ChatModel:
+def load_for_chat(name: str, options: LoadOptions = AS_FITS) -> ChatModel:
     """The model of a run directory, a checkpoint, an export, a model directory, a GGUF file or a hub id.
 
     Raises UserError where there is none, or none that writes text.
@@ -225,7 +214,7 @@ def newest_of(names: Sequence[str]) -> str:
     return max(names, key=lambda name: Path(name).stat().st_mtime)
 
 
-def load_before_training(chat: ChatModel, options: LoadOptions = LoadOptions()) -> ChatModel:
+def load_before_training(chat: ChatModel, options: LoadOptions = AS_FITS) -> ChatModel:
     """The model that a run started from: its own weights without the adapter, or those that it loaded. Raises UserError."""
     if chat.has_adapter:
         set_initial_adapter(chat.model, chat.saved.initial_adapter if chat.saved else None)

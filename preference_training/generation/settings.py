@@ -1,9 +1,12 @@
-"""How the tokens of a response are chosen, and how many there may be."""
+"""How a model is loaded to talk to, how the tokens of its responses are chosen, and how many there may be."""
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from preference_training.configuration.schema import TEMPLATES
+from preference_training.configuration.sections import DTYPES
 from preference_training.core.errors import UserError, nearest
 
 # Where neither the user nor the model's generation_config.json says how long a response may be. Unit: tokens.
@@ -91,3 +94,26 @@ def _checked(name: str, value: Any) -> Any:
     if found is None or not is_valid(found):
         raise UserError(f"{name}: found {value}, expected {expected}.")
     return found
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a model: None is what fits. template: the prompt format, if the run does not record it."""
+
+    template: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        """Add these options to a command line."""
+        parser.add_argument("--template", choices=TEMPLATES, help="format of the prompts, if the run does not record it")
+        parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+        parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored; float32 on CPUs)")
+        parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+    @classmethod
+    def of(cls, given: Namespace) -> "LoadOptions":
+        """The options of a parsed command line."""
+        return cls(given.template, given.device, given.dtype, given.trust_remote_code)

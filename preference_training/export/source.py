@@ -124,7 +124,8 @@ def base_license(base: str | None, cache_dir: str | None) -> str | None:
     try:
         found = Path(base) / "README.md" if Path(base).is_dir() else try_to_load_from_cache(base, "README.md", cache_dir)
         named = ModelCard(Path(found).read_text(encoding="utf-8")).data.to_dict().get("license") if found else None
-    except Exception:  # whatever a damaged card raises: a license is not worth an export
+    except (*UNREADABLE, YAMLError):
+        # A damaged card: a license is not worth an export.
         return None
     return named if isinstance(named, str) else None
 

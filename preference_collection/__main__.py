@@ -53,7 +53,7 @@ def arguments(line: Sequence[str] | None) -> argparse.Namespace:
 def serve(options: argparse.Namespace, settings) -> None:
     """Replace this process with the Streamlit server."""
     check_access(settings, os.environ.get(PASSWORD))
-    from preference_collection.store import open_store
+    from preference_collection.store.store import open_store
 
     # Report a problem with the store here rather than on the page.
     open_store(settings.store, settings.read_only).close()
@@ -72,23 +72,23 @@ def serve(options: argparse.Namespace, settings) -> None:
 def run(options: argparse.Namespace, settings) -> str:
     """Run a command and return a line about the result."""
     if options.command == "push":
-        from preference_collection.export import push
+        from preference_collection.exchange.export import push
 
         return f"pushed to {push(options.directory, options.repository, not options.public)}"
-    from preference_collection.store import open_store
+    from preference_collection.store.store import open_store
 
     with closing(open_store(settings.store, settings.read_only or options.command == "export")) as store:
         if options.command == "import":
-            from preference_collection.importing import import_into
+            from preference_collection.exchange.importing import import_into
 
             return f"{settings.store}: {import_into(store, options.file, options.skip_bad_rows).line()}"
         if options.command == "score":
-            from preference_collection.checkpoint_source import margins
+            from preference_collection.generation.checkpoint_source import margins
 
             pairs = store.pairs()
             store.add_scores(options.checkpoint, margins(options.checkpoint, pairs))
             return f"{settings.store}: {len(pairs)} pairs scored by {options.checkpoint}"
-        from preference_collection.export import export_dataset, export_records
+        from preference_collection.exchange.export import export_dataset, export_records
 
         write = export_records if options.path.suffix else export_dataset
         counts = write(store, options.path, options.names)

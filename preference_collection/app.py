@@ -9,12 +9,12 @@ import time
 import streamlit as st
 
 from preference_collection import views
-from preference_collection.generation import sources_of
-from preference_collection.importing import SAMPLES, import_into
-from preference_collection.running import TestRunner
-from preference_collection.sandbox import open_sandbox
+from preference_collection.generation.sources import sources_of
+from preference_collection.exchange.importing import SAMPLES, import_into
+from preference_collection.sandbox.running import TestRunner
+from preference_collection.sandbox.sandbox import open_sandbox
 from preference_collection.settings import OVERRIDES, PASSWORD, limits_of, load_settings
-from preference_collection.store import open_store
+from preference_collection.store.store import open_store
 from preference_training.core.errors import UserError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from preference_collection.sandbox import Limits
+from preference_collection.sandbox.sandbox import Limits
 from preference_training.core.errors import UserError, first_line, nearest
 
 DEFAULTS = Path(__file__).parent.parent / "config" / "collect.yaml"

@@ -9,11 +9,11 @@ from pathlib import Path
 import streamlit as st
 from omegaconf import DictConfig
 
-from preference_collection.export import export_dataset
-from preference_collection.generation import PULL, Source, Writing, as_pair, write_again, write_pair
-from preference_collection.replies import extract_code
-from preference_collection.running import TestRun, TestRunner
-from preference_collection.store import (
+from preference_collection.exchange.export import export_dataset
+from preference_collection.generation.sources import PULL, Source, Writing, as_pair, write_again, write_pair
+from preference_collection.generation.replies import extract_code
+from preference_collection.sandbox.running import TestRun, TestRunner
+from preference_collection.store.store import (
     FILTERS,
     ORDERS,
     Generation,

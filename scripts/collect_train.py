@@ -15,9 +15,9 @@ from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
-from preference_collection.export import CARD, export_dataset
+from preference_collection.exchange.export import CARD, export_dataset
 from preference_collection.settings import load_settings
-from preference_collection.store import open_store
+from preference_collection.store.store import open_store
 from preference_training.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

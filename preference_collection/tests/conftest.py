@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from preference_collection.store import Generation, Pair, Problem, new_id, open_store
+from preference_collection.store.store import Generation, Pair, Problem, new_id, open_store
 
 # Isolation needs Linux; elsewhere its tests are not collected. `Isolation` says so on the page too.
 collect_ignore = [] if sys.platform == "linux" else ["test_sandbox.py"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from preference_collection.__main__ import main
-from preference_collection.checkpoint_source import CheckpointSource, load_checkpoint, margins
-from preference_collection.generation import Request, Writing
-from preference_collection.store import Query, open_store
+from preference_collection.generation.checkpoint_source import CheckpointSource, load_checkpoint, margins
+from preference_collection.generation.sources import Request, Writing
+from preference_collection.store.store import Query, open_store
 from preference_collection.tests.conftest import a_pair, a_problem, tiny_checkpoint
 from preference_training.core.errors import UserError
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preference_collection.export import CARD, FILES, export_dataset, export_records, push
-from preference_collection.store import Judgment, new_id, open_store
+from preference_collection.exchange.export import CARD, FILES, export_dataset, export_records, push
+from preference_collection.store.store import Judgment, new_id, open_store
 from preference_collection.tests.conftest import a_pair, a_problem
 from preference_datasets import leetcode_records
 from preference_training.core.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preference_collection.generation import OllamaSource, OpenAISource, Request, Writing, as_pair, prompt_of, write_pair
+from preference_collection.generation.sources import OllamaSource, OpenAISource, Request, Writing, as_pair, prompt_of, write_pair
 from preference_collection.tests.conftest import a_problem
 from preference_collection.tests.ollama_stand_in import Broken, Silence, ollama_stand_in
 from preference_training.core.errors import UserError

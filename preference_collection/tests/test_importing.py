@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preference_collection.importing import SAMPLES, RowError, import_into, problem_of
-from preference_collection.store import Query
+from preference_collection.exchange.importing import SAMPLES, RowError, import_into, problem_of
+from preference_collection.store.store import Query
 from preference_training.core.errors import UserError
 
 FIELDS = ("id", "title", "difficulty", "description", "version1", "version2", "preference")

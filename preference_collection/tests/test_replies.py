@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from preference_collection.replies import LONGEST_REPLY, extract_code
+from preference_collection.generation.replies import LONGEST_REPLY, extract_code
 
 CODE = "def add(a, b):\n    return a + b"
 

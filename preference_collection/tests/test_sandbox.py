@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preference_collection.importing import SAMPLES
-from preference_collection.sandbox import Isolation, Limits, Sandbox, open_sandbox, same, shorten
+from preference_collection.exchange.importing import SAMPLES
+from preference_collection.sandbox.sandbox import Isolation, Limits, Sandbox, open_sandbox, same, shorten
 from preference_collection.tests.reference_solutions import SOLUTIONS
 
 # Time matters only in the tests of time limits.
@@ -209,7 +209,7 @@ def test_no_process_is_left_behind(sandbox):
 def test_tests_end_with_the_app_that_runs_them(sandbox, tmp_path):
     """A separate process runs an endless test; when it is killed, the test dies too."""
     script = (
-        "from preference_collection.sandbox import *\n"
+        "from preference_collection.sandbox.sandbox import *\n"
         "sandbox = open_sandbox(Limits(60, 60, 256, 4, 16))\n"
         "print('ready', flush=True)\n"
         "list(sandbox.run('import time\\ndef add(a, b):\\n    time.sleep(50)', 'add', ({'args': [1, 2], 'expected': 3},)))\n"
@@ -237,7 +237,7 @@ def test_tests_end_with_the_app_that_runs_them(sandbox, tmp_path):
 
 
 def test_a_way_without_isolation_is_recognized(sandbox):
-    from preference_collection.sandbox import _prove
+    from preference_collection.sandbox.sandbox import _prove
 
     found = _prove("limits alone", lambda command, _: command, LIMITS)
     assert not found.enough and not (found.network or found.files or found.processes)
@@ -245,7 +245,7 @@ def test_a_way_without_isolation_is_recognized(sandbox):
 
 
 def test_a_way_that_does_not_start_is_rejected():
-    from preference_collection.sandbox import _prove
+    from preference_collection.sandbox.sandbox import _prove
 
     found = _prove("a broken tool", lambda command, _: ["sh", "-c", "echo no rights >&2; exit 1"], LIMITS)
     assert not found.enough and "no rights" in found.how

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preference_collection.schema import MIGRATIONS, now
-from preference_collection.store import (
+from preference_collection.store.schema import MIGRATIONS, now
+from preference_collection.store.store import (
     CHOICES,
     Judgment,
     Progress,
@@ -240,7 +240,7 @@ def test_concurrent_labelers_lose_and_duplicate_nothing(store):
 
 WRITER = """
 import sys
-from preference_collection.store import Judgment, open_store
+from preference_collection.store.store import Judgment, open_store
 from preference_collection.tests.conftest import a_pair, a_problem
 store = open_store(sys.argv[1])
 store.add_problems([a_problem()])

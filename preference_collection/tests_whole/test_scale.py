@@ -2,7 +2,7 @@
 
 from time import process_time
 
-from preference_collection.store import Judgment, Query, new_id
+from preference_collection.store.store import Judgment, Query, new_id
 from preference_collection.tests.conftest import a_pair, a_problem
 from preference_collection.tests.test_store import judge_at_once
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from transformers import AutoModelForCausalLM
 
-from preference_collection.importing import import_into
-from preference_collection.store import open_store
+from preference_collection.exchange.importing import import_into
+from preference_collection.store.store import open_store
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.schedule import Schedule
 from preference_training.core.errors import UserError

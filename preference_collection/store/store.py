@@ -16,7 +16,7 @@ from itertools import count, islice
 
 import duckdb
 
-from preference_collection.schema import now, open_database
+from preference_collection.store.schema import now, open_database
 from preference_training.core.errors import UserError
 
 CHOICES = ("first", "second", "tie", "skip")

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import duckdb
 
-from preference_collection.replies import extract_code
-from preference_collection.sandbox import COMPARISONS
-from preference_collection.schema import connect
-from preference_collection.store import Generation, Judgment, Pair, Problem, Store
+from preference_collection.generation.replies import extract_code
+from preference_collection.sandbox.sandbox import COMPARISONS
+from preference_collection.store.schema import connect
+from preference_collection.store.store import Generation, Judgment, Pair, Problem, Store
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.files import is_data_file, read_rows
 from preference_training.data.rows.records import DataReport, text_error, type_name
 
-SAMPLES = Path(__file__).parent / "samples.jsonl"
+SAMPLES = Path(__file__).parent.parent / "samples" / "problems.jsonl"
 
 # The labeler and model of imported rows.
 IMPORTED = "imported"

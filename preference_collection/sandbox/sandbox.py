@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-CHILD = (Path(__file__).parent / "sandbox_child.py").read_text()
+CHILD = (Path(__file__).parent / "child.py").read_text()
 JAIL = (Path(__file__).parent / "jail.sh").read_text()
 
 COMPARISONS = ("equal", "unordered", "close")

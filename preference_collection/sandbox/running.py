@@ -4,8 +4,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from preference_collection.sandbox import Sandbox
-from preference_collection.store import Generation, Problem, Store
+from preference_collection.sandbox.sandbox import Sandbox
+from preference_collection.store.store import Generation, Problem, Store
 
 # Number of solutions tested concurrently, and of runs cached in memory.
 AT_ONCE = 2

@@ -20,9 +20,9 @@ from typing import Protocol
 import httpx
 import ollama
 
-from preference_collection.checkpoint_source import CheckpointSource
-from preference_collection.replies import extract_code
-from preference_collection.store import Generation, Pair, Problem, new_id
+from preference_collection.generation.checkpoint_source import CheckpointSource
+from preference_collection.generation.replies import extract_code
+from preference_collection.store.store import Generation, Pair, Problem, new_id
 from preference_training.core.errors import UserError, first_line
 
 # The text before a command that the page offers to copy.

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from preference_collection.store import Agreement, Store
+from preference_collection.store.store import Agreement, Store
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.rows.records import item_error
 

@@ -1,0 +1,1 @@
+"""Answers of models: where they come from, and the code in them."""

@@ -1,0 +1,1 @@
+"""The store: tasks, answers and judgments, in DuckDB."""

@@ -1,4 +1,4 @@
-"""What the page of a comparison shows, taken from the store: the task, the answers in their order, their tests, what was judged."""
+"""What the page of a comparison shows: the task, the answers in their order, their tests, what was judged."""
 
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Shown:
-    """A comparison as shown to a labeler. polled: some of its tests still run. others are (address, name, whether it is this)."""
+    """A comparison as shown to a labeler. polled: some tests still run. others: (address, name, whether it is this)."""
 
     id: str
     task: Task

@@ -85,8 +85,8 @@ def page(request: Request, template: str, status: int = 200, **values) -> HTMLRe
 def posted(function: Callable[[Request, dict], dict]):
     """The endpoint of a POST: `function` gets the request and the object in its body, and returns the object of the response.
 
-    It runs in a thread. ValueError is a request that no page of ours sends (status 400), UserError is something that the labeler
-    can read and act on (409).
+    It runs in a thread. ValueError is a request that no page of ours sends (status 400), UserError is what a labeler can read
+    and act on (409).
     """
 
     async def endpoint(request: Request) -> Response:

@@ -140,10 +140,11 @@ def ranked_words(ranks: tuple[int, ...], order: tuple[int, ...]) -> str:
     return f"answer {places[0][0]} is better" if len(ranks) == 2 else " > ".join(" = ".join(place) for place in places)
 
 
-def verdict_words(verdict: Verdict, order: tuple[int, ...]) -> str:
-    """The verdict of a model in words, with its reason."""
-    reason = f": {verdict.reason}" if verdict.reason else "."
-    return f"{verdict.judge} judges: {ranked_words(verdict.ranks, order)}{reason}"
+def verdict_words(verdict: Verdict, order: tuple[int, ...]) -> dict:
+    """The verdict of a model: judge, words, reason, and of two answers the number of the better one, as shown, else 0."""
+    ranks = [verdict.ranks[index] for index in order]
+    number = ranks.index(1) + 1 if len(ranks) == 2 and ranks[0] != ranks[1] else 0
+    return {"judge": verdict.judge, "words": ranked_words(verdict.ranks, order), "number": number, "reason": verdict.reason}
 
 
 def progress_words(judged: int, left: int) -> str:

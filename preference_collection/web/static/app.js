@@ -84,6 +84,9 @@ function mount() {
   shownAt = performance.now();
   view(localStorage.getItem("view") === "stacked");
   if (main()) pollTests(main());
+  // The last turn of a conversation is what the answers answer.
+  const turns = one(".turns", work);
+  if (turns) turns.lastElementChild.scrollIntoView({ block: "nearest", behavior: "instant" });
 }
 
 function seconds() {
@@ -138,10 +141,12 @@ function random_id() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
+// The name of an answer as the page shows it: left, upper, answer 3.
+const name = (number) => one(`[data-does=pick][data-number="${number}"] .name`).innerText.trim();
+
 function said_of(choice, best) {
   const names = { tie: "a tie", bad: main().dataset.count === "2" ? "both are bad" : "all are bad", skip: "skipped" };
   if (choice !== "ranked") return names[choice];
-  const name = (number) => one(`[data-does=pick][data-number="${number}"]`).innerText.replace(/^\S+\s+/, "").trim();
   return best.length === 1 && main().dataset.count === "2" ? `${name(best[0])} is better` : best.map(name).join(" > ");
 }
 
@@ -157,9 +162,11 @@ async function send(judgment, what) {
     try {
       const answer = await ask("/api/judge", judgment);
       keep(null);
+      const here = main() && main().dataset.comparison === judgment.comparison;
+      const verdicts = (answer.verdicts || []).map((each) => verdict_line(each, here));
       show(answer.next);
       say(`Saved: ${what}. u undoes.`);
-      tell(answer.verdicts || []);
+      said.append(...verdicts);
       return;
     } catch (error) {
       if (error instanceof Refused) {
@@ -174,14 +181,13 @@ async function send(judgment, what) {
   }
 }
 
-// What judges said of the comparison before; the server tells it with the answer to a judgment only.
-function tell(verdicts) {
-  for (const verdict of verdicts) {
-    const line = document.createElement("span");
-    line.className = "verdict";
-    line.textContent = verdict;
-    said.append(" ", line);
-  }
+// What a model judged of the comparison; the server tells it with the answer to a judgment only.
+function verdict_line(verdict, here) {
+  const line = document.createElement("span");
+  line.className = "verdict";
+  const words = verdict.number && here ? `${name(verdict.number)} is better` : verdict.words;
+  line.textContent = `${verdict.judge} judges: ${words}${verdict.reason ? `: ${verdict.reason}` : "."}`;
+  return line;
 }
 
 function pick(number) {
@@ -332,7 +338,9 @@ async function fill(dialog, address, body) {
     const answer = await ask(address, body);
     if (answer.next) { show(answer.next); say(answer.said || ""); return; }
     if (answer.closed) { dialog.close(); return; }
+    const begins = !one("[data-writing]", dialog);
     dialog.innerHTML = answer.html;
+    if (begins) one("h2", dialog).focus();
     const at = one("[data-writing]", dialog);
     if (at && at.dataset.writing === "on") setTimeout(() => dialog.open && fill(dialog, `/api/writing/${encodeURIComponent(task_here())}`), POLL);
   } catch (error) {

@@ -3,11 +3,16 @@
 import sys
 
 import pytest
+from hypothesis import settings
 
 from preference_collection.store.store import Generation, Pair, Problem, new_id, open_store
 
 # Isolation needs Linux; elsewhere its tests are not collected. `Isolation` says so on the page too.
 collect_ignore = [] if sys.platform == "linux" else ["test_sandbox.py"]
+
+# How long an example takes says how busy the machine is, and nothing of the code.
+settings.register_profile("here", deadline=None)
+settings.load_profile("here")
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""The pages of the labeling app."""
+"""The labeling page: a small web app with one script and one stylesheet."""

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from preference_collection.generation.replies import extract_code
+from preference_collection.generation.writing import read_reply
 from preference_collection.sandbox.running import TestRun
 from preference_collection.store.model import Answer, Comparison, Judgment, Task, Verdict, shown_order
-from preference_collection.web.plain import code_block, rendered
+from preference_collection.web.markup import code_block, rendered
 from preference_collection.web.shared import Shared, html
 
 # What the names of two answers are where they stand side by side, and where one stands above the other.
@@ -96,7 +96,7 @@ def _side(shared: Shared, comparison: Comparison, task: Task, number: int, index
     answer, two = comparison.answers[index], len(comparison.answers) == 2
     name = f"answer {number}"
     beside, stacked = (BESIDE[number - 1], STACKED[number - 1]) if two else (name, name)
-    fault = extract_code(answer.text, task.function_name).fault if task.kind == "code" else None
+    fault = read_reply(task, answer.text).fault
     text = _text(answer, shared.settings.fold_lines, f"/text/{comparison.id}/{index}")
     return Side(number, index, f"Answer {number}", beside, stacked, text, tests_of(run, task), fault)
 

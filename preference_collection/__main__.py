@@ -10,17 +10,14 @@ Each command accepts settings of config/collect.yaml: store=my.duckdb
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from preference_collection.settings import OVERRIDES, PASSWORD, check_access, load_settings
+from preference_collection.settings import PASSWORD, check_access, load_settings
 from preference_training.core.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def arguments(line: Sequence[str] | None) -> argparse.Namespace:
@@ -51,22 +48,9 @@ def arguments(line: Sequence[str] | None) -> argparse.Namespace:
 
 
 def serve(options: argparse.Namespace, settings) -> None:
-    """Replace this process with the Streamlit server."""
+    """Check what serving the page needs."""
     check_access(settings, os.environ.get(PASSWORD))
-    from preference_collection.store.store import open_store
-
-    # Report a problem with the store here rather than on the page.
-    open_store(settings.store, settings.read_only).close()
-    page = Path(__file__).parent / "app.py"
-    flags = {
-        "server.port": settings.port, "server.address": settings.address, "server.headless": "true",
-        "browser.gatherUsageStats": "false", "server.fileWatcherType": "none", "client.toolbarMode": "minimal",
-        "client.showErrorDetails": "none",
-    }  # fmt: skip
-    line = [f"--{name}={value}" for name, value in flags.items()]
-    os.environ[OVERRIDES] = json.dumps(options.overrides)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", str(page), *line])
+    raise UserError("serve: this version has no page yet.")
 
 
 def run(options: argparse.Namespace, settings) -> str:
@@ -85,9 +69,9 @@ def run(options: argparse.Namespace, settings) -> str:
         if options.command == "score":
             from preference_collection.generation.checkpoint_source import margins
 
-            pairs = store.pairs()
-            store.add_scores(options.checkpoint, margins(options.checkpoint, pairs))
-            return f"{settings.store}: {len(pairs)} pairs scored by {options.checkpoint}"
+            number = len(store.comparison_ids())
+            store.add_scores(options.checkpoint, list(margins(options.checkpoint, store.comparisons())))
+            return f"{settings.store}: {number} pairs scored by {options.checkpoint}"
         from preference_collection.exchange.export import export_dataset, export_records
 
         write = export_records if options.path.suffix else export_dataset

@@ -15,12 +15,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from preference_collection.store.store import Agreement, Store
+from preference_collection.store.statistics import Agreement
+from preference_collection.store.store import Store
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.rows.records import item_error
 
 # The kind of row by choice: training data, or stored separately.
-KINDS = {"first": "preferences", "second": "preferences", "tie": "ties", "skip": "skips"}
+KINDS = {"ranked": "preferences", "tie": "ties", "bad": "ties", "skip": "skips"}
 
 # The library `datasets` recognizes the first as data by its name, and ignores the others. The card does not list the files: if
 # it did, the library would cache by the directory's name, and find an earlier export instead of this one.
@@ -53,17 +54,20 @@ CARD_MARK = "<!-- written by preference_collection -->"
 def lc_rows(store: Store, names: bool = False) -> Iterator[tuple[str, dict]]:
     """(kind, row) of every current judgment, in LC_SCHEMA. preference is 0 or 1, and None for ties and skips."""
     numbers: dict[str, int] = {}
-    for row in store.judgments():
-        id, _, left, choice, labeler, seconds, reasons, comment, at, problem, title, difficulty, prompt, *rest = row
-        one, two, model_one, model_two, *votes = rest
-        number = numbers.setdefault(labeler, len(numbers) + 1)
-        yield KINDS[choice], {
-            "id": problem, "difficulty": difficulty, "title": title, "description": prompt, "version1": one, "version2": two,
-            "preference": {"first": 0, "second": 1}.get(choice), "model1": model_one, "model2": model_two,
-            **dict(zip(("votes_version1", "votes_version2", "votes_tie", "votes_skip"), votes, strict=True)),
-            "labeller": labeler if names else f"labeller {number}", "seconds": seconds,
-            "shown_left": {"first": 0, "second": 1}[left], "reasons": reasons or [], "comment": comment or "",
-            "judged": at.isoformat(timespec="seconds"), "judgement": id,
+    for judged in store.judgments():
+        said, task, votes = judged.judgment, judged.task, judged.votes
+        if len(judged.comparison.answers) != 2 or not isinstance(judged.comparison.answers[0].prompt, str):
+            raise UserError(f"export: comparison {said.comparison} of task {task.id!r}: expected two answers to a text.")
+        one, two = judged.comparison.answers
+        number = numbers.setdefault(said.labeler, len(numbers) + 1)
+        yield KINDS[said.choice], {
+            "id": task.id, "difficulty": task.difficulty, "title": task.title, "description": one.prompt,
+            "version1": one.text, "version2": two.text, "preference": said.ranks.index(1) if said.ranks else None,
+            "model1": one.model, "model2": two.model, "votes_version1": votes.best[0], "votes_version2": votes.best[1],
+            "votes_tie": votes.ties, "votes_skip": votes.skips,
+            "labeller": said.labeler if names else f"labeller {number}", "seconds": said.seconds,
+            "shown_left": said.order[0], "reasons": list(said.reasons), "comment": said.comment,
+            "judged": judged.moment.isoformat(timespec="seconds"), "judgement": said.id,
         }  # fmt: skip
 
 
@@ -163,8 +167,8 @@ def data_card(counts: Counter, agreement: Agreement) -> str:
     """The data card, with counts and the meaning of the fields."""
     alpha = "not defined" if agreement.alpha is None else f"{agreement.alpha:.2f}"
     agreed = "No pair was judged by several labelers."
-    if agreement.comparisons:
-        agreed = f"Two labelers of the same pair agreed {agreement.agreed} of {agreement.comparisons} times (alpha: {alpha})."
+    if agreement.compared:
+        agreed = f"Two labelers of the same pair agreed {agreement.agreed} of {agreement.compared} times (alpha: {alpha})."
     return f"""---
 pretty_name: Preferences on code
 language:

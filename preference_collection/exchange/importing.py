@@ -16,8 +16,9 @@ import duckdb
 
 from preference_collection.generation.replies import extract_code
 from preference_collection.sandbox.sandbox import COMPARISONS
+from preference_collection.store.model import Answer, Comparison, Judgment, Task, ranks_of_pick
 from preference_collection.store.schema import connect
-from preference_collection.store.store import Generation, Judgment, Pair, Problem, Store
+from preference_collection.store.store import Store
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.files import is_data_file, read_rows
 from preference_training.data.rows.records import DataReport, text_error, type_name
@@ -27,7 +28,8 @@ SAMPLES = Path(__file__).parent.parent / "samples" / "problems.jsonl"
 # The labeler and model of imported rows.
 IMPORTED = "imported"
 
-LABELS = {"0": "first", "0.0": "first", "1": "second", "1.0": "second"}
+# The index of the better version.
+LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
 BLANKS = ("", "none", "nan", "null")
 
 OLDER_TABLE = "leetcode_problems"
@@ -41,8 +43,8 @@ class RowError(Exception):
 class Import:
     """The content of the rows, and the counts after adding it."""
 
-    problems: dict[str, Problem] = field(default_factory=dict)
-    pairs: dict[str, Pair] = field(default_factory=dict)
+    tasks: dict[str, Task] = field(default_factory=dict)
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
     judgments: dict[str, Judgment] = field(default_factory=dict)
     num_bad_rows: int = 0
     added: int = 0
@@ -50,7 +52,7 @@ class Import:
 
     def line(self) -> str:
         """A one-line summary."""
-        parts = [f"{self.added} problems added", f"{self.known} known", f"{len(self.pairs)} new pairs"]
+        parts = [f"{self.added} problems added", f"{self.known} known", f"{len(self.comparisons)} new pairs"]
         parts += [f"{len(self.judgments)} judgments", f"{self.num_bad_rows} invalid rows skipped"]
         return ", ".join(part for part in parts if not part.startswith("0 ")) or "nothing new"
 
@@ -79,11 +81,11 @@ def import_into(store: Store, path: Path, skip_bad_rows: bool = False) -> Import
 
 
 def _add(store: Store, found: Import) -> Import:
-    found.added, found.known = store.add_problems(found.problems.values())
-    known = store.pair_ids()
-    found.pairs = {id: pair for id, pair in found.pairs.items() if id not in known}
-    found.judgments = {id: judgment for id, judgment in found.judgments.items() if judgment.pair not in known}
-    store.add_pairs(found.pairs.values(), found.judgments.values())
+    found.added, found.known = store.add_tasks(found.tasks.values())
+    known = set(store.comparison_ids())
+    found.comparisons = {id: comparison for id, comparison in found.comparisons.items() if id not in known}
+    found.judgments = {id: judgment for id, judgment in found.judgments.items() if judgment.comparison not in known}
+    store.add_comparisons(found.comparisons.values(), found.judgments.values())
     return found
 
 
@@ -121,26 +123,27 @@ def _rows_of_older_store(path: Path) -> Iterator[tuple[int, dict]]:
 
 def _take(row: dict, found: Import) -> None:
     """Add the content of one row. Raises RowError."""
-    problem = problem_of(row)
+    task = problem_of(row)
     texts = [_text(row, name) for name in ("version1", "version2")]
     label = _label(row)
     if label is not None and not all(texts):
         raise RowError("it has a preference, but version1 or version2 is empty")
-    if found.problems.setdefault(problem.id, problem).description != problem.description:
-        raise RowError(f"id {problem.id!r} belongs to a different problem in an earlier row")
+    if not found.tasks.setdefault(task.id, task).same_prompt(task):
+        raise RowError(f"id {task.id!r} belongs to a different problem in an earlier row")
     if not all(texts):
         return
     # Ids are content hashes, so that a second import recognizes them.
-    first, second = (_generation(problem, text) for text in texts)
-    pair = Pair(_hash(first.id, second.id), problem.id, first, second)
-    found.pairs[pair.id] = pair
+    first, second = answers = tuple(_answer(task, text) for text in texts)
+    comparison = Comparison(_hash(first.id, second.id), task.id, answers)
+    found.comparisons[comparison.id] = comparison
     if label is not None:
-        judgment = Judgment(_hash(pair.id, IMPORTED), pair.id, "first", label, IMPORTED)
+        id, ranks = _hash(comparison.id, IMPORTED), ranks_of_pick(label, len(answers))
+        judgment = Judgment(id, comparison.id, IMPORTED, "ranked", (0, 1), ranks)
         if found.judgments.setdefault(judgment.id, judgment) != judgment:
             raise RowError("the same two solutions have the opposite preference in an earlier row")
 
 
-def problem_of(row: dict) -> Problem:
+def problem_of(row: dict) -> Task:
     """The problem of a row. Raises RowError."""
     description = _text(row, "description", needed=True)
     id = _text(row, "id").removesuffix(".0") or _hash(description)[:12]
@@ -151,7 +154,7 @@ def problem_of(row: dict) -> Problem:
     tests = _tests(row.get("tests"))
     if tests and not name:
         raise RowError("it has tests but no function_name")
-    return Problem(id, title, _text(row, "difficulty").strip().lower(), description, name, tests)
+    return Task(id, title, _text(row, "difficulty").strip().lower(), description, name, tests, "code")
 
 
 def _text(row: dict, name: str, needed: bool = False) -> str:
@@ -167,7 +170,7 @@ def _text(row: dict, name: str, needed: bool = False) -> str:
     return "" if fault else text
 
 
-def _label(row: dict) -> str | None:
+def _label(row: dict) -> int | None:
     value = str(row.get("preference")).strip().lower()
     if value in BLANKS:
         return None
@@ -195,9 +198,9 @@ def _tests(value) -> tuple[dict, ...]:
     return tuple({key: test[key] for key in kept if key in test} for test in value)
 
 
-def _generation(problem: Problem, text: str) -> Generation:
-    code = extract_code(text, problem.function_name).code
-    return Generation(_hash(problem.id, text), IMPORTED, problem.description, {}, text, code)
+def _answer(task: Task, text: str) -> Answer:
+    code = extract_code(text, task.function_name).code
+    return Answer(_hash(task.id, text), IMPORTED, task.prompt, {}, text, code)
 
 
 def _hash(*parts: str) -> str:

@@ -140,19 +140,25 @@ def _generate(loaded: Loaded, request, stop, streamer, failures: list) -> None:
         streamer.end()
 
 
-def margins(path: str, pairs: Iterable) -> Iterator[tuple[str, float]]:
-    """How much a checkpoint prefers the first solution of each pair, in nats: (pair's id, log p(first) - log p(second))."""
+def margins(path: str, comparisons: Iterable) -> Iterator[tuple[str, float]]:
+    """How much a checkpoint prefers the first answer of each comparison, in nats: (its id, log p(first) - log p(second)).
+
+    Of more than two answers, how much it prefers its favorite to the next.
+    """
     import torch
 
     loaded = load_checkpoint(_now_at(path))
 
-    def logp(generation) -> float:
-        prompt, response = loaded.prompt_ids(generation.prompt), loaded.response_ids(generation.prompt, generation.text)
+    def logp(answer) -> float:
+        prompt, response = loaded.prompt_ids(answer.prompt), loaded.response_ids(answer.prompt, answer.text)
         ids = torch.tensor([prompt + response], device=loaded.model.device)
         # Position i predicts token i + 1.
         logits = loaded.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
         return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum().item()
 
-    for pair in pairs:
+    for comparison in comparisons:
         with COMPUTING, torch.no_grad():
-            yield pair.id, logp(pair.first) - logp(pair.second)
+            first, second, *rest = map(logp, comparison.answers)
+        if rest:
+            first, second, *_ = sorted([first, second, *rest], reverse=True)
+        yield comparison.id, first - second

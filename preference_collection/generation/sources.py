@@ -1,7 +1,7 @@
-"""Generating solutions with Ollama, any OpenAI-compatible server, or a checkpoint of this framework.
+"""Generating answers with Ollama, any OpenAI-compatible server, or a checkpoint of this framework.
 
 A source lists its models and streams the reply to a prompt. A `Writing` is a reply in progress, in its own thread, so that the
-page can show it as it streams and stop it. Both solutions of a pair come from the same prompt with different seeds, and the
+page can show it as it streams and stop it. Both answers of a pair come from the same prompt with different seeds, and the
 request is stored with each.
 """
 
@@ -22,7 +22,7 @@ import ollama
 
 from preference_collection.generation.checkpoint_source import CheckpointSource
 from preference_collection.generation.replies import extract_code
-from preference_collection.store.store import Generation, Pair, Problem, new_id
+from preference_collection.store.model import Answer, Comparison, Task, new_id
 from preference_training.core.errors import UserError, first_line
 
 # The text before a command that the page offers to copy.
@@ -70,7 +70,7 @@ class Stop:
 
 
 class Source(Protocol):
-    """Where solutions come from."""
+    """Where answers come from."""
 
     def models(self) -> list[str]:
         """The available models. Raises UserError if the source cannot be reached."""
@@ -79,12 +79,12 @@ class Source(Protocol):
         """Stream the reply in parts until it ends or is stopped. Raises UserError for what a user can fix."""
 
 
-def prompt_of(problem: Problem) -> str:
-    """The prompt for generation and training: the problem and the required format of the reply."""
-    if not problem.function_name:
-        return problem.description
+def prompt_of(task: Task) -> str:
+    """The prompt for generation and training: the task and the required format of the reply."""
+    if not task.function_name:
+        return task.prompt
     return (
-        f"{problem.description.rstrip()}\n\nWrite it in Python, as a function named `{problem.function_name}`. "
+        f"{task.prompt.rstrip()}\n\nWrite it in Python, as a function named `{task.function_name}`. "
         "Answer with one fenced code block."
     )
 
@@ -150,10 +150,10 @@ class Writing:
             self.state, self.message = state, message
 
 
-def write_pair(source: Source, model: str, problem: Problem, temperature: float, max_tokens: int) -> tuple[Writing, Writing]:
-    """Request two solutions of a problem: the same prompt with two seeds."""
+def write_pair(source: Source, model: str, task: Task, temperature: float, max_tokens: int) -> tuple[Writing, Writing]:
+    """Request two answers to a task: the same prompt with two seeds."""
     seeds = secrets.SystemRandom().sample(range(2**31), 2)
-    requests = (Request(model, prompt_of(problem), temperature, seed, max_tokens) for seed in seeds)
+    requests = (Request(model, prompt_of(task), temperature, seed, max_tokens) for seed in seeds)
     return tuple(Writing(source, request).start() for request in requests)
 
 
@@ -163,17 +163,17 @@ def write_again(writing: Writing) -> Writing:
     return Writing(writing.source, replace(writing.request, seed=seed)).start()
 
 
-def as_pair(problem: Problem, writings: tuple[Writing, Writing]) -> Pair:
-    """Two replies as a pair for the store."""
-    first, second = (
-        Generation(
+def as_pair(task: Task, writings: tuple[Writing, Writing]) -> Comparison:
+    """Two replies as a comparison for the store."""
+    answers = tuple(
+        Answer(
             new_id(), w.request.model, w.request.prompt,
             {key: value for key, value in asdict(w.request).items() if key not in ("model", "prompt")},
-            w.text, extract_code(w.text, problem.function_name).code,
+            w.text, extract_code(w.text, task.function_name).code,
         )
         for w in writings
     )  # fmt: skip
-    return Pair(new_id(), problem.id, first, second)
+    return Comparison(new_id(), task.id, answers)
 
 
 # ---- servers ----------------------------------------------------------------------------------------------------------------

@@ -1,20 +1,21 @@
-"""Running tests in the background: once per solution, whoever views it, and a few at a time."""
+"""Running tests in the background: once per answer, whoever views it, and a few at a time."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from preference_collection.sandbox.sandbox import Sandbox
-from preference_collection.store.store import Generation, Problem, Store
+from preference_collection.store.model import Answer, Task
+from preference_collection.store.store import Store
 
-# Number of solutions tested concurrently, and of runs cached in memory.
+# Number of answers tested concurrently, and of runs cached in memory.
 AT_ONCE = 2
 REMEMBERED = 1000
 
 
 @dataclass
 class TestRun:
-    """The tests of one solution. results grows as tests finish; each is the dict of a `TestResult`."""
+    """The tests of one answer. results grows as tests finish; each is the dict of a `TestResult`."""
 
     __test__ = False  # not a pytest class
 
@@ -29,7 +30,7 @@ class TestRun:
 
 
 class TestRunner:
-    """Runs the tests of solutions in the background, and saves the results in the store."""
+    """Runs the tests of answers in the background, and saves the results in the store."""
 
     __test__ = False
 
@@ -42,28 +43,28 @@ class TestRunner:
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="tests")
 
-    def start_tests(self, generation: Generation, problem: Problem) -> TestRun | None:
-        """The tests of a solution, started if they have not run yet; None if there are none, or if tests are disabled."""
-        if not generation.code or not problem.tests:
+    def start_tests(self, answer: Answer, task: Task) -> TestRun | None:
+        """The tests of an answer, started if they have not run yet; None if there are none, or if tests are disabled."""
+        if not answer.code or not task.tests:
             return None
         with self._lock:
-            if generation.id in self._runs:
-                return self._runs[generation.id]
-            kept = self._store.test_run(generation.id)
+            if answer.id in self._runs:
+                return self._runs[answer.id]
+            kept = self._store.test_run(answer.id)
             if kept is None and not self.enabled:
                 return None
-            run = self._runs[generation.id] = TestRun(len(problem.tests), kept or [], kept is not None)
+            run = self._runs[answer.id] = TestRun(len(task.tests), kept or [], kept is not None)
             while len(self._runs) > REMEMBERED:
                 del self._runs[next(iter(self._runs))]
         if kept is None:
-            self._threads.submit(self._work, run, generation, problem)
+            self._threads.submit(self._work, run, answer, task)
         return run
 
-    def _work(self, run: TestRun, generation: Generation, problem: Problem) -> None:
+    def _work(self, run: TestRun, answer: Answer, task: Task) -> None:
         try:
-            for result in self.sandbox.run(generation.code, problem.function_name, problem.tests):
+            for result in self.sandbox.run(answer.code, task.function_name, task.tests):
                 run.results.append(result.as_dict())
             if not self._store.read_only:
-                self._store.add_test_run(generation.id, run.results)
+                self._store.add_test_run(answer.id, run.results)
         finally:
             run.over = True

@@ -10,8 +10,9 @@ import torch
 from preference_collection.__main__ import main
 from preference_collection.generation.checkpoint_source import CheckpointSource, load_checkpoint, margins
 from preference_collection.generation.sources import Request, Writing
-from preference_collection.store.store import Query, open_store
-from preference_collection.tests.conftest import a_pair, a_problem, tiny_checkpoint
+from preference_collection.store.model import Query
+from preference_collection.store.store import open_store
+from preference_collection.tests.conftest import a_comparison, a_task, tiny_checkpoint
 from preference_training.core.errors import UserError
 
 
@@ -75,7 +76,7 @@ def test_an_adapter_is_offered_and_generates_with_its_base_model(checkpoint, tmp
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
     assert CheckpointSource((tmp_path / "runs",)).models() == [], "its model was made from scratch, and is nowhere"
     load_checkpoint.cache_clear()
-    monkeypatch.setattr("preference_collection.checkpoint_source.find_spec", lambda name: None)
+    monkeypatch.setattr("preference_collection.generation.checkpoint_source.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"is an adapter. Install: pip install -r requirements/lora.txt"):
         load_checkpoint(str(adapter))
 
@@ -91,10 +92,10 @@ def test_an_invalid_checkpoint_gives_one_message(tmp_path):
 def test_pairs_are_scored_by_their_log_probs(checkpoint, tmp_path, capsys):
     """The log-probs agree with transformers' own loss, which is a mean over the response."""
     address = str(tmp_path / "collection.duckdb")
-    pair = a_pair()
+    comparison = a_comparison()
     with closing(open_store(address)) as store:
-        store.add_problems([a_problem()])
-        store.add_pairs([pair])
+        store.add_tasks([a_task()])
+        store.add_comparisons([comparison])
     main(["score", str(checkpoint), f"store={address}"])
     assert "1 pairs scored" in capsys.readouterr().out
     with closing(open_store(address)) as store:
@@ -102,7 +103,7 @@ def test_pairs_are_scored_by_their_log_probs(checkpoint, tmp_path, capsys):
     loaded = load_checkpoint(str(checkpoint))
     logps = []
     for text in ("one", "two"):
-        prompt = loaded.tokenizer(f"\n\nHuman: {pair.first.prompt}\n\nAssistant:").input_ids
+        prompt = loaded.tokenizer(f"\n\nHuman: {comparison.answers[0].prompt}\n\nAssistant:").input_ids
         response = [*loaded.tokenizer(f" {text}", add_special_tokens=False).input_ids, loaded.tokenizer.eos_token_id]
         labels = torch.tensor([[-100] * len(prompt) + response])
         loss = loaded.model(input_ids=torch.tensor([prompt + response]), labels=labels).loss.item()

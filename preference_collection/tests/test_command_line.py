@@ -45,6 +45,7 @@ def test_a_user_error_gives_one_line(tmp_path, capsys):
 
 
 def test_the_modules_need_neither_torch_nor_the_page(tmp_path):
-    script = "import sys, preference_collection.__main__, preference_collection.generation.sources, preference_collection.exchange.export\n"
-    script += "print({'torch', 'transformers', 'streamlit'} & set(sys.modules))"
+    script = "import sys, preference_collection.__main__, preference_collection.generation.sources\n"
+    script += "import preference_collection.exchange.export\n"
+    script += "print({'torch', 'transformers', 'starlette'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout == b"set()\n"

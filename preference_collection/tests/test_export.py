@@ -2,7 +2,6 @@
 
 import json
 from contextlib import closing
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -12,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_collection.exchange.export import CARD, FILES, export_dataset, export_records, push
-from preference_collection.store.store import Judgment, new_id, open_store
-from preference_collection.tests.conftest import a_pair, a_problem
+from preference_collection.store.store import open_store
+from preference_collection.tests.conftest import a_comparison, a_judgment, a_task
 from preference_datasets import leetcode_records
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
@@ -23,14 +22,14 @@ from preference_training.data.rows.records import DataReport, Turn, item_error
 
 def judged_store(store):
     """Three problems: two judged by two people, who disagree on the second, one tie and one skip."""
-    store.add_problems([a_problem("a"), a_problem("b"), a_problem("c")])
-    pairs = {name: a_pair(name, (f"{name} one", f"{name} two")) for name in "abc"}
-    store.add_pairs(pairs.values())
-    for labeler, name, choice in [
-        ("ada", "a", "first"), ("bob", "a", "first"), ("ada", "b", "second"), ("bob", "b", "first"), ("ada", "c", "tie"),
-        ("bob", "c", "skip"),
+    store.add_tasks([a_task("a"), a_task("b"), a_task("c")])
+    pairs = {name: a_comparison(name, (f"{name} one", f"{name} two")) for name in "abc"}
+    store.add_comparisons(pairs.values())
+    more = {"order": (1, 0), "seconds": 2.5, "reasons": ("faster",), "comment": 'said "so"'}
+    for labeler, name, said in [
+        ("ada", "a", 0), ("bob", "a", 0), ("ada", "b", 1), ("bob", "b", 0), ("ada", "c", "tie"), ("bob", "c", "skip"),
     ]:  # fmt: skip
-        store.judge(Judgment(new_id(), pairs[name].id, "second", choice, labeler, 2.5, ("faster",), 'said "so"'))
+        store.judge(a_judgment(pairs[name], said, labeler, **more))
     return store
 
 
@@ -120,10 +119,10 @@ def test_any_text_reaches_the_loader_unchanged(tmp_path_factory, description, on
     """Read with the loader's own library, and converted by the loader."""
     directory = tmp_path_factory.mktemp("texts") / "out"
     with closing(open_store(":memory:")) as store:
-        store.add_problems([a_problem()])
-        pair = a_pair(texts=(one, other))
-        store.add_pairs([replace(pair, first=replace(pair.first, prompt=description))])
-        store.judge(Judgment(new_id(), pair.id, "first", "second", "ada"))
+        store.add_tasks([a_task()])
+        comparison = a_comparison(texts=(one, other), prompt=description)
+        store.add_comparisons([comparison])
+        store.judge(a_judgment(comparison, 1))
         export_dataset(store, directory)
     rows = pyarrow.parquet.read_table(directory / "data").to_pylist()
     found = [

@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preference_collection.generation.sources import OllamaSource, OpenAISource, Request, Writing, as_pair, prompt_of, write_pair
-from preference_collection.tests.conftest import a_problem
+from preference_collection.generation.sources import (
+    OllamaSource,
+    OpenAISource,
+    Request,
+    Writing,
+    as_pair,
+    prompt_of,
+    write_pair,
+)
+from preference_collection.tests.conftest import a_task
 from preference_collection.tests.ollama_stand_in import Broken, Silence, ollama_stand_in
 from preference_training.core.errors import UserError
 
@@ -68,15 +76,15 @@ def test_temperature_seed_and_length_are_requested_and_stored(server):
 
 
 def test_the_two_solutions_of_a_pair_have_the_same_prompt_and_different_seeds(server):
-    problem = a_problem()
-    writings = write_pair(OllamaSource(server.url, 20), "seeded", problem, 0.8, 64)
-    pair = as_pair(problem, tuple(writing.wait(30) for writing in writings))
-    seeds = [generation.parameters["seed"] for generation in (pair.first, pair.second)]
+    task = a_task()
+    writings = write_pair(OllamaSource(server.url, 20), "seeded", task, 0.8, 64)
+    comparison = as_pair(task, tuple(writing.wait(30) for writing in writings))
+    seeds = [answer.parameters["seed"] for answer in comparison.answers]
     assert seeds[0] != seeds[1]
-    for generation, seed in zip((pair.first, pair.second), seeds, strict=True):
-        assert generation.code == f"{CODE}  # {seed}"
-        assert generation.parameters == {"temperature": 0.8, "seed": seed, "max_tokens": 64}
-        assert generation.prompt == prompt_of(problem) and "`add`" in generation.prompt
+    for answer, seed in zip(comparison.answers, seeds, strict=True):
+        assert answer.code == f"{CODE}  # {seed}"
+        assert answer.parameters == {"temperature": 0.8, "seed": seed, "max_tokens": 64}
+        assert answer.prompt == prompt_of(task) and "`add`" in answer.prompt
 
 
 def test_a_stopped_reply_ends_at_once_and_closes_the_connection(source, server):

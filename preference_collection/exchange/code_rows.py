@@ -132,8 +132,8 @@ def older_rows(address: str, report: DataReport) -> Iterator[tuple[int, dict]]:
                 f"import: {address} is not a store of the older layout: it has {', '.join(sorted(found)[:5]) or 'no tables'}. "
                 f"Expected a table {OLDER_TABLE}, or a file of rows such as .csv, .jsonl or .parquet."
             )
-        problems = list(_rows(connection.execute("SELECT * FROM leetcode_problems")))
-        rows = list(_rows(connection.execute("SELECT * FROM leetcode_tests"))) if OLDER_TESTS in found else []
+        problems = list(_numbered(connection.execute("SELECT * FROM leetcode_problems")))
+        rows = list(_numbered(connection.execute("SELECT * FROM leetcode_tests"))) if OLDER_TESTS in found else []
     known = {_id(row) for _, row in problems if not isinstance(row.get("id"), bool | list | dict)}
     tests = older_tests(rows, known, Path(address).name if not str(address).startswith("md:") else address, report)
     for number, row in problems:
@@ -142,7 +142,7 @@ def older_rows(address: str, report: DataReport) -> Iterator[tuple[int, dict]]:
         yield number, row | (own if found_tests else {})
 
 
-def _rows(cursor) -> Iterator[tuple[int, dict]]:
+def _numbered(cursor) -> Iterator[tuple[int, dict]]:
     names = [column[0] for column in cursor.description]
     number = 0
     while rows := cursor.fetchmany(1000):

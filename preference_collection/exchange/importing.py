@@ -224,14 +224,14 @@ def _add(store: Store, found: Import) -> Import:
 
 def _read(path: str, given: dict, found: Import) -> None:
     """Read all rows of a path."""
-    for number, row in _rows(path, given, found.report):
+    for number, row in _contents(path, given, found.report):
         try:
             found.take_text(row) if isinstance(row, TextRow) else found.take_code(row)
         except RowError as fault:
             found.report.bad_row(UserError(f"datasets: {path}, row {number}: {str(fault).removesuffix('.')}."))
 
 
-def _rows(path: str, given: dict, report: DataReport) -> Iterator[tuple[int, CodeRow | TextRow]]:
+def _contents(path: str, given: dict, report: DataReport) -> Iterator[tuple[int, CodeRow | TextRow]]:
     is_local = not (path.startswith("md:") or is_remote(path) or is_pattern(path))
     # Names on the Hub are ORGANIZATION/NAME.
     if is_local and not Path(path).exists() and (is_data_file(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path)):

@@ -78,6 +78,7 @@ class _Constants(ast.NodeTransformer):
     """Replaces the constants of JSON."""
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
+        """A constant for a name that is one in JSON."""
         return ast.copy_location(ast.Constant(JSON_NAMES[node.id]), node) if node.id in JSON_NAMES else node
 
 

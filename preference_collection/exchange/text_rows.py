@@ -164,6 +164,7 @@ class _Judged:
         self.of_training = DataReport(skip_bad_rows=True)
 
     def read(self, rows: Iterable[tuple[int, dict]]) -> Iterator[tuple[int, TextRow]]:
+        """(row number, what it has) of each usable row."""
         for number, row, mapped in self._mapped(rows):
             try:
                 yield number, self._of(row, mapped)
@@ -302,6 +303,7 @@ class _Unjudged:
         return cls(found, columns, place, report)
 
     def read(self, rows: Iterable[tuple[int, dict]]) -> Iterator[tuple[int, TextRow]]:
+        """(row number, what it has) of each usable row."""
         said = f"answers in `{'`, `'.join(listed_names(self.columns))}`, not compared" if self.columns else "no answers"
         self.report.found = f"prompts in `{self.found.prompt}`, {said}" if self.found.prompt else said
         used = [name for name in self.found.names if not name.startswith("\0")]

@@ -94,7 +94,7 @@ def test_every_format_that_training_documents_can_be_imported(tmp_path):
         ([{"prompt": "q", "output_1": "a", "output_2": "b", "output_3": None}], {}),
         ([{"prompt": "q", "response_a": "a", "response_b": "b", "winner": None}, *[
             {"prompt": f"q{n}", "response_a": "a", "response_b": "b", "winner": "a"} for n in range(3)]], {}),
-        ([{"prompt": "q", "responses": ["a", "b"], "scores": None}, {"prompt": "r", "responses": ["a", "b"], "scores": [1, 2]}], {}),
+        ([{"prompt": name, "responses": ["a", "b"], "scores": scores} for name, scores in (("q", None), ("r", [1, 2]))], {}),
         ([{"ask": "q", "x": "a", "y": "b"}], {"prompt": "ask", "responses": ["x", "y"]}),
         ([{"ask": "q", "x": ["a", "b"]}], {"prompt": "ask", "responses": "x"}),
     ],
@@ -165,7 +165,7 @@ def test_the_order_of_answers_does_not_say_which_is_preferred(tmp_path):
     ("rows", "columns", "fault"),
     [
         ([{"text": "A note."}], {}, "plain text in `text`, without prompts or answers. Expected rows of prompts; if these"),
-        ([{"foo": "x y", "bar": 3}], {}, "no prompts; the rows have foo, bar. Expected a column prompt, or its name: --map prompt="),
+        ([{"foo": "x y", "bar": 3}], {}, "no prompts; the rows have foo, bar. Expected a column prompt, or its name: --map"),
         ([{"prompt": "q"}], {"chosen": "good", "rejcted": "bad"}, "no key 'rejcted'; did you mean rejected?"),
         ([{"prompt": "q", "chosen": "a", "rejected": ""}], {}, "row 1: field 'rejected' is empty."),
         ([{"prompt": "q", "response_a": "a", "response_b": "b", "winner": "x"}], {"answers": ["response_a", "response_b"],
@@ -185,7 +185,8 @@ def test_rows_of_a_folder_and_columns_of_other_names_are_imported_once(store, tm
         written(tmp_path, [{"ask": f"What is {name}?", "good": "a", "bad": "b", "stars": 5, "note": "n"}], name)
     columns = {"prompt": "ask", "chosen": "good", "rejected": "bad", "where": {"stars": ">= 3"}}
     found = import_into(store, f"{tmp_path}/*.jsonl", given=columns)
-    assert found.lines() == ["2 tasks added, 2 new comparisons, 2 judgments", "  columns not read: note"]
+    lines = ["columns not read: note", "where skips no row by stars: >= 3"]
+    assert found.lines() == ["2 tasks added, 2 new comparisons, 2 judgments", *(f"  {line}" for line in lines)]
     assert [row.title for row in store.browse(Query())[0]] == ["What is one.jsonl?", "What is two.jsonl?"]
     assert import_into(store, f"{tmp_path}/*.jsonl", given=columns).line() == "2 known"
 

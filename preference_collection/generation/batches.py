@@ -170,7 +170,7 @@ class Batch:
             self._end(error)
         else:
             self._in_a_row = 0
-        if self._progress:
+        if self._progress and not self._fatal:
             self._progress.step()
 
     def _failed(self, error: UserError) -> None:

@@ -149,7 +149,7 @@ def test_an_unreadable_reply_is_counted_and_asked_for_again_next_time(store, ser
 
 def test_a_missing_judge_ends_the_command(store, server):
     with_comparisons(store, ("one", "two"))
-    with pytest.raises(UserError, match=r"Download it with: ollama pull absent 0 verdicts were saved"):
+    with pytest.raises(UserError, match=r"Download it with: ollama pull absent\n0 verdicts were saved"):
         judge_all(judging(store, server, "absent"), None, 2)
 
 

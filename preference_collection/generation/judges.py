@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 
 from preference_collection.generation.asking import Request
-from preference_collection.generation.batches import PATIENCE, Batch, Patience, Progress, reply_to
+from preference_collection.generation.batches import PATIENCE, Batch, Patience, Progress, number_of, reply_to
 from preference_collection.generation.sources import Model
 from preference_collection.generation.stopping import Stop
 from preference_collection.store.model import Comparison, Task, Verdict
@@ -183,13 +183,13 @@ def judge_all(judging: Judging, count: int | None, workers: int) -> str:
         batch.run(islice(judging.jobs(progress.skip if count is None else lambda _: None), count))
     except (UserError, KeyboardInterrupt) as error:
         kind = UserError if isinstance(error, UserError) else KeyboardInterrupt
-        said = f"{error}\n{counts['verdicts']} verdicts were saved; run the command again to continue."
+        said = f"{error}\n{number_of(counts['verdicts'], 'verdict')} saved; run the command again to continue."
         raise kind(said.strip()) from error
     if not progress.done:
         return "every comparison has a verdict of this judge" if total else "there are no comparisons"
-    parts = [f"{counts['verdicts']} verdicts added, {counts['agreed']} of them the same in both orders"]
+    parts = [f"{number_of(counts['verdicts'], 'verdict')} added, {counts['agreed']} the same in both orders"]
     if counts["unreadable"]:
-        parts.append(f"{counts['unreadable']} replies without a readable verdict")
+        parts.append(f"{number_of(counts['unreadable'], 'reply', 'replies')} without a readable verdict")
     if batch.failures:
-        parts.append(f"{len(batch.failures)} requests without a reply; the first: {batch.failures[0]}")
+        parts.append(f"{number_of(len(batch.failures), 'request')} without a reply, the first: {batch.failures[0]}")
     return "; ".join(parts)

@@ -84,7 +84,7 @@ def test_the_first_tasks_without_a_comparison_get_one(store, server):
     assert [answer.model for answer in comparison.answers] == ["varied", "varied"]
     assert comparison.answers[0].code != comparison.answers[1].code
     assert store.comparisons_of("b") == [known]
-    assert filled(store, server, "varied", count=5) == "5 answers and 1 comparisons added for 1 tasks"
+    assert filled(store, server, "varied", count=5) == "5 answers and 1 comparison added for 1 task"
     assert len(store.comparisons_of("d")[0].answers) == 5
     assert filled(store, server, "varied") == "every task has a comparison"
 
@@ -106,7 +106,7 @@ def test_so_many_requests_are_sent_at_a_time(store, server):
 
 def test_text_without_code_is_no_fault_of_an_answer_to_a_text(store, server):
     with_tasks(store, "a", kind="text", function_name="", tests=())
-    assert filled(store, server, "prose") == "2 answers and 1 comparisons added for 1 tasks"
+    assert filled(store, server, "prose") == "2 answers and 1 comparison added for 1 task"
     [comparison] = store.comparisons_of("a")
     assert comparison.answers[0].parameters["instruction"] == "" and comparison.answers[0].prompt == "Add two numbers (a)."
 
@@ -114,7 +114,7 @@ def test_text_without_code_is_no_fault_of_an_answer_to_a_text(store, server):
 def test_an_unusable_reply_is_asked_for_three_more_times_then_kept_with_its_fault(store, server):
     with_tasks(store, "a")
     assert filled(store, server, "prose") == (
-        "2 answers and 1 comparisons added for 1 tasks; 2 of the answers cannot be used, even after 3 more attempts each"
+        "2 answers and 1 comparison added for 1 task; 2 of the answers cannot be used, even after 3 more attempts each"
     )
     assert len(server.requests) == 2 * 4 and len({seed_of(request) for request in server.requests}) == 8
     [comparison] = store.comparisons_of("a")
@@ -124,18 +124,18 @@ def test_an_unusable_reply_is_asked_for_three_more_times_then_kept_with_its_faul
 def test_an_answer_that_is_there_already_is_asked_for_three_more_times_then_the_task_is_left(store, server):
     with_tasks(store, "a")
     assert filled(store, server, "same") == (
-        "1 answers and 0 comparisons added for 1 tasks; 1 tasks left without a comparison, since their answers are the same"
+        "1 answer and 0 comparisons added for 1 task; 1 task left without a comparison, since their answers are the same"
     )
     assert len(server.requests) == 1 + 4
-    assert filled(store, server, "varied").startswith("2 answers and 1 comparisons"), "of another model both are missing"
+    assert filled(store, server, "varied").startswith("2 answers and 1 comparison"), "of another model both are missing"
 
 
 def test_a_conversation_is_completed_too(store, server):
     turns = (Turn("system", "Be brief."), Turn("user", "Add."))
     with_tasks(store, "a", prompt=turns, kind="text", function_name="", tests=())
     server.refuse = lambda _: (400, {}) if len(server.requests) == 2 else None
-    assert filled(store, server, "prose").startswith("1 answers and 0 comparisons")
-    assert filled(store, server, "prose") == "1 answers and 1 comparisons added for 1 tasks"
+    assert filled(store, server, "prose").startswith("1 answer and 0 comparisons")
+    assert filled(store, server, "prose") == "1 answer and 1 comparison added for 1 task"
     assert [answer.prompt for answer in store.comparisons_of("a")[0].answers] == [turns] * 2
 
 
@@ -175,7 +175,7 @@ def test_a_server_that_is_gone_ends_the_command_with_one_message_and_the_answers
         filled(store, server, "varied", workers=1)
     assert str(caught.value) == (
         "Ollama has no model 'varied'. Download it with: ollama pull varied\n"
-        "3 answers were saved; run the command again to continue."
+        "3 answers saved; run the command again to continue."
     )
     assert len(server.requests) == 4
     server.refuse = lambda _: None
@@ -193,7 +193,7 @@ def test_a_request_that_is_refused_alone_leaves_the_others(store, server):
     with_tasks(store, "a", "b", "c")
     server.refuse = lambda request: (400, {}) if "(b)" in request["messages"][0]["content"] else None
     line = filled(store, server, "varied")
-    assert line.startswith("4 answers and 2 comparisons added for 3 tasks; 2 requests without a reply; the first: Ollama at")
+    assert line.startswith("4 answers and 2 comparisons added for 3 tasks; 2 requests without a reply, the first: Ollama at")
     assert [task.id for task in store.tasks_without_comparison()] == ["b"]
 
 
@@ -313,7 +313,7 @@ def test_ctrl_c_keeps_what_is_there_and_says_how_to_go_on(tmp_path, server):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said.strip() == "stopped. 0 answers were saved; run the command again to continue."
+    assert said.strip() == "stopped. 0 answers saved; run the command again to continue."
 
 
 # ---- while people judge -----------------------------------------------------------------------------------------------------

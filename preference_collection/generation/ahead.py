@@ -39,7 +39,7 @@ class Ahead:
         self._store, self._queue, self._runner, self._settings = store, queue, runner, settings
         can_write = settings.generator and not store.read_only
         self._plan = plan_of(settings, [model_named(settings.generator, settings)]) if can_write else None
-        self._stop, self._changed = Stop(), threading.Condition()
+        self._stop, self._changed, self._num_events = Stop(), threading.Condition(), 0
         # When labelers were last active, and those for whom something else comes next since the last look.
         self._active: dict[str, float] = {}
         self._due: set[str] = set()
@@ -60,7 +60,7 @@ class Ahead:
         """End: requests in progress are stopped. Returns when both threads have ended."""
         self._stop.ask()
         with self._changed:
-            self._changed.notify_all()
+            self._wake()
         for thread in self._threads:
             thread.join()
 
@@ -69,15 +69,21 @@ class Ahead:
         with self._changed:
             self._active[labeler] = time.monotonic()
             self._due.add(labeler)
-            self._changed.notify_all()
+            self._wake()
 
     def status(self) -> str:
         """Why no answers are made at the moment; empty if nothing is wrong."""
         return self._status
 
+    def _wake(self) -> None:
+        """Count an event, with the lock."""
+        self._num_events += 1
+        self._changed.notify_all()
+
     def _repeat(self, work) -> None:
         """Do the work after each event, and now and then without one: other threads change the store too."""
         while not self._stop.asked:
+            num_events = self._num_events
             try:
                 work()
             except Exception as error:
@@ -85,8 +91,7 @@ class Ahead:
                 self._say(f"Working ahead failed: {type(error).__name__}: {first_line(error)}.")
                 self._stop.wait(self.pause)
             with self._changed:
-                if not self._stop.asked and not self._due:
-                    self._changed.wait(EVERY_SECONDS)
+                self._changed.wait_for(lambda known=num_events: self._num_events != known, EVERY_SECONDS)
 
     # ---- tests -------------------------------------------------------------------------------------------------------------
 
@@ -103,7 +108,7 @@ class Ahead:
             self._tested.add(id)
             if task and task.tests:
                 for answer in comparison.answers:
-                    self._runner.start_tests(answer, task)
+                    self._runner.start_tests(answer, task, later=True)
 
     # ---- answers -----------------------------------------------------------------------------------------------------------
 
@@ -150,7 +155,7 @@ class Ahead:
         self._queue.added([comparison])
         with self._changed:
             self._due |= self._active.keys()
-            self._changed.notify_all()
+            self._wake()
 
     def _say(self, message: str) -> None:
         """Keep a message for the page, and print it once."""

@@ -95,6 +95,11 @@ class Progress:
                 print(f"\r{self.line()}\x1b[K" if is_terminal else self.line(), end="" if is_terminal else "\n",
                       file=self.stream, flush=True)  # fmt: skip
 
+    def skip(self, count: int = 1) -> None:
+        """Some of the total need not be done."""
+        with self._lock:
+            self.total -= count
+
     def end(self) -> None:
         """End the line on a terminal."""
         if self.done and self.stream.isatty():

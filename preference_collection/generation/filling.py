@@ -4,7 +4,7 @@ Each answer is saved as it is finished, so that what is interrupted goes on wher
 """
 
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,11 @@ class Plan:
     models: tuple[Model, ...]
     count: int
     sampling: Sampling
+
+    @property
+    def each(self) -> int:
+        """Answers of each model to a task."""
+        return self.count if len(self.models) == 1 else 1
 
     def sampling_for(self, task: Task) -> Sampling:
         """The sampling with the instruction for a task."""
@@ -59,34 +64,34 @@ class Filler:
     """
 
     def __init__(self, store, plan: Plan, stop: Stop, patience: Patience, added: Callable[[str], None] = lambda _: None):
-        """added: told the id of each new comparison."""
+        """added: is told the id of each new comparison."""
         self.counts: Counter = Counter()
         self._store, self._plan, self._stop, self._patience, self._added = store, plan, stop, patience, added
         self._lock = threading.Lock()
-        # The answers that count for a task, and tasks that remain without a comparison.
+        # The answers that count for a task until it has enough, and tasks that remain without a comparison.
         self._made: dict[str, list[Answer]] = {}
         self._same: set[str] = set()
 
-    def jobs(self, tasks: Sequence[Task]) -> list[Callable[[], None]]:
-        """What is missing for comparisons of these tasks, one answer each. One model's are together: it is loaded once."""
-        found: dict[Model, list] = defaultdict(list)
-        for task in tasks:
-            for model, count in self._missing(task):
-                found[model] += [partial(self._make, task, model)] * count
-        return [job for model in self._plan.models for job in found[model]]
+    def jobs(self, tasks: Sequence[Task], known: Callable[[int], None] = lambda _: None) -> Iterator[Callable[[], None]]:
+        """What is missing for comparisons of these tasks, one answer each. One model's are together: it is loaded once.
 
-    def _missing(self, task: Task) -> Iterator[tuple[Model, int]]:
-        """How many answers of each model a task lacks. Earlier ones count if the model was asked the same."""
-        each = self._plan.count if len(self._plan.models) == 1 else 1
-        earlier, counting = self._store.answers_of(task.id), []
+        known: is told how many answers are there already.
+        """
         for model in self._plan.models:
-            [asked] = requests_for(task, model.model, self._plan.sampling_for(task), [0])
-            own = [answer for answer in earlier if (answer.model, answer.prompt) == (model.model, asked.prompt)]
-            counting += own[:each]
-            if each > len(own):
-                yield model, each - len(own)
-        self._made[task.id] = counting
-        self._finish(task)
+            for task in tasks:
+                missing = self._num_missing(task, model)
+                known(self._plan.each - missing)
+                yield from [partial(self._make, task, model)] * missing
+
+    def _num_missing(self, task: Task, model: Model) -> int:
+        """How many answers of a model a task lacks. Earlier ones count if the model was asked the same."""
+        [asked] = requests_for(task, model.model, self._plan.sampling_for(task), [0])
+        earlier = self._store.answers_of(task.id)
+        own = [answer for answer in earlier if (answer.model, answer.prompt) == (model.model, asked.prompt)][: self._plan.each]
+        with self._lock:
+            self._made.setdefault(task.id, []).extend(own)
+            self._finish(task)
+        return self._plan.each - len(own)
 
     def _make(self, task: Task, model: Model) -> None:
         """Make and save one answer. Raises UserError and StoppedError."""
@@ -123,6 +128,7 @@ class Filler:
         """Add the comparison of a task whose answers are there."""
         answers = self._made[task.id]
         if len(answers) == self._plan.count:
+            del self._made[task.id]
             comparison = Comparison(new_id(), task.id, tuple(answers))
             self._store.add_comparisons([comparison])
             self.counts["comparisons"] += 1
@@ -149,10 +155,10 @@ def fill(store, plan: Plan, count: int, workers: int, patience: Patience = PATIE
     stop = Stop()
     filler = Filler(store, plan, stop, patience)
     tasks = store.tasks_without_comparison(count)
-    jobs = filler.jobs(tasks)
-    batch = Batch(workers, stop, Progress(len(jobs), "answers"))
+    progress = Progress(len(tasks) * plan.count, "answers")
+    batch = Batch(workers, stop, progress)
     try:
-        batch.run(jobs)
+        batch.run(filler.jobs(tasks, progress.skip))
     except (UserError, KeyboardInterrupt) as error:
         kind = UserError if isinstance(error, UserError) else KeyboardInterrupt
         said = f"{error} {filler.counts['answers']} answers were saved; run the command again to continue."

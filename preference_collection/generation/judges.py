@@ -124,19 +124,17 @@ class Judging:
         self.counts: Counter = Counter()
         self.stop = Stop()
         self.rubric_id = hashlib.sha256(rubric.encode()).hexdigest()[:12]
-        self._store, self._judge, self._rubric, self._max_tokens, self._patience = store, judge, rubric, max_tokens, patience
+        self.store, self._judge, self._rubric, self._max_tokens, self._patience = store, judge, rubric, max_tokens, patience
         self._lock = threading.Lock()
 
-    def missing(self) -> Iterator[Comparison]:
-        """The comparisons without a verdict of this judge by this rubric."""
-        for comparison in self._store.comparisons():
-            known = [verdict for verdict in self._store.verdicts(comparison.id) if verdict.judge == self._judge.name]
-            if not any(verdict.parameters.get("rubric") == self.rubric_id for verdict in known):
-                yield comparison
-
-    def jobs(self, count: int | None) -> list[Callable[[], None]]:
-        """Jobs for the first comparisons without a verdict."""
-        return [partial(self.ask, comparison) for comparison in islice(self.missing(), count)]
+    def jobs(self, known: Callable[[int], None] = lambda _: None) -> Iterator[Callable[[], None]]:
+        """Jobs for the comparisons without a verdict of this judge by this rubric. known: is told of each that has one."""
+        for comparison in self.store.comparisons():
+            verdicts = [verdict for verdict in self.store.verdicts(comparison.id) if verdict.judge == self._judge.name]
+            if any(verdict.parameters.get("rubric") == self.rubric_id for verdict in verdicts):
+                known(1)
+            else:
+                yield partial(self.ask, comparison)
 
     def ask(self, comparison: Comparison) -> None:
         """Ask in both orders, and save the verdict. An unreadable reply is counted. Raises UserError and StoppedError."""
@@ -154,13 +152,13 @@ class Judging:
             "rubric": self.rubric_id, "model": self._judge.model, "temperature": 0, "max_tokens": self._max_tokens,
             "ranks": [list(one), list(other)], "reasons": [reason, other_reason],
         }  # fmt: skip
-        self._store.add_verdicts([Verdict(comparison.id, self._judge.name, agreed_ranks(one, other), said, parameters)])
+        self.store.add_verdicts([Verdict(comparison.id, self._judge.name, agreed_ranks(one, other), said, parameters)])
         with self._lock:
             self.counts["verdicts"] += 1
             self.counts["agreed"] += agree
 
     def _ask_in(self, comparison: Comparison, order: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
-        task = self._store.task(comparison.task)
+        task = self.store.task(comparison.task)
         asked = question(task, comparison, order, self._rubric)
         request = Request(self._judge.model, asked, 0.0, 0, self._max_tokens)
         text, _ = reply_to(self._judge, request, self.stop, self._patience)
@@ -177,17 +175,17 @@ def rubric_with(rubric: str | None, guidelines: str | None) -> str:
 
 def judge_all(judging: Judging, count: int | None, workers: int) -> str:
     """Ask for the verdicts that are missing, at most `count`. Returns a line about them. Raises UserError as `Batch.run`."""
-    jobs = judging.jobs(count)
-    batch = Batch(workers, judging.stop, Progress(len(jobs), "comparisons"))
-    counts = judging.counts
+    total = len(judging.store.comparison_ids())
+    progress = Progress(total, "comparisons") if count is None else Progress(min(count, total), "comparisons")
+    batch, counts = Batch(workers, judging.stop, progress), judging.counts
     try:
-        batch.run(jobs)
+        batch.run(islice(judging.jobs(progress.skip if count is None else lambda _: None), count))
     except (UserError, KeyboardInterrupt) as error:
         kind = UserError if isinstance(error, UserError) else KeyboardInterrupt
         said = f"{error} {counts['verdicts']} verdicts were saved; run the command again to continue."
         raise kind(said.strip()) from error
-    if not jobs:
-        return "every comparison has a verdict of this judge"
+    if not progress.done:
+        return "every comparison has a verdict of this judge" if total else "there are no comparisons"
     parts = [f"{counts['verdicts']} verdicts added, {counts['agreed']} of them the same in both orders"]
     if counts["unreadable"]:
         parts.append(f"{counts['unreadable']} replies without a readable verdict")

@@ -47,10 +47,13 @@ def arguments(line: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def serve(options: argparse.Namespace, settings) -> None:
-    """Check what serving the page needs."""
-    check_access(settings, os.environ.get(PASSWORD))
-    raise UserError("serve: this version has no page yet.")
+def serve(settings) -> None:
+    """Serve the page until it is stopped."""
+    password = os.environ.get(PASSWORD, "")
+    check_access(settings, password)
+    from preference_collection.web.serving import serve
+
+    serve(settings, password)
 
 
 def run(options: argparse.Namespace, settings) -> str:
@@ -85,7 +88,8 @@ def main(line: Sequence[str] | None = None) -> None:
     try:
         settings = load_settings(options.overrides)
         if options.command == "serve":
-            serve(options, settings)
+            serve(settings)
+            return
         print(run(options, settings))
     except UserError as error:
         print(error, file=sys.stderr)

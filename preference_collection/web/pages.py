@@ -7,7 +7,7 @@ from markupsafe import Markup
 from preference_collection.generation.replies import extract_code
 from preference_collection.sandbox.running import TestRun
 from preference_collection.store.model import Answer, Comparison, Judgment, Task, Verdict, shown_order
-from preference_collection.web.markup import code_block, rendered
+from preference_collection.web.plain import code_block, rendered
 from preference_collection.web.shared import Shared, html
 
 # What the names of two answers are where they stand side by side, and where one stands above the other.

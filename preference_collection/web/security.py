@@ -20,7 +20,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-# The page's address goes to no other site. To our own it does: with "no-referrer" a browser would send forms without their Origin.
+# The page's address goes to no other site. It goes to our own: with "no-referrer" a browser sends forms without their Origin.
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -99,7 +99,11 @@ class Guard:
                 return JSONResponse({"error": "The request comes from another page."}, 403)
             if path.startswith("/api/") and headers.get("content-type", "").partition(";")[0] != "application/json":
                 return JSONResponse({"error": "Expected application/json."}, 415)
-            if int(headers.get("content-length") or 0) > LONGEST_BODY:
+            # Without a length a body could grow forever.
+            length = headers.get("content-length", "")
+            if not length.isdecimal():
+                return JSONResponse({"error": "The request does not say how long it is."}, 411)
+            if int(length) > LONGEST_BODY:
                 return JSONResponse({"error": f"The request is longer than {LONGEST_BODY // 2**20} MB."}, 413)
         if not scope["session"].get("labeler") and path not in OPEN[:2] and not path.startswith(OPEN[2]):
             if path.startswith("/api/"):

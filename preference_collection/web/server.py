@@ -1,14 +1,12 @@
-"""The web app: its routes, sign-in, and serving it."""
+"""The web app: its routes, sign-in, and errors."""
 
-import asyncio
 import contextlib
 import hmac
-import socket
+from asyncio import sleep
 from collections.abc import AsyncIterator
 from urllib.parse import parse_qs
 
 import anyio
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -95,7 +93,7 @@ async def sign_in(request: Request) -> Response:
     name, given = (form.get(field, [""])[0] for field in ("name", "password"))
     name = " ".join("".join(c if c.isprintable() else " " for c in name).split())[:LONGEST_NAME]
     if not hmac.compare_digest(given.encode(), shared_of(request).password.encode()) and shared_of(request).password:
-        await asyncio.sleep(WRONG_PASSWORD_SECONDS)
+        await sleep(WRONG_PASSWORD_SECONDS)
         return _form(request, name, "Wrong password.")
     if not name:
         return _form(request, name, "Please enter your name.")
@@ -126,33 +124,3 @@ def _refused(request: Request, error: HTTPException | UserError) -> Response:
 def _failed(request: Request, error: Exception) -> Response:
     """The response to a bug, whose traceback goes to the terminal."""
     return _error(request, 500, "The server failed. Its terminal says why.")
-
-
-# ---- serving ----------------------------------------------------------------------------------------------------------------
-
-
-def bind(address: str, port: int) -> list[socket.socket]:
-    """Sockets that listen on all addresses of a name. Raises UserError if they cannot be had."""
-    sockets: list[socket.socket] = []
-    try:
-        for family, kind, _, _, where in dict.fromkeys(socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)):
-            sockets.append(socket.socket(family, kind))
-            sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sockets[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sockets[-1].bind(where)
-    except OSError as error:
-        if not sockets or sockets[0].getsockname()[1] == 0 or len(sockets) == 1:
-            raise UserError(f"address: {address}:{port} cannot be served: {error.strerror}. Choose another port.") from error
-        sockets.pop().close()
-    return sockets
-
-
-def serve(shared: Shared, sockets: list[socket.socket]) -> None:
-    """Serve until Ctrl-C or SIGTERM."""
-    config = uvicorn.Config(
-        build_app(shared), log_level="warning", access_log=False, timeout_graceful_shutdown=3, server_header=False,
-        timeout_keep_alive=65, lifespan="on",
-    )  # fmt: skip
-    with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets)

@@ -16,8 +16,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from preference_collection.generation.sources import Source, Writing
 from preference_collection.sandbox.running import TestRunner
-from preference_collection.store.queue import Queue
 from preference_collection.store.store import Store
+from preference_collection.web.interim_queue import Queue
 from preference_training.core.errors import UserError
 
 HERE = Path(__file__).parent
@@ -91,9 +91,7 @@ def posted(function: Callable[[Request, dict], dict]):
 
     async def endpoint(request: Request) -> Response:
         try:
-            data = json.loads(await request.body())
-            if not isinstance(data, dict):
-                raise ValueError("expected an object")
+            data = _object(await request.body())
             return JSONResponse(await run_in_threadpool(function, request, data))
         except UserError as error:
             return JSONResponse({"error": str(error)}, 409)
@@ -101,6 +99,16 @@ def posted(function: Callable[[Request, dict], dict]):
             return JSONResponse({"error": f"Invalid request: {error}."}, 400)
 
     return endpoint
+
+
+def _object(body: bytes) -> dict:
+    try:
+        data = json.loads(body)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(data, dict):
+        raise ValueError("expected an object")
+    return data
 
 
 def missing(what: str) -> HTTPException:

@@ -142,6 +142,15 @@ def tests(request: Request) -> Response:
     return JSONResponse({"over": over, "tests": [pages.tests_of(runs[index], task) for index in order]})
 
 
+def differences(request: Request) -> Response:
+    """GET /api/differences/{comparison}: how its answers differ, in the order shown."""
+    comparison = shared_of(request).store.comparison(request.path_params["comparison"])
+    if comparison is None:
+        raise missing("comparison")
+    order = pages.shown_order(labeler_of(request), comparison.id, len(comparison.answers))
+    return JSONResponse({"html": pages.differences_html(comparison, order)})
+
+
 def check_labeler(data: dict, labeler: str) -> None:
     """Raise UserError if another tab of the same browser has signed in under another name since the page was loaded."""
     if data.get("labeler", labeler) != labeler:

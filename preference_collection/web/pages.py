@@ -6,8 +6,9 @@ from markupsafe import Markup
 
 from preference_collection.generation.replies import extract_code
 from preference_collection.sandbox.running import TestRun
-from preference_collection.store.model import Answer, Comparison, Judgment, Task, Verdict, shown_order
-from preference_collection.web.plain import code_block, rendered
+from preference_collection.store.model import Comparison, Judgment, Task, Verdict, shown_order
+from preference_collection.web.differences import differences
+from preference_collection.web.markup import code_block, rendered
 from preference_collection.web.shared import Shared, html
 
 # What the names of two answers are where they stand side by side, and where one stands above the other.
@@ -52,7 +53,7 @@ def show_task(shared: Shared, task: Task, **more) -> Shown:
     """A task without answers."""
     prompt, turns = Markup(), ()
     if isinstance(task.prompt, str):
-        prompt = rendered(task.prompt, 0)
+        prompt = rendered(task.prompt, shared.settings.fold_lines)
     else:
         turns = tuple((turn[0], rendered(turn[1], shared.settings.fold_lines)) for turn in task.prompt)
     tests = tuple(f"{task.function_name}({', '.join(map(repr, test['args']))}) → {test['expected']!r}" for test in task.tests)
@@ -97,12 +98,14 @@ def _side(shared: Shared, comparison: Comparison, task: Task, number: int, index
     name = f"answer {number}"
     beside, stacked = (BESIDE[number - 1], STACKED[number - 1]) if two else (name, name)
     fault = extract_code(answer.text, task.function_name).fault if task.kind == "code" else None
-    text = _text(answer, shared.settings.fold_lines, f"/text/{comparison.id}/{index}")
+    text = answer_html(shared, comparison, index)
     return Side(number, index, f"Answer {number}", beside, stacked, text, tests_of(run, task), fault)
 
 
-def _text(answer: Answer, fold_lines: int, whole: str) -> Markup:
+def answer_html(shared: Shared, comparison: Comparison, index: int) -> Markup:
     """An answer: its code with the whole reply behind a fold, or the reply."""
+    answer, fold_lines = comparison.answers[index], shared.settings.fold_lines
+    whole = f"/text/{comparison.id}/{index}"
     if answer.code is None:
         return rendered(answer.text, fold_lines, whole)
     code = code_block(answer.code, "python", fold_lines, whole)
@@ -118,6 +121,15 @@ def _others(shared: Shared, comparison: Comparison) -> tuple[tuple[str, str, boo
     if len(all_of_task) < 2:
         return ()
     return tuple((f"/label/{c.id}", f"comparison {n}", c.id == comparison.id) for n, c in enumerate(all_of_task, start=1))
+
+
+def differences_html(comparison: Comparison, order: tuple[int, ...]) -> Markup:
+    """How the other answers differ from the first that is shown: by lines if all are code, by words otherwise."""
+    answers = [comparison.answers[index] for index in order]
+    code = all(answer.code is not None for answer in answers)
+    parts = differences([answer.code if code else answer.text for answer in answers], code)
+    section = Markup("<section><h2>From answer 1 to answer {}</h2>{}</section>")
+    return Markup().join(section.format(number, part) for number, part in enumerate(parts, start=2))
 
 
 # ---- in words ---------------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def build_app(shared: Shared) -> HeadersAdded:
         Route("/api/undo", posted(labeling.undo), methods=["POST"]),
         Route("/api/next", posted(labeling.pass_on), methods=["POST"]),
         Route("/api/tests/{comparison}", labeling.tests),
+        Route("/api/differences/{comparison}", labeling.differences),
         Route("/tasks", lists.tasks),
         Route("/export", lists.export_page),
         Route("/api/export", posted(lists.export), methods=["POST"]),

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -42,8 +41,8 @@ LINKS = (
 class Shared:
     """What all requests share.
 
-    writings are the replies on their way, by labeler and task, and chosen is what each labeler last asked a model with:
-    generating.py.
+    guidelines are HTML. writings are the replies on their way, by labeler and task, and chosen is what each labeler last asked
+    a model with: generating.py.
     """
 
     settings: DictConfig
@@ -52,13 +51,9 @@ class Shared:
     runner: TestRunner
     sources: dict[str, Source]
     password: str = ""
+    guidelines: str = ""
     writings: dict[tuple[str, str], list[Writing]] = field(default_factory=dict)
     chosen: dict[str, dict] = field(default_factory=dict)
-
-    @cached_property
-    def guidelines(self) -> Markup:
-        """The guidelines as safe HTML."""
-        return Markup("<p>None.</p>")
 
 
 def shared_of(request: Request) -> Shared:

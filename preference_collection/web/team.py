@@ -14,8 +14,8 @@ from preference_collection.store.model import Judgment, Verdict, new_id, ranks_o
 from preference_collection.store.statistics import Agreement
 from preference_collection.web.labeling import progress
 from preference_collection.web.markup import rendered
-from preference_collection.web.pages import answer_html, judged_words, prompt_html, ranked_words
-from preference_collection.web.shared import Shared, labeler_of, missing, page, posted, shared_of
+from preference_collection.web.pages import answer_html, judged_words, ranked_words, show_task
+from preference_collection.web.shared import Shared, html, labeler_of, missing, page, posted, shared_of
 from preference_training.core.errors import UserError
 
 # Disagreements on one page.
@@ -112,9 +112,9 @@ def agreement(request: Request) -> Response:
     found = shared.store.agreement()
     return page(
         request, "agreement.html", progress=progress(shared, labeler), summary=alpha_words(found), found=found,
-        people=shared.store.agreement_by_pair(), judges=shared.store.agreement_with_judges(), hidden=hidden, total=len(open_ones),
+        people=shared.store.agreement_by_pair(), judges=shared.store.agreement_with_judges(), hidden=hidden,
         disagreements=[disagreement_of(shared, id) for id in open_ones[start : start + PAGE_SIZE]], start=start,
-        size=PAGE_SIZE, read_only=shared.store.read_only, share=share,
+        total=len(open_ones), size=PAGE_SIZE, read_only=shared.store.read_only, share=share,
     )  # fmt: skip
 
 
@@ -164,8 +164,9 @@ def disagreement_of(shared: Shared, comparison_id: str) -> Disagreement:
     said = [opinion_of(judgment, count) for judgment in shared.store.standing(comparison_id)]
     said += [verdict_of(verdict, count) for verdict in shared.store.verdicts(comparison_id)]
     return Disagreement(
-        comparison_id, task.title, prompt_html(shared, task),
-        tuple(answer_html(shared, comparison, index) for index in range(count)), tuple(said), ways_to_settle(comparison_id, count),
+        comparison_id, task.title, html("task.html", shown=show_task(shared, task)),
+        tuple(answer_html(shared, comparison, index) for index in range(count)), tuple(said),
+        ways_to_settle(comparison_id, count),
     )  # fmt: skip
 
 

@@ -174,7 +174,7 @@ def _changed_lines(change: Change) -> Markup:
 
 
 def _alike(change: Change) -> Iterator[tuple[int, int, list[Change]]]:
-    """Lines and their changed forms, in order: the index of each, and the words that changed. The first that is alike counts."""
+    """Lines and their changed forms, in order: the index of each, and the words that changed. The first alike counts."""
     begin = 0
     for at, old in enumerate(change.before):
         for place in range(begin, len(change.after)):

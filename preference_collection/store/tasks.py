@@ -105,6 +105,12 @@ class Tasks(Database):
             for some in chunks(answers):
                 self._add_answers(cursor, {answer.id: (answer, task) for answer in some})
 
+    def add_answers_to(self, answers: Iterable[tuple[str, Answer]]) -> None:
+        """Add answers to many tasks, all or none: (task, answer). Known ones are not changed."""
+        with self._writing() as cursor:
+            for some in chunks(answers):
+                self._add_answers(cursor, {answer.id: (answer, task) for task, answer in some})
+
     def _add_answers(self, cursor, answers: dict[str, tuple[Answer, str]]) -> None:
         known = {id for (id,) in cursor.execute(KNOWN_ANSWERS, [list(answers)]).fetchall()}
         rows = [

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preference_collection.exchange.importing import SAMPLES, RowError, import_into, problem_of
+from preference_collection.exchange.code_rows import RowError, problem_of
+from preference_collection.exchange.importing import CONVERSATIONS, SAMPLES, add_samples, import_into
 from preference_collection.store.model import Query
 from preference_training.core.errors import UserError
 
@@ -54,7 +55,7 @@ def write(path, rows):
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet", "older.duckdb"])
 def test_rows_of_every_file_type_keep_their_labels(store, tmp_path, name):
     path = write(tmp_path / name, ROWS)
-    assert import_into(store, path).line() == "4 problems added, 3 new pairs, 2 judgments"
+    assert import_into(store, path).line() == "4 tasks added, 3 new comparisons, 2 judgments"
     assert [problem.id for problem in store.browse(Query())[0]] == ["1", "2", "3", "4"]
     assert store.task("2").difficulty == "hard"
     choices = {}
@@ -68,10 +69,18 @@ def test_rows_of_every_file_type_keep_their_labels(store, tmp_path, name):
 
 
 def test_the_sample_problems_are_a_dozen_and_have_tests(store):
-    assert import_into(store, SAMPLES).line() == "12 problems added"
+    assert import_into(store, SAMPLES).line() == "12 tasks added"
     for row in store.browse(Query())[0]:
         task = store.task(row.id)
         assert task.function_name in task.prompt and len(task.tests) >= 5
+
+
+def test_the_sample_conversations_are_a_dozen_of_our_own_without_a_preference(store):
+    assert import_into(store, CONVERSATIONS).line() == "12 tasks added, 12 new comparisons"
+    sizes = [len(comparison.answers) for comparison in store.comparisons()]
+    assert set(sizes) == {2, 3, 4} and store.progress().judgments == 0
+    add_samples(store)
+    assert store.progress().tasks == 24
 
 
 BAD = [
@@ -103,7 +112,7 @@ def test_an_invalid_row_is_reported_by_number_and_nothing_is_imported(store, tmp
     assert store.progress().tasks == 0
     assert (
         import_into(store, path, skip_bad_rows=True).line()
-        == "1 problems added, 1 new pairs, 1 judgments, 1 invalid rows skipped"
+        == "1 task added, 1 new comparison, 1 judgment, 1 invalid row skipped"
     )
 
 

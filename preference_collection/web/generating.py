@@ -1,12 +1,13 @@
-"""Asking a model for answers on the page: both replies stream in, and become a comparison once both can be used."""
+"""Asking a model for answers on the page: replies stream in, and become a comparison once all can be used."""
 
 from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from preference_collection.generation.replies import extract_code
-from preference_collection.generation.sources import PULL, Writing, as_pair, write_again, write_pair
+from preference_collection.generation.asking import Sampling, instruction_for
+from preference_collection.generation.sources import PULL
+from preference_collection.generation.writing import Writing, as_comparison, write_again, write_answers
 from preference_collection.store.model import Task
 from preference_collection.web.labeling import view_of
 from preference_collection.web.shared import Shared, html, labeler_of, missing, shared_of
@@ -14,6 +15,7 @@ from preference_training.core.errors import UserError
 
 # How much of a reply on its way is shown. Unit: characters.
 TAIL = 20_000
+LONGEST_INSTRUCTION = 10_000
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,26 @@ def panel(request: Request) -> Response:
         fault, command = _parted(str(error))
     if not models and not fault and name == "Ollama":
         fault, command = "No model is installed. Download one:", "ollama pull qwen2.5-coder:1.5b"
+    model = chosen.get("model") if chosen.get("source") == name else next(iter(models), "")
+    values = {"fault": fault, "command": command, "temperature": chosen.get("temperature", shared.settings.temperature)}
     form = html(
-        "generate.html", sources=names, source=name, models=models, fault=fault, command=command,
-        model=chosen.get("model") if chosen.get("source") == name else (models[0] if models else ""),
-        temperature=chosen.get("temperature", shared.settings.temperature),
+        "generate.html", task=task, instruction=_instruction(shared, labeler, task), sources=names, source=name, models=models,
+        model=model, **values,
     )  # fmt: skip
     return JSONResponse({"html": form})
 
 
+def _instruction(shared: Shared, labeler: str, task: Task) -> str:
+    """The instruction that a labeler last used for such tasks, or that of the settings where it is for this one."""
+    known = shared.instructions.get((labeler, task.kind))
+    if known is not None:
+        return known
+    given = shared.settings.instruction
+    return given if instruction_for(task, given) else ""
+
+
 def generate(request: Request, data: dict) -> dict:
-    """POST /api/generate: ask a model for two answers."""
+    """POST /api/generate: ask a model for answers; settings.answers says how many."""
     shared, labeler = shared_of(request), labeler_of(request)
     task = _task(shared, str(data.get("task")))
     source, model, temperature = data.get("source"), str(data.get("model") or "").strip(), data.get("temperature")
@@ -67,10 +79,13 @@ def generate(request: Request, data: dict) -> dict:
         raise UserError("Name a model.")
     if shared.store.read_only:
         raise UserError("The store is open read-only.")
+    instruction = str(data.get("instruction") or "")[:LONGEST_INSTRUCTION]
     shared.chosen[labeler] = {"source": source, "model": model, "temperature": temperature}
+    shared.instructions[labeler, task.kind] = instruction
     if (labeler, task.id) not in shared.writings:
-        writings = write_pair(shared.sources[source], model, task, temperature, shared.settings.max_tokens)
-        shared.writings[labeler, task.id] = list(writings)
+        sampling = Sampling(temperature, shared.settings.max_tokens, instruction)
+        count = shared.settings.answers
+        shared.writings[labeler, task.id] = write_answers(shared.sources[source], model, task, sampling, count)
     return _state(shared, labeler, task)
 
 
@@ -81,7 +96,7 @@ def writing(request: Request) -> Response:
 
 
 def steer(request: Request, data: dict) -> dict:
-    """POST /api/writing/{task}/{action}: stop both replies, ask again for one, keep both as they are, or discard them."""
+    """POST /api/writing/{task}/{action}: stop the replies, ask again for one, keep all as they are, or discard them."""
     shared, labeler = shared_of(request), labeler_of(request)
     task = _task(shared, request.path_params["task"])
     writings = shared.writings.get((labeler, task.id), [])
@@ -114,12 +129,12 @@ def _parted(message: str) -> tuple[str, str]:
 
 
 def _state(shared: Shared, labeler: str, task: Task, keep: bool = False) -> dict:
-    """The replies for the page; a comparison if both can be used, or are to be kept."""
+    """The replies for the page; a comparison if all can be used, or are to be kept."""
     writings = shared.writings.get((labeler, task.id))
     if writings is None:
         return {"closed": True}
     over = all(each.over for each in writings)
-    faults = [_fault(each, task) for each in writings]
+    faults = [each.fault(task) for each in writings]
     if over and (not any(faults) or (keep and all(each.text for each in writings))):
         return _kept(shared, labeler, task, writings)
     replies = [_reply(shared, number, each, fault) for number, (each, fault) in enumerate(zip(writings, faults, strict=True))]
@@ -130,21 +145,10 @@ def _kept(shared: Shared, labeler: str, task: Task, writings: list[Writing]) -> 
     """Add the comparison of the replies to the store, once, and show it."""
     if shared.writings.pop((labeler, task.id), None) is None:
         return {"closed": True}
-    comparison = as_pair(task, tuple(writings))
+    comparison = as_comparison(task, writings)
     shared.store.add_comparisons([comparison])
     shared.queue.added([comparison.id])
-    return {"next": view_of(shared, labeler, comparison), "said": "Both answers are kept."}
-
-
-def _fault(writing: Writing, task: Task) -> str | None:
-    """Why a finished reply cannot be used, as the end of a sentence, or None."""
-    if not writing.over:
-        return None
-    if writing.state != "done":
-        return "was stopped" if writing.state == "stopped" else "failed"
-    if task.kind == "code":
-        return extract_code(writing.text, task.function_name).fault
-    return None if writing.text.strip() else "is empty"
+    return {"next": view_of(shared, labeler, comparison), "said": "The answers are kept."}
 
 
 def _reply(shared: Shared, number: int, writing: Writing, fault: str | None) -> Reply:

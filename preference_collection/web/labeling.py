@@ -5,6 +5,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from preference_collection.store.model import Comparison, Judgment
 from preference_collection.web import pages
+from preference_collection.web.differences import differences as compared
 from preference_collection.web.shared import Shared, html, labeler_of, missing, page, shared_of
 from preference_training.core.errors import UserError
 
@@ -25,6 +26,8 @@ def next_of(shared: Shared, labeler: str, after: str | None = None) -> dict:
 
 def view_of(shared: Shared, labeler: str, comparison: Comparison, again: Judgment | None = None) -> dict:
     """A comparison for the page: its id, HTML, address, and the progress."""
+    if shared.ahead:
+        shared.ahead.seen(labeler)
     shown = pages.show_comparison(shared, labeler, comparison, again)
     fragment = html("comparison.html", shown=shown, read_only=shared.store.read_only)
     return {"id": comparison.id, "html": fragment, "address": f"/label/{comparison.id}", "progress": progress(shared, labeler)}
@@ -40,6 +43,8 @@ def _nothing_left(shared: Shared) -> str:
     lines = ["Thank you. You have judged every comparison that waits for a judgment of yours."]
     if waiting:
         lines.append(f"Tasks without answers are left, the next is “{waiting[0].title}”. Press g to have a model answer it.")
+    if shared.ahead and shared.ahead.status():
+        lines.append(shared.ahead.status())
     return html(
         "empty.html", title="Nothing left to judge", lines=lines, shown=None, task=waiting[0] if waiting else None, opens=False,
         read_only=shared.store.read_only,
@@ -82,6 +87,18 @@ def label_task(request: Request) -> Response:
         opens=not shared.store.read_only, read_only=shared.store.read_only,
     )  # fmt: skip
     return _desk(request, {"html": fragment, "progress": progress(shared, labeler)})
+
+
+def differences(request: Request) -> Response:
+    """GET /api/differences/{comparison}: each answer compared with the one shown first, as HTML."""
+    shared, labeler = shared_of(request), labeler_of(request)
+    comparison = shared.store.comparison(request.path_params["comparison"])
+    if comparison is None:
+        raise missing("comparison")
+    answers = [comparison.answers[index] for index in pages.shown_order(labeler, comparison.id, len(comparison.answers))]
+    code = all(answer.code is not None for answer in answers)
+    found = compared([answer.code if code else answer.text for answer in answers], code)
+    return JSONResponse({"html": html("differences.html", found=found)})
 
 
 def text(request: Request) -> Response:
@@ -140,15 +157,6 @@ def tests(request: Request) -> Response:
     order = pages.shown_order(labeler, comparison.id, len(runs))
     over = all(run is None or run.over for run in runs)
     return JSONResponse({"over": over, "tests": [pages.tests_of(runs[index], task) for index in order]})
-
-
-def differences(request: Request) -> Response:
-    """GET /api/differences/{comparison}: how its answers differ, in the order shown."""
-    comparison = shared_of(request).store.comparison(request.path_params["comparison"])
-    if comparison is None:
-        raise missing("comparison")
-    order = pages.shown_order(labeler_of(request), comparison.id, len(comparison.answers))
-    return JSONResponse({"html": pages.differences_html(comparison, order)})
 
 
 def check_labeler(data: dict, labeler: str) -> None:

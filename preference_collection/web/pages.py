@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from preference_collection.generation.replies import extract_code
+from preference_collection.generation.writing import read_reply
 from preference_collection.sandbox.running import TestRun
 from preference_collection.store.model import Comparison, Judgment, Task, Verdict, shown_order
-from preference_collection.web.differences import differences
 from preference_collection.web.markup import code_block, rendered
 from preference_collection.web.shared import Shared, html
 
@@ -97,7 +96,7 @@ def _side(shared: Shared, comparison: Comparison, task: Task, number: int, index
     answer, two = comparison.answers[index], len(comparison.answers) == 2
     name = f"answer {number}"
     beside, stacked = (BESIDE[number - 1], STACKED[number - 1]) if two else (name, name)
-    fault = extract_code(answer.text, task.function_name).fault if task.kind == "code" else None
+    fault = read_reply(task, answer.text).fault
     text = answer_html(shared, comparison, index)
     return Side(number, index, f"Answer {number}", beside, stacked, text, tests_of(run, task), fault)
 
@@ -121,15 +120,6 @@ def _others(shared: Shared, comparison: Comparison) -> tuple[tuple[str, str, boo
     if len(all_of_task) < 2:
         return ()
     return tuple((f"/label/{c.id}", f"comparison {n}", c.id == comparison.id) for n, c in enumerate(all_of_task, start=1))
-
-
-def differences_html(comparison: Comparison, order: tuple[int, ...]) -> Markup:
-    """How the other answers differ from the first that is shown: by lines if all are code, by words otherwise."""
-    answers = [comparison.answers[index] for index in order]
-    code = all(answer.code is not None for answer in answers)
-    parts = differences([answer.code if code else answer.text for answer in answers], code)
-    section = Markup("<section><h2>From answer 1 to answer {}</h2>{}</section>")
-    return Markup().join(section.format(number, part) for number, part in enumerate(parts, start=2))
 
 
 # ---- in words ---------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import uvicorn
 from omegaconf import DictConfig
 
 from preference_collection.exchange.importing import SAMPLES, import_into
+from preference_collection.generation.ahead import Ahead
 from preference_collection.generation.sources import sources_of
 from preference_collection.sandbox.running import TestRunner
 from preference_collection.sandbox.sandbox import open_sandbox
@@ -39,6 +40,8 @@ def serve(settings: DictConfig, password: str) -> None:
         port = sockets[0].getsockname()[1]
         print(f"{address_of(settings.address, port)}  store {settings.store}; Ctrl-C stops", flush=True)
         print(shared.runner.sandbox.isolation.line(), flush=True)
+        shared.ahead = Ahead(store, shared.queue, shared.runner, settings)
+        closing.callback(shared.ahead.start().stop)
         run(shared, sockets)
 
 

@@ -13,9 +13,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from preference_collection.generation.sources import Source, Writing
+from preference_collection.generation.ahead import Ahead
+from preference_collection.generation.sources import Source
+from preference_collection.generation.writing import Writing
 from preference_collection.sandbox.running import TestRunner
 from preference_collection.store.store import Store
+from preference_collection.web.characters import shown
 from preference_collection.web.interim_queue import Queue
 from preference_training.core.errors import UserError
 
@@ -27,6 +30,7 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+TEMPLATES.filters["shown"] = shown
 # The pages in the header.
 LINKS = (
     ("/label", "Label"),
@@ -41,8 +45,8 @@ LINKS = (
 class Shared:
     """What all requests share.
 
-    guidelines are HTML. writings are the replies on their way, by labeler and task, and chosen is what each labeler last asked
-    a model with: generating.py.
+    guidelines are HTML. writings are the replies on their way, by labeler and task. chosen is what each labeler last asked a
+    model with, and instructions the instruction, by labeler and kind of task. ahead is told who is active.
     """
 
     settings: DictConfig
@@ -54,6 +58,8 @@ class Shared:
     guidelines: str = ""
     writings: dict[tuple[str, str], list[Writing]] = field(default_factory=dict)
     chosen: dict[str, dict] = field(default_factory=dict)
+    instructions: dict[tuple[str, str], str] = field(default_factory=dict)
+    ahead: Ahead | None = None
 
 
 def shared_of(request: Request) -> Shared:

@@ -17,11 +17,14 @@ SIGNS = {"passed": "✓", "failed": "✗", "error": "!", "timed out": "⏱"}
 
 @dataclass(frozen=True)
 class Side:
-    """An answer as shown: number counts from the left and is its key, index is its place in the comparison."""
+    """An answer as shown: number counts from the left and is its key, index is its place in the comparison.
+
+    beside and stacked are its names where answers stand side by side, and one above the other. fault is what makes it useless,
+    as the end of a sentence.
+    """
 
     number: int
     index: int
-    label: str
     beside: str
     stacked: str
     html: Markup
@@ -98,7 +101,7 @@ def _side(shared: Shared, comparison: Comparison, task: Task, number: int, index
     beside, stacked = (BESIDE[number - 1], STACKED[number - 1]) if two else (name, name)
     fault = read_reply(task, answer.text).fault
     text = answer_html(shared, comparison, index)
-    return Side(number, index, f"Answer {number}", beside, stacked, text, tests_of(run, task), fault)
+    return Side(number, index, beside, stacked, text, tests_of(run, task), fault)
 
 
 def answer_html(shared: Shared, comparison: Comparison, index: int) -> Markup:

@@ -17,9 +17,9 @@ from preference_collection.generation.ahead import Ahead
 from preference_collection.generation.sources import Source
 from preference_collection.generation.writing import Writing
 from preference_collection.sandbox.running import TestRunner
+from preference_collection.store.queue import Queue
 from preference_collection.store.store import Store
 from preference_collection.web.characters import shown
-from preference_collection.web.interim_queue import Queue
 from preference_training.core.errors import UserError
 
 HERE = Path(__file__).parent

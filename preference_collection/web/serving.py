@@ -15,10 +15,11 @@ from preference_collection.generation.sources import sources_of
 from preference_collection.sandbox.running import TestRunner
 from preference_collection.sandbox.sandbox import open_sandbox
 from preference_collection.settings import limits_of
+from preference_collection.store.queue import Queue
 from preference_collection.store.store import Store, open_store
-from preference_collection.web.interim_queue import Queue
 from preference_collection.web.server import build_app
 from preference_collection.web.shared import Shared
+from preference_collection.web.team import guidelines_of
 from preference_training.core.errors import UserError
 
 # How long requests may go on after Ctrl-C. Unit: seconds.
@@ -55,7 +56,7 @@ def open_shared(settings: DictConfig, store: Store, password: str) -> Shared:
         import_into(store, SAMPLES)
     queue = Queue(store, settings.overlap, settings.order, settings.lease_minutes * 60)
     runner = TestRunner(open_sandbox(limits_of(settings)), store, settings.run_unisolated)
-    return Shared(settings, store, queue, runner, sources_of(settings), password)
+    return Shared(settings, store, queue, runner, sources_of(settings), password, guidelines_of(settings))
 
 
 def address_of(address: str, port: int) -> str:

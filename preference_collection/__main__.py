@@ -4,6 +4,8 @@
     python -m preference_collection import FILE            import problems and labels: CSV, JSON lines, Parquet, an older store
     python -m preference_collection export PATH            export a data set for `lc` (a directory), .jsonl or .parquet
     python -m preference_collection push DIRECTORY NAME    upload an exported directory to the Hub
+    python -m preference_collection generate               make answers to tasks that have no comparison yet
+    python -m preference_collection judge                  ask a model which answers are better
     python -m preference_collection score CHECKPOINT       find the pairs that the policy is uncertain about
 
 Each command accepts settings of config/collect.yaml: store=my.duckdb
@@ -11,11 +13,13 @@ Each command accepts settings of config/collect.yaml: store=my.duckdb
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from preference_collection.generation.commands import add_generate, add_judge, prepare_generate, prepare_judge
 from preference_collection.settings import PASSWORD, check_access, load_settings
 from preference_training.core.errors import UserError
 
@@ -35,9 +39,10 @@ def arguments(line: Sequence[str] | None) -> argparse.Namespace:
     up.add_argument("directory", type=Path)
     up.add_argument("repository", help="USER/NAME")
     up.add_argument("--public", action="store_true", help="make the data set public")
+    asking = add_generate(commands), add_judge(commands)
     score = commands.add_parser("score", help="score all pairs with a checkpoint")
     score.add_argument("checkpoint")
-    for command in (serve, take, out, up, score):
+    for command in (serve, take, out, up, *asking, score):
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of config/collect.yaml")
     # argparse does not collect settings that follow an option.
     options, rest = parser.parse_known_args(line)
@@ -47,10 +52,13 @@ def arguments(line: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def serve(options: argparse.Namespace, settings) -> None:
-    """Check what serving the page needs."""
-    check_access(settings, os.environ.get(PASSWORD))
-    raise UserError("serve: this version has no page yet.")
+def serve(settings) -> None:
+    """Serve the page until it is stopped."""
+    password = os.environ.get(PASSWORD, "")
+    check_access(settings, password)
+    from preference_collection.web.serving import serve
+
+    serve(settings, password)
 
 
 def run(options: argparse.Namespace, settings) -> str:
@@ -59,9 +67,13 @@ def run(options: argparse.Namespace, settings) -> str:
         from preference_collection.exchange.export import push
 
         return f"pushed to {push(options.directory, options.repository, not options.public)}"
+    prepare = {"generate": prepare_generate, "judge": prepare_judge}.get(options.command)
+    ask = prepare and prepare(options, settings)
     from preference_collection.store.store import open_store
 
     with closing(open_store(settings.store, settings.read_only or options.command == "export")) as store:
+        if ask:
+            return f"{settings.store}: {ask(store)}"
         if options.command == "import":
             from preference_collection.exchange.importing import import_into
 
@@ -85,11 +97,15 @@ def main(line: Sequence[str] | None = None) -> None:
     try:
         settings = load_settings(options.overrides)
         if options.command == "serve":
-            serve(options, settings)
+            serve(settings)
+            return
         print(run(options, settings))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(f"stopped. {interrupt}".strip(), file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from math import isfinite
 
 from preference_collection.store.database import Database, as_json, chunks, insert
 from preference_collection.store.model import Verdict, ranks_error
+from preference_collection.store.priorities import NEWEST_VERDICTS
 from preference_collection.store.schema import now
 
 INSERT_SCORES = """INSERT INTO scores SELECT unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::DOUBLE[]),
@@ -17,9 +18,8 @@ INSERT_VERDICTS = """INSERT INTO verdicts SELECT unnest(?::VARCHAR[]), unnest(?:
 
 TEST_RUN = "SELECT results FROM test_runs WHERE answer = $answer ORDER BY moment DESC LIMIT 1"
 SIZES = "SELECT id, len(answers) FROM comparisons WHERE id IN (SELECT unnest(?::VARCHAR[]))"
-# A judge's newest verdict counts.
-VERDICTS_OF = """SELECT comparison, judge, ranks, reason, parameters FROM verdicts WHERE comparison = $comparison
-    QUALIFY row_number() OVER (PARTITION BY judge ORDER BY moment DESC, rowid DESC) = 1 ORDER BY moment, judge"""
+VERDICTS_OF = f"""SELECT comparison, judge, ranks, reason, parameters FROM ({NEWEST_VERDICTS})
+    WHERE comparison = $comparison ORDER BY moment, judge"""
 
 
 class Evidence(Database):

@@ -3,7 +3,7 @@
 None is ever changed or removed, and an undo is an event too. The current judgments are derived from the log.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 from preference_collection.store.database import as_json, chunks, insert
@@ -22,6 +22,8 @@ SIZES = "SELECT id, len(answers) FROM comparisons WHERE id IN (SELECT unnest(?::
 COLUMNS = "id, comparison, labeler, choice, shown, ranks, seconds, reasons, comment, edited, edited_from, settles"
 STANDING_OF = f"SELECT {COLUMNS} FROM standing WHERE comparison = $comparison ORDER BY number"
 LAST_OF = f"SELECT {COLUMNS} FROM standing WHERE labeler = $labeler ORDER BY number DESC LIMIT 1"
+JUDGED_BY = "SELECT comparison, labeler, choice <> 'skip', settles FROM standing"
+ONE_JUDGED_BY = "SELECT comparison, labeler, choice <> 'skip', settles FROM standing WHERE comparison = $comparison"
 ALL_STANDING = f"SELECT {COLUMNS}, moment FROM standing ORDER BY number"
 
 
@@ -75,6 +77,16 @@ class Judgments(Tasks):
         """The current judgments of a comparison, in chronological order."""
         return [_judgment(row) for row in self._rows(STANDING_OF, {"comparison": comparison})]
 
+    def judged_by(self, comparisons: Sequence[str] | None = None) -> list[tuple[str, str, bool, bool]]:
+        """Who judged comparisons: (comparison, labeler, whether it is more than a skip, whether it settles).
+
+        Of all comparisons unless some are given.
+        """
+        if comparisons is not None and len(comparisons) == 1:
+            return self._rows(ONE_JUDGED_BY, {"comparison": comparisons[0]})
+        wanted = None if comparisons is None else set(comparisons)
+        return [row for row in self._rows(JUDGED_BY) if wanted is None or row[0] in wanted]
+
     def judgments(self) -> Iterator[Judged]:
         """All current judgments with what was judged, in chronological order."""
         with closing(self.connection.cursor()) as cursor:
@@ -95,7 +107,8 @@ class Judgments(Tasks):
 
 
 def votes_of(comparison: Comparison, judgments: list[Judgment]) -> Votes:
-    """The votes that judgments of a comparison are."""
+    """The votes that judgments of a comparison are; one that settles is none."""
+    judgments = [judgment for judgment in judgments if not judgment.settles]
     choices = [judgment.choice for judgment in judgments]
     ranks = [judgment.ranks for judgment in judgments if judgment.choice == "ranked"]
     best = tuple(sum(each[index] == 1 for each in ranks) for index in range(len(comparison.answers)))

@@ -208,6 +208,8 @@ def judgment_error(judgment: Judgment, n: int) -> str | None:
             return error
         if max(judgment.ranks) == 1:
             return "ranks all answers equally, which is the choice 'tie'"
+    if judgment.choice == "skip" and judgment.settles:
+        return "settles nothing with the choice 'skip'"
     if judgment.edited_from is not None and (judgment.edited_from not in range(n) or not judgment.edited):
         return f"has edited_from {judgment.edited_from!r}, expected the index of an answer that was edited"
     if judgment.seconds is not None and not (isfinite(judgment.seconds) and judgment.seconds >= 0):

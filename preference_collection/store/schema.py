@@ -81,11 +81,12 @@ MIGRATIONS = (
         "ALTER TABLE test_runs RENAME generation TO answer",
         "ALTER TABLE scores RENAME pair TO comparison",
         "DROP VIEW standing",
-        # The latest judgment of each labeler on each comparison, without the undone ones.
+        # The latest judgment of each labeler on each comparison, without the undone ones. Who settles a comparison keeps their
+        # own judgment of it.
         """CREATE VIEW standing AS
             SELECT * EXCLUDE (undoes) FROM judgments
             WHERE undoes IS NULL AND id NOT IN (SELECT undoes FROM judgments WHERE undoes IS NOT NULL)
-            QUALIFY row_number() OVER (PARTITION BY comparison, labeler ORDER BY number DESC) = 1""",
+            QUALIFY row_number() OVER (PARTITION BY comparison, labeler, settles ORDER BY number DESC) = 1""",
         "DROP TABLE problems",
         "DROP TABLE generations",
         "DROP TABLE pairs",

@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from preference_collection.__main__ import main
-from preference_collection.generation.checkpoint_source import CheckpointSource, load_checkpoint, margins
-from preference_collection.generation.sources import Request, Writing
+from preference_collection.generation.asking import Request
+from preference_collection.generation.checkpoint_source import CheckpointSource, checkpoint_at, load_checkpoint, margins
+from preference_collection.generation.sources import model_named
+from preference_collection.generation.writing import Writing
+from preference_collection.settings import load_settings
 from preference_collection.store.model import Query
 from preference_collection.store.store import open_store
 from preference_collection.tests.conftest import a_comparison, a_task, tiny_checkpoint
 from preference_training.core.errors import UserError
+from preference_training.data.rows.records import Turn
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,32 @@ def test_the_newest_checkpoints_are_offered_first_and_incomplete_ones_never(tmp_
         os.utime(latest, (age, age))
     found = CheckpointSource((tmp_path, tmp_path / "absent")).models()
     assert found == [str(tmp_path / name / "LATEST") for name in ("new", "collect/dpo", "old")]
+
+
+def test_a_run_or_a_checkpoint_is_named_by_its_path(checkpoint, tmp_path):
+    for path in (checkpoint, checkpoint.parent):
+        found = model_named(str(path), load_settings())
+        assert (found.model, found.name) == (str(checkpoint), str(path))
+    with pytest.raises(
+        UserError, match=r"no checkpoint. Expected a directory with config.json or adapter_config.json, or a run"
+    ):
+        checkpoint_at(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    with pytest.raises(UserError, match="an adapter that does not name its base model"):
+        checkpoint_at(tmp_path)
+
+
+def test_a_reply_says_whether_it_was_cut(checkpoint):
+    assert written(checkpoint).finish in ("length", "stop")
+    lengths = {written(checkpoint, seed).finish for seed in range(3)}
+    assert "length" in lengths, "twelve random tokens of 250 rarely have an end"
+
+
+def test_a_conversation_is_formatted_as_in_training(checkpoint):
+    loaded = load_checkpoint(str(checkpoint))
+    turns = (Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", "Yes?"), Turn("user", "Add."))
+    text = loaded.tokenizer.decode(loaded.prompt_ids(turns), skip_special_tokens=True)
+    assert text == "Be brief.\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Add.\n\nAssistant:"
 
 
 def test_a_checkpoint_is_deterministic_per_seed_and_keeps_the_global_random_state(checkpoint):

@@ -100,7 +100,7 @@ def test_any_judgment_is_stored_unchanged(data, n):
     scores = data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n))
     ranks = ranks_of_scores(scores)
     said = ranks if max(ranks) > 1 else data.draw(st.sampled_from(CHOICES[1:]))
-    more = {"order": tuple(data.draw(st.permutations(range(n)))), "settles": data.draw(st.booleans())}
+    more = {"order": tuple(data.draw(st.permutations(range(n)))), "settles": said != "skip" and data.draw(st.booleans())}
     if text := data.draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=3)):
         more |= {"edited": text, "edited_from": data.draw(st.none() | st.integers(0, n - 1))}
     with closing(open_store(":memory:")) as store:
@@ -190,6 +190,7 @@ INVALID = [
     ({"ranks": (True, 2)}, "expected 1 for the best"),
     ({"ranks": (1, 1)}, "which is the choice 'tie'"),
     ({"choice": "tie"}, "has ranks and the choice 'tie'"),
+    ({"choice": "skip", "ranks": (), "settles": True}, "settles nothing with the choice 'skip'"),
     ({"edited_from": 0}, "has edited_from 0, expected the index of an answer that was edited"),
     ({"edited_from": 2, "edited": "x"}, "has edited_from 2"),
     ({"seconds": -1.0}, "took -1.0 seconds"),

@@ -17,12 +17,12 @@ from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
 from preference_training.modeling import logprobs
 from preference_training.modeling.logprobs import ScoringHead, response_scores, trie_scores
+from preference_training.modeling.prefix_sharing.block_attention import attention_by_blocks
+from preference_training.modeling.prefix_sharing.rules import Rules
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import (
     TREE_ATTENTION,
-    Rules,
     _attention_by_branches,
-    _flex_attention,
     causal_mask,
     register_tree_attention,
 )
@@ -317,7 +317,7 @@ def test_both_kernels_give_the_attention_that_the_mask_says(window, chunk, softc
     expected = scores.exp() / total @ value.repeat_interleave(2, dim=1)
     rules = Rules(0.3, window, chunk, softcap, sink)
     # FlexAttention runs here without being compiled: the same mask and index arithmetic as on a GPU.
-    for attend in (_attention_by_branches, _flex_attention):
+    for attend in (_attention_by_branches, attention_by_blocks):
         torch.testing.assert_close(attend(query, key, value, layout, rules), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -41,7 +41,7 @@ WORDS = {"bad": "with all answers bad", UNUSABLE: "unusable, since answers are e
 def counts_line(counts: Counter) -> str:
     """The counts of an export in words."""
     shown = ("preferences", "ties", "skips")
-    return ", ".join(f"{count} {WORDS.get(kind, kind)}" for kind, count in counts.items() if count or kind in shown)
+    return ", ".join(f"{count:,} {WORDS.get(kind, kind)}" for kind, count in counts.items() if count or kind in shown)
 
 
 def export_records(store: Store, path: Path, names: bool = False) -> Counter:
@@ -139,10 +139,15 @@ def is_export(directory: Path) -> bool:
     return (directory / CARD).is_file() and _is_own(directory)
 
 
-def entry_of(directory: Path) -> dict:
-    """The entry of `datasets` that trains on an exported directory."""
+def entry_of(directory: Path) -> str:
+    """The entry of `datasets` that trains on an exported directory, as the command line has it."""
     columns = pyarrow.parquet.read_schema(directory / TRAIN).names
-    return {"name": "lc", "data_dir": str(directory)} if "version1" in columns else {"path": str(directory)}
+    return f"{{name: lc, data_dir: '{directory}'}}" if "version1" in columns else f"{{path: '{directory}'}}"
+
+
+def training_command(directory: Path) -> str:
+    """The command that trains on an exported directory, for a shell."""
+    return f'python train.py loss=dpo "datasets=[{entry_of(directory)}]"'
 
 
 # ---- the hub ----------------------------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from preference_collection.generation.sources import sources_of
 from preference_collection.sandbox.running import TestRun
 from preference_collection.settings import load_settings
 from preference_collection.store.model import Comparison, Task, Verdict, new_id, shown_order
+from preference_collection.store.queue import Queue
 from preference_collection.store.store import open_store
 from preference_collection.tests.conftest import a_comparison, a_task
 from preference_collection.web import server
-from preference_collection.web.interim_queue import Queue
 from preference_collection.web.security import HEADERS
 from preference_collection.web.server import build_app
 from preference_collection.web.shared import Shared

@@ -6,7 +6,7 @@ from markupsafe import Markup
 
 from preference_collection.generation.writing import read_reply
 from preference_collection.sandbox.running import TestRun
-from preference_collection.store.model import Answer, Comparison, Judgment, Task, Verdict, shown_order
+from preference_collection.store.model import Comparison, Judgment, Task, Verdict, shown_order
 from preference_collection.web.markup import code_block, rendered
 from preference_collection.web.shared import Shared, html
 
@@ -17,11 +17,14 @@ SIGNS = {"passed": "✓", "failed": "✗", "error": "!", "timed out": "⏱"}
 
 @dataclass(frozen=True)
 class Side:
-    """An answer as shown: number counts from the left and is its key, index is its place in the comparison."""
+    """An answer as shown: number counts from the left and is its key, index is its place in the comparison.
+
+    beside and stacked are its names where answers stand side by side, and one above the other. fault is what makes it useless,
+    as the end of a sentence.
+    """
 
     number: int
     index: int
-    label: str
     beside: str
     stacked: str
     html: Markup
@@ -52,7 +55,7 @@ def show_task(shared: Shared, task: Task, **more) -> Shown:
     """A task without answers."""
     prompt, turns = Markup(), ()
     if isinstance(task.prompt, str):
-        prompt = rendered(task.prompt, 0)
+        prompt = rendered(task.prompt, shared.settings.fold_lines)
     else:
         turns = tuple((turn[0], rendered(turn[1], shared.settings.fold_lines)) for turn in task.prompt)
     tests = tuple(f"{task.function_name}({', '.join(map(repr, test['args']))}) → {test['expected']!r}" for test in task.tests)
@@ -97,12 +100,14 @@ def _side(shared: Shared, comparison: Comparison, task: Task, number: int, index
     name = f"answer {number}"
     beside, stacked = (BESIDE[number - 1], STACKED[number - 1]) if two else (name, name)
     fault = read_reply(task, answer.text).fault
-    text = _text(answer, shared.settings.fold_lines, f"/text/{comparison.id}/{index}")
-    return Side(number, index, f"Answer {number}", beside, stacked, text, tests_of(run, task), fault)
+    text = answer_html(shared, comparison, index)
+    return Side(number, index, beside, stacked, text, tests_of(run, task), fault)
 
 
-def _text(answer: Answer, fold_lines: int, whole: str) -> Markup:
+def answer_html(shared: Shared, comparison: Comparison, index: int) -> Markup:
     """An answer: its code with the whole reply behind a fold, or the reply."""
+    answer, fold_lines = comparison.answers[index], shared.settings.fold_lines
+    whole = f"/text/{comparison.id}/{index}"
     if answer.code is None:
         return rendered(answer.text, fold_lines, whole)
     code = code_block(answer.code, "python", fold_lines, whole)

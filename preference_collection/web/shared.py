@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -18,9 +17,9 @@ from preference_collection.generation.ahead import Ahead
 from preference_collection.generation.sources import Source
 from preference_collection.generation.writing import Writing
 from preference_collection.sandbox.running import TestRunner
+from preference_collection.store.queue import Queue
 from preference_collection.store.store import Store
 from preference_collection.web.characters import shown
-from preference_collection.web.interim_queue import Queue
 from preference_training.core.errors import UserError
 
 HERE = Path(__file__).parent
@@ -46,8 +45,8 @@ LINKS = (
 class Shared:
     """What all requests share.
 
-    writings are the replies on their way, by labeler and task. chosen is what each labeler last asked a model with, and
-    instructions the instruction, by labeler and kind of task. ahead is told who is active.
+    guidelines are HTML. writings are the replies on their way, by labeler and task. chosen is what each labeler last asked a
+    model with, and instructions the instruction, by labeler and kind of task. ahead is told who is active.
     """
 
     settings: DictConfig
@@ -56,15 +55,11 @@ class Shared:
     runner: TestRunner
     sources: dict[str, Source]
     password: str = ""
+    guidelines: str = ""
     writings: dict[tuple[str, str], list[Writing]] = field(default_factory=dict)
     chosen: dict[str, dict] = field(default_factory=dict)
     instructions: dict[tuple[str, str], str] = field(default_factory=dict)
     ahead: Ahead | None = None
-
-    @cached_property
-    def guidelines(self) -> Markup:
-        """The guidelines as safe HTML."""
-        return Markup("<p>None.</p>")
 
 
 def shared_of(request: Request) -> Shared:

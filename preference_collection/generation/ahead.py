@@ -7,6 +7,7 @@ makes answers to further tasks when less than enough is left.
 import sys
 import threading
 import time
+import traceback
 from itertools import zip_longest
 
 from preference_collection.generation.batches import Batch, Patience
@@ -88,10 +89,22 @@ class Ahead:
                 work()
             except Exception as error:
                 # A thread that ends would leave labelers waiting.
+                traceback.print_exc()
                 self._say(f"Working ahead failed: {type(error).__name__}: {first_line(error)}.")
-                self._stop.wait(self.pause)
+                self._stop.wait(LONGEST_PAUSE)
             with self._changed:
                 self._changed.wait_for(lambda known=num_events: self._num_events != known, EVERY_SECONDS)
+
+    def _now_active(self) -> list[str]:
+        """The active labelers."""
+        with self._changed:
+            since = time.monotonic() - ACTIVE_SECONDS
+            self._active = {labeler: moment for labeler, moment in self._active.items() if moment >= since}
+            return list(self._active)
+
+    def _num_needed(self, active: list[str]) -> int:
+        """How many comparisons are to be ready: each is for `overlap` labelers, and all active ones draw on the same."""
+        return self._settings.ahead * -(-len(active) // self._settings.overlap)
 
     # ---- tests -------------------------------------------------------------------------------------------------------------
 
@@ -99,7 +112,8 @@ class Ahead:
         """Start the tests of what comes next, in turn for each labeler for whom something has changed."""
         with self._changed:
             due, self._due = self._due, set()
-        upcoming = [self._queue.peek(labeler, self._settings.ahead) for labeler in due]
+        count = self._num_needed(self._now_active())
+        upcoming = [self._queue.peek(labeler, count) for labeler in due]
         for id in dict.fromkeys(id for ids in zip_longest(*upcoming) for id in ids if id and id not in self._tested):
             comparison = self._store.comparison(id)
             task = comparison and self._store.task(comparison.task)
@@ -113,15 +127,9 @@ class Ahead:
     # ---- answers -----------------------------------------------------------------------------------------------------------
 
     def _num_missing(self) -> int:
-        """How many comparisons are missing for the labeler with the least left.
-
-        Each comparison is for `overlap` labelers, so that the active ones share what is left.
-        """
-        with self._changed:
-            since = time.monotonic() - ACTIVE_SECONDS
-            self._active = {labeler: moment for labeler, moment in self._active.items() if moment >= since}
-            active = list(self._active)
-        needed = self._settings.ahead * -(-len(active) // self._settings.overlap)
+        """How many comparisons are missing for the labeler with the least left."""
+        active = self._now_active()
+        needed = self._num_needed(active)
         return max((needed - self._queue.remaining(labeler) for labeler in active), default=0)
 
     def _generate(self) -> None:

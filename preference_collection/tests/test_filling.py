@@ -1,5 +1,6 @@
 """Answers are made ahead: every one is saved, none is asked for twice, and what cannot be had is said once."""
 
+import io
 import os
 import signal
 import subprocess
@@ -14,13 +15,13 @@ from preference_collection.__main__ import main
 from preference_collection.generation.asking import Request
 from preference_collection.generation.batches import Batch, Progress, duration_text, reply_to
 from preference_collection.generation.filling import fill, plan_of
-from preference_collection.generation.sources import model_named
+from preference_collection.generation.sources import Model, ServerSource, model_named
 from preference_collection.generation.stopping import Stop
 from preference_collection.settings import load_settings
 from preference_collection.store.store import open_store
 from preference_collection.tests.conftest import a_comparison
 from preference_collection.tests.models import QUICK, REPLIES, code, filled, seed_of, settings_for, with_tasks
-from preference_collection.tests.ollama_stand_in import ollama_stand_in
+from preference_collection.tests.ollama_stand_in import Broken, Silence, ollama_stand_in
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import Turn
 
@@ -149,6 +150,39 @@ def test_where_nobody_listens_the_command_ends_at_once(store):
         fill(store, plan_of(settings, [model_named("ollama:x", settings)]), 1, 2, QUICK)
 
 
+def test_a_server_that_goes_away_ends_the_command_and_the_answers_stay(store, server):
+    with_tasks(store, *"abcd")
+
+    def third_is_the_last(request):
+        if len(server.requests) == 3:
+            server.leave()
+        return REPLIES["varied"](request)
+
+    server.replies["varied"] = third_is_the_last
+    with pytest.raises(UserError) as caught:
+        filled(store, server, "varied", workers=1)
+    assert str(caught.value) == (
+        f"Ollama at {server.url} cannot be reached. Start it, or set its address.\n"
+        "3 answers saved; run the command again to continue."
+    )
+    assert sum(len(store.answers_of(id)) for id in "abcd") == 3
+
+
+def test_a_silence_is_followed_by_another_attempt(server):
+    first = iter([[Silence()]])
+    server.replies["late"] = lambda _: next(first, ["Here."])
+    model = Model(ServerSource("ollama", server.url, 0.1), "late", "ollama:late")
+    assert reply_to(model, Request("late", "x", 1.0, 1, 9), Stop(), QUICK) == ("Here.", "stop")
+    assert len(server.requests) == 2
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again_as_a_whole(server):
+    first = iter([["def ", Broken("out of memory")]])
+    server.replies["late"] = lambda _: next(first, ["Here."])
+    model = Model(ServerSource("ollama", server.url, 20), "late", "ollama:late")
+    assert reply_to(model, Request("late", "x", 1.0, 1, 9), Stop(), QUICK) == ("Here.", "stop")
+
+
 def test_a_request_that_is_refused_alone_leaves_the_others(store, server):
     with_tasks(store, "a", "b", "c")
     server.refuse = lambda request: (400, {}) if "(b)" in request["messages"][0]["content"] else None
@@ -196,6 +230,26 @@ def test_the_line_of_progress_has_rate_and_time_left():
     assert progress.line().startswith("30 of 400 answers, 30.0 a minute, 12 min ")
     assert Progress(400, "answers").line().endswith("unknown time left")
     assert [duration_text(seconds) for seconds in (0.4, 59.6, 3600, 7500)] == ["0 s", "1 min 0 s", "1 h 0 min", "2 h 5 min"]
+
+
+class Screen(io.StringIO):
+    """What a terminal or a file gets."""
+
+    def __init__(self, is_terminal: bool):
+        super().__init__()
+        self.isatty = lambda: is_terminal
+
+
+def test_progress_is_one_line_that_is_drawn_again_and_in_a_file_seldom_one():
+    terminal, file = Screen(True), Screen(False)
+    for stream in (terminal, file):
+        progress = Progress(3, "answers", stream)
+        progress.skip()
+        progress.step()
+        progress.step()
+        progress.end()
+    assert [line.partition(",")[0] for line in terminal.getvalue().split("\r")] == ["", "1 of 2 answers", "2 of 2 answers"]
+    assert terminal.getvalue().count("\n") == 1 and file.getvalue() == ""
 
 
 # ---- the command ------------------------------------------------------------------------------------------------------------

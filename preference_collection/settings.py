@@ -21,7 +21,7 @@ TRUTHS = ("read_only", "samples", "run_unisolated")
 NUMBERS = {
     "port": (1, 65535, True), "overlap": (1, 1000, True), "lease_minutes": (0.1, 1440, False), "fold_lines": (0, 10**6, True),
     "temperature": (0, 10, False), "max_tokens": (1, 10**6, True), "slow_seconds": (0, 10**6, False),
-    "ahead": (1, 1000, True), "answers": (2, 5, True),
+    "ahead": (0, 1000, True), "answers": (2, 5, True),
     "silence_seconds": (1, 10**6, False), "limits.cpu_seconds": (1, 3600, True), "limits.wall_seconds": (0.1, 3600, False),
     "limits.memory_mb": (64, 2**20, True), "limits.files_mb": (1, 2**20, True), "limits.output_kb": (1, 2**20, True),
 }  # fmt: skip

@@ -14,18 +14,21 @@ from omegaconf import OmegaConf
 from preference_collection.__main__ import main
 from preference_collection.generation import ahead as ahead_module
 from preference_collection.generation.ahead import Ahead
-from preference_collection.generation.asking import SourceError
-from preference_collection.generation.batches import Batch, Patience, Progress, duration_text
+from preference_collection.generation.asking import Request, Sampling
+from preference_collection.generation.batches import Batch, Patience, Progress, duration_text, reply_to
 from preference_collection.generation.filling import fill, plan_of
 from preference_collection.generation.sources import model_named
 from preference_collection.generation.stopping import Stop
+from preference_collection.generation.writing import answer_of, write_answers
 from preference_collection.sandbox.running import TestRunner
 from preference_collection.sandbox.sandbox import open_sandbox
 from preference_collection.settings import limits_of, load_settings
 from preference_collection.store.store import open_store
 from preference_collection.tests.conftest import a_comparison, a_task
 from preference_collection.tests.ollama_stand_in import Silence, ollama_stand_in
+from preference_collection.tests.test_replies import STANDING_IN
 from preference_training.core.errors import UserError
+from preference_training.data.rows.records import Turn
 
 QUICK = Patience(attempts=3, pause=0.001)
 
@@ -81,7 +84,7 @@ def test_the_first_tasks_without_a_comparison_get_one(store, server):
     assert [answer.model for answer in comparison.answers] == ["varied", "varied"]
     assert comparison.answers[0].code != comparison.answers[1].code
     assert store.comparisons_of("b") == [known]
-    assert filled(store, server, "varied", count=5) == "5 answers and 1 comparisons added for 1 tasks"
+    assert filled(store, server, "varied", count=5) == "5 answers and 1 comparison added for 1 task"
     assert len(store.comparisons_of("d")[0].answers) == 5
     assert filled(store, server, "varied") == "every task has a comparison"
 
@@ -103,7 +106,7 @@ def test_so_many_requests_are_sent_at_a_time(store, server):
 
 def test_text_without_code_is_no_fault_of_an_answer_to_a_text(store, server):
     with_tasks(store, "a", kind="text", function_name="", tests=())
-    assert filled(store, server, "prose") == "2 answers and 1 comparisons added for 1 tasks"
+    assert filled(store, server, "prose") == "2 answers and 1 comparison added for 1 task"
     [comparison] = store.comparisons_of("a")
     assert comparison.answers[0].parameters["instruction"] == "" and comparison.answers[0].prompt == "Add two numbers (a)."
 
@@ -111,7 +114,7 @@ def test_text_without_code_is_no_fault_of_an_answer_to_a_text(store, server):
 def test_an_unusable_reply_is_asked_for_three_more_times_then_kept_with_its_fault(store, server):
     with_tasks(store, "a")
     assert filled(store, server, "prose") == (
-        "2 answers and 1 comparisons added for 1 tasks; 2 answers without usable code or text after 3 further attempts, kept"
+        "2 answers and 1 comparison added for 1 task; 2 of the answers cannot be used, even after 3 more attempts each"
     )
     assert len(server.requests) == 2 * 4 and len({seed_of(request) for request in server.requests}) == 8
     [comparison] = store.comparisons_of("a")
@@ -121,10 +124,19 @@ def test_an_unusable_reply_is_asked_for_three_more_times_then_kept_with_its_faul
 def test_an_answer_that_is_there_already_is_asked_for_three_more_times_then_the_task_is_left(store, server):
     with_tasks(store, "a")
     assert filled(store, server, "same") == (
-        "1 answers and 0 comparisons added for 1 tasks; 1 tasks left without a comparison, since the answers are the same"
+        "1 answer and 0 comparisons added for 1 task; 1 task left without a comparison, since their answers are the same"
     )
     assert len(server.requests) == 1 + 4
-    assert filled(store, server, "varied").startswith("2 answers and 1 comparisons"), "of another model both are missing"
+    assert filled(store, server, "varied").startswith("2 answers and 1 comparison"), "of another model both are missing"
+
+
+def test_a_conversation_is_completed_too(store, server):
+    turns = (Turn("system", "Be brief."), Turn("user", "Add."))
+    with_tasks(store, "a", prompt=turns, kind="text", function_name="", tests=())
+    server.refuse = lambda _: (400, {}) if len(server.requests) == 2 else None
+    assert filled(store, server, "prose").startswith("1 answer and 0 comparisons")
+    assert filled(store, server, "prose") == "1 answer and 1 comparison added for 1 task"
+    assert [answer.prompt for answer in store.comparisons_of("a")[0].answers] == [turns] * 2
 
 
 def test_the_function_that_the_code_defines_is_kept_with_the_answer(store, server):
@@ -162,18 +174,18 @@ def test_a_server_that_is_gone_ends_the_command_with_one_message_and_the_answers
     with pytest.raises(UserError) as caught:
         filled(store, server, "varied", workers=1)
     assert str(caught.value) == (
-        "Ollama has no model 'varied'. Download it with: ollama pull varied "
-        "3 answers were saved; run the command again to continue."
+        "Ollama has no model 'varied'. Download it with: ollama pull varied\n"
+        "3 answers saved; run the command again to continue."
     )
     assert len(server.requests) == 4
     server.refuse = lambda _: None
     assert filled(store, server, "varied").startswith("5 answers and 3 comparisons added for 3 tasks")
 
 
-def test_nobody_listens(store):
+def test_where_nobody_listens_the_command_ends_at_once(store):
     with_tasks(store, "a")
     settings = load_settings(["ollama_host=127.0.0.1:1"])
-    with pytest.raises(UserError, match=r"Ollama at http://127.0.0.1:1 cannot be reached. .* 0 answers were saved"):
+    with pytest.raises(UserError, match=r"Ollama at http://127.0.0.1:1 cannot be reached. Start it, or set its address.$"):
         fill(store, plan_of(settings, [model_named("ollama:x", settings)]), 1, 2, QUICK)
 
 
@@ -181,7 +193,7 @@ def test_a_request_that_is_refused_alone_leaves_the_others(store, server):
     with_tasks(store, "a", "b", "c")
     server.refuse = lambda request: (400, {}) if "(b)" in request["messages"][0]["content"] else None
     line = filled(store, server, "varied")
-    assert line.startswith("4 answers and 2 comparisons added for 3 tasks; 2 requests without a reply; the first: Ollama at")
+    assert line.startswith("4 answers and 2 comparisons added for 3 tasks; 2 requests without a reply, the first: Ollama at")
     assert [task.id for task in store.tasks_without_comparison()] == ["b"]
 
 
@@ -195,12 +207,8 @@ def test_ten_failures_in_a_row_end_the_command(store, server):
 
 def test_a_stop_ends_requests_to_a_silent_server(server):
     settings = settings_for(server)
-    stop, batch = Stop(), None
-    model = model_named("ollama:silent", settings)
-    from preference_collection.generation.asking import Request
-    from preference_collection.generation.batches import reply_to
-
-    batch = Batch(2, stop)
+    stop = Stop()
+    model, batch = model_named("ollama:silent", settings), Batch(2, stop)
     jobs = [lambda: reply_to(model, Request("silent", "x", 1.0, 1, 9), stop, QUICK)] * 3
     thread = threading.Thread(target=batch.run, args=(jobs,))
     thread.start()
@@ -305,7 +313,7 @@ def test_ctrl_c_keeps_what_is_there_and_says_how_to_go_on(tmp_path, server):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said.strip() == "stopped. 0 answers were saved; run the command again to continue."
+    assert said.strip() == "stopped. 0 answers saved; run the command again to continue."
 
 
 # ---- while people judge -----------------------------------------------------------------------------------------------------
@@ -371,11 +379,14 @@ def test_tests_of_what_comes_next_run_before_it_is_shown(store, working):
 
 def test_tests_call_the_function_that_the_code_defines(store, server, runner):
     with_tasks(store, "a")
-    filled(store, server, "named")
-    [comparison] = store.comparisons_of("a")
-    run = runner.start_tests(comparison.answers[0], store.task("a"))
-    assert until(lambda: run.over) and run.passed == 1
-    assert run.results[0]["call"] == "plus(1, 2)"
+    for number, solution in enumerate(STANDING_IN.values()):
+        server.replies[str(number)] = lambda _, solution=solution: [f"```python\n{solution}\n```"]
+        source = model_named(f"ollama:{number}", settings_for(server)).source
+        [writing] = write_answers(source, str(number), store.task("a"), Sampling(0, 9, ""), count=1)
+        answer = answer_of(store.task("a"), writing.wait(30).request, "", writing.text, None)
+        run = runner.start_tests(answer, store.task("a"))
+        assert until(lambda: run.over) and run.passed == 1  # noqa: B023
+        assert run.results[0]["call"] == "plus(1, 2)"
 
 
 def test_answers_are_made_until_enough_comparisons_are_ready(store, server, working):
@@ -424,7 +435,3 @@ def test_it_stops_at_once_also_while_a_server_is_silent(store, server, working):
 def test_a_generator_that_cannot_be_is_refused_before_it_starts(store, runner, server):
     with pytest.raises(UserError, match="olama:x: no such file; did you mean ollama"):
         Ahead(store, FakeQueue(), runner, settings_for(server, "generator=olama:x"))
-
-
-def test_an_error_of_one_request_says_whether_others_can_succeed():
-    assert not SourceError("x").is_final and not SourceError("x").is_retryable

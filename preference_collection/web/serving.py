@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import uvicorn
 from omegaconf import DictConfig
 
-from preference_collection.exchange.importing import SAMPLES, import_into
+from preference_collection.exchange.importing import add_samples
 from preference_collection.generation.ahead import Ahead
 from preference_collection.generation.sources import sources_of
 from preference_collection.sandbox.running import TestRunner
@@ -53,7 +53,7 @@ def serve(settings: DictConfig, password: str) -> None:
 def open_shared(settings: DictConfig, store: Store, password: str) -> Shared:
     """What all requests share, with the samples in an empty store."""
     if settings.samples and not store.read_only and not store.progress().tasks:
-        import_into(store, SAMPLES)
+        add_samples(store)
     queue = Queue(store, settings.overlap, settings.order, settings.lease_minutes * 60)
     runner = TestRunner(open_sandbox(limits_of(settings)), store, settings.run_unisolated)
     return Shared(settings, store, queue, runner, sources_of(settings), password, guidelines_of(settings))

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -264,6 +265,18 @@ def test_differences_are_of_the_answers_in_the_order_shown(store):
     first, second = (("x = 1", "x = 2")[index] for index in shown_order("Ada", "pair-a", 2))
     assert f"removed line: </span>{first}" in html and f"added line: </span>{second}" in html
     assert "From left to right" in html
+
+
+def test_what_comes_next_is_read_before_it_is_asked_for(store, monkeypatch):
+    filled(store, "a", "b", "c")
+    client = signed_in(store)
+    client.shared.ahead = SimpleNamespace(seen=lambda _: None, status=lambda: "")
+    assert shown_in(client.get("/label").text) == "pair-a"
+    client.shared.close()  # waits for what was begun
+    monkeypatch.setattr(type(store), "comparison", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(type(store), "task", lambda *_: pytest.fail("read again"))
+    client.shared.ahead = None
+    assert client.post("/api/judge", json=a_choice("pair-a")).json()["next"]["id"] == "pair-b"
 
 
 # ---- tests of code ----------------------------------------------------------------------------------------------------------

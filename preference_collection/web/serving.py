@@ -47,6 +47,7 @@ def serve(settings: DictConfig, password: str) -> None:
         print(shared.runner.sandbox.isolation.line(), flush=True)
         shared.ahead = Ahead(store, shared.queue, shared.runner, settings)
         closing.callback(shared.ahead.start().stop)
+        closing.callback(shared.close)
         run(shared, sockets)
 
 

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -72,7 +73,10 @@ def shown_in(page: str) -> str | None:
 # ---- sign-in ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/label", "/label/pair-a", "/task/a", "/tasks", "/export", "/text/pair-a/0"])
+PAGES = ("/label", "/label/pair-a", "/task/a", "/tasks", "/export", "/agreement", "/progress", "/text/pair-a/0", "/nowhere")
+
+
+@pytest.mark.parametrize("path", PAGES)
 def test_nothing_is_read_before_sign_in(store, path):
     filled(store, "a")
     answer = client_of(store).get(path)
@@ -248,6 +252,37 @@ def test_a_read_only_store_is_viewed_and_not_judged(store):
     answer = client.post("/api/judge", json=a_choice("pair-a"))
     assert answer.status_code == 409 and "open read-only" in answer.json()["error"]
     reading.close()
+
+
+def test_two_labelers_get_different_comparisons_and_signing_out_frees_one(store):
+    filled(store, "a", "b")
+    ada, bob = signed_in(store), signed_in(store, "Bob")
+    bob.shared.queue = ada.shared.queue
+    assert [shown_in(client.get("/label").text) for client in (ada, bob)] == ["pair-a", "pair-b"]
+    assert shown_in(ada.get("/label").text) == "pair-a"
+    ada.post("/sign-out")
+    assert bob.post("/api/next", json={"comparison": "pair-b"}).json()["next"]["id"] == "pair-a"
+
+
+def test_differences_are_of_the_answers_in_the_order_shown(store):
+    filled(store, "a", texts=("x = 1", "x = 2"))
+    client = signed_in(store)
+    html = client.get("/api/differences/pair-a").json()["html"]
+    first, second = (("x = 1", "x = 2")[index] for index in shown_order("Ada", "pair-a", 2))
+    assert f"removed line: </span>{first}" in html and f"added line: </span>{second}" in html
+    assert "From left to right" in html
+
+
+def test_what_comes_next_is_read_before_it_is_asked_for(store, monkeypatch):
+    filled(store, "a", "b", "c")
+    client = signed_in(store)
+    client.shared.ahead = SimpleNamespace(seen=lambda _: None, status=lambda: "")
+    assert shown_in(client.get("/label").text) == "pair-a"
+    client.shared.close()  # waits for what was begun
+    monkeypatch.setattr(type(store), "comparison", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(type(store), "task", lambda *_: pytest.fail("read again"))
+    client.shared.ahead = None
+    assert client.post("/api/judge", json=a_choice("pair-a")).json()["next"]["id"] == "pair-b"
 
 
 # ---- tests of code ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ class Broken(str):
 class StandIn:
     """The behavior of the stand-in, and the requests it received.
 
-    replies: a model's name → a function from the request to the pieces of its reply. requests: what it was asked.
+    replies: a model's name → a function from the request to the pieces of its reply. requests: what it was asked. refuse: a
+    function from a request to the status and headers of an error, or None.
     """
 
     def __init__(self, replies: dict[str, Callable[[dict], list]]):
@@ -31,6 +32,7 @@ class StandIn:
         self.go_on = threading.Event()
         self.left = threading.Event()
         self.status = 200
+        self.refuse: Callable[[dict], tuple[int, dict] | None] = lambda _: None
         self.url = ""
 
     def models(self) -> list[dict]:
@@ -93,6 +95,12 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.stand_in.requests.append({**request, "authorization": self.headers.get("Authorization")})
         openai = self.path == "/v1/chat/completions"
+        if refusal := self.stand_in.refuse(request):
+            self.send_response(refusal[0])
+            for name, value in {"Content-Length": "0", **refusal[1]}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            return
         if self.stand_in.status != 200:
             self.send_response(self.stand_in.status)
             self.send_header("Location", f"{self.stand_in.url}/elsewhere")

@@ -7,8 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, combinations, islice
 from typing import NamedTuple
 
-from preference_training.data.rows.records import SAME_TEXT, DataReport, Prompt, Response
+from preference_training.data.rows.answers import answer_in, listed_answer
+from preference_training.data.rows.conversations import RowError
+from preference_training.data.rows.prompt_fields import PromptFields
+from preference_training.data.rows.records import SAME_TEXT, DataReport, Prompt, Response, item_error, response_of
 from preference_training.data.rows.templates import ASSISTANT, parse_dialogue, split_dialogue
+from preference_training.data.rows.values import as_number, is_empty, is_missing_number, parse_text_list
 
 
 def new_record() -> dict:
@@ -188,6 +192,45 @@ def _ranked(
     report.skip(SAME_RESPONSE, len(responses) - len(texts))
     report.skip(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
     return texts, kept, pairs
+
+
+# ---- rows that are records -------------------------------------------------------------------------------------------------
+
+# What a row that is a record has: what loaders give, perhaps a rank and a label of each response, and the best and the worst.
+RECORD_COLUMNS = ("responses", "pairs", "sft_target", "ranks", "labels", "chosen", "rejected")
+
+
+def record_row(row: dict, prompts: PromptFields) -> Row:
+    """A row that is a record: `responses`, `pairs` of their indices, and `sft_target`, which may be a further response.
+
+    Without a target, SFT learns the first preferred response, if any. Raises RowError.
+    """
+    answers = parse_text_list(row.get("responses"))
+    if not isinstance(answers, list) or not answers:
+        raise RowError("field 'responses' is not a list of texts or conversations.")
+    responses = [_response(listed_answer(answer, "responses", k)) for k, answer in enumerate(answers)]
+    values = {name: parse_text_list(row.get(name)) for name in ("pairs", "ranks", "labels")}
+    pairs = values["pairs"] or []
+    pairs = [tuple(pair) if isinstance(pair, list) else pair for pair in pairs] if isinstance(pairs, list) else pairs
+    labels, ranks = (None if is_empty(values[name]) else values[name] for name in ("labels", "ranks"))
+    if ranks is not None and not (isinstance(ranks, list) and len(ranks) == len(responses)):
+        raise RowError(f"field 'ranks' is {ranks!r}, expected a list of {len(responses)} numbers, one for each response.")
+    scores = None if ranks is None else [None if is_missing_number(rank) else -as_number(rank, "ranks") for rank in ranks]
+    target = row.get("sft_target")
+    target = (responses[0] if not pairs else None) if is_empty(target) else _response(answer_in(target, "sft_target"))
+    record = {"responses": responses, "pairs": pairs, "sft_target": target or responses[0], "labels": labels, "scores": scores}
+    if problem := item_error(("", record)):
+        raise RowError(f"{problem}.")
+    target = responses[pairs[0][0]] if target is None else target
+    if target not in responses:
+        more = [[*given, None] if given is not None else None for given in (scores, labels)]
+        responses, scores, labels = [*responses, target], *more
+    prompt = "" if row.get(prompts.prompt) == "" else prompts.read(row)
+    return Row(prompt, responses, pairs, responses.index(target), scores, labels)
+
+
+def _response(answer) -> Response:
+    return response_of(answer) if isinstance(answer, tuple) else answer
 
 
 # ---- responses that repeat their prompt ------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def lc_records(directory) -> dict:
 
 def test_the_lc_loader_reads_the_preferences_and_nothing_else(store, tmp_path):
     counts = export_dataset(judged_store(store), tmp_path / "out")
-    assert counts == {"preferences": 4, "ties": 1, "skips": 1}
+    assert +counts == {"preferences": 4, "ties": 1, "skips": 1}
     assert lc_records(tmp_path / "out") == {
         (Turn("user", "Add two numbers (a)."),): [("a one", "a two")] * 2,
         (Turn("user", "Add two numbers (b)."),): [("b two", "b one"), ("b one", "b two")],
@@ -70,7 +70,7 @@ def test_each_judgment_is_a_row_with_the_votes_on_its_pair(store, tmp_path):
 
 def test_an_undone_judgment_is_not_exported(store, tmp_path):
     judged_store(store).undo("bob")
-    assert export_dataset(store, tmp_path / "out") == {"preferences": 4, "ties": 1, "skips": 0}
+    assert +export_dataset(store, tmp_path / "out") == {"preferences": 4, "ties": 1}
     assert not (tmp_path / "out" / "apart" / "skips.parquet").exists()
 
 
@@ -232,7 +232,7 @@ def test_an_export_is_pushed_as_a_private_data_set_with_its_card(store, tmp_path
     assert (created["name"], created["type"], created["visibility"]) == ("picks", "dataset", "private")
     [commit] = [body for path, _, body in hub.seen if "/commit/" in path]
     files = {line["value"]["path"] for line in map(json.loads, commit.splitlines()) if line["key"] == "file"}
-    assert files == {CARD, *FILES.values()}
+    assert files == {CARD, *(FILES[kind] for kind in ("preferences", "ties", "skips"))}
 
 
 def test_a_public_data_set_is_uploaded_to_only_on_request(store, tmp_path, hub):

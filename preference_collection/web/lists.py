@@ -6,7 +6,7 @@ from urllib.parse import urlencode
 from starlette.requests import Request
 from starlette.responses import Response
 
-from preference_collection.exchange.export import export_dataset
+from preference_collection.exchange.export import counts_line, export_dataset, training_command
 from preference_collection.store.model import FILTERS, ORDERS, Query
 from preference_collection.web.labeling import progress
 from preference_collection.web.shared import labeler_of, page, shared_of
@@ -50,6 +50,6 @@ def export(request: Request, data: dict) -> dict:
     target = Path(shared.settings.export).absolute()
     counts = export_dataset(shared.store, target)
     return {
-        "said": f"Exported to {target}: {', '.join(f'{count:,} {kind}' for kind, count in counts.items())}.",
-        "command": f"python train.py loss=dpo 'datasets=[{{name: lc, data_dir: {target}}}]'",
+        "said": f"Exported to {target}: {counts_line(counts)}.",
+        "command": training_command(target),
     }

@@ -8,7 +8,6 @@ from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_use
 from preference_training.distributed.placement import Placement
 from preference_training.evaluation.breakdown import change_metrics, interval_metrics, values_by_example
 from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
-from preference_training.evaluation.phrasing import too_few
 from preference_training.generation.sampling import Sampler
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.training.parts import Batches, Models, Observers, RunState
@@ -41,29 +40,23 @@ class Evaluator:
         )
         if models.start_check is not None:
             models.start_check.check(self.ranks)
-        warnings = self._warnings() if state.held_out is None else []
+        depends = models.loss.evaluation_depends_on if state.held_out is None else None
         state.held_out = self.held_out.means()
         state.evaluated_at = state.examples
         changes = self._changes()
         self._compare_with_best()
         self.observers.log_evaluation(state.held_out | interval_metrics(self.held_out) | changes | state.counters())
-        for text in warnings:
-            tracker.log_message(f"warning: {text}")
+        if depends:
+            tracker.log_message(
+                f"warning: loss/eval depends on {depends}: it is not comparable across runs, nor exactly between evaluations "
+                "of this one"
+            )
         if self.batches.sample_prompts and self._is_time_to_sample(before):
             tracker.log_samples(self.sample(), state.examples)
         if self.observers.ledger is not None:
             self.observers.ledger.write()
         self._prune()
         tracker.report()
-
-    def _warnings(self) -> list[str]:
-        """Why this run's evaluations may decide nothing."""
-        few = too_few(len(set(self.held_out.sources)), "held-out numbers")
-        depends = self.models.loss.evaluation_depends_on
-        said = f"loss/eval depends on {depends}: it is not comparable across runs, nor exactly between evaluations of this one"
-        return [
-            text for text in (few and f"{few}. Raise held_out_share, or n_eval_examples.", said if depends else None) if text
-        ]
 
     def _changes(self) -> dict[str, float]:
         """How far loss and accuracy have changed since before training; what they are then is remembered."""

@@ -3,9 +3,9 @@
 from torch import nn
 
 from preference_training.core.errors import UserError
-from preference_training.modeling.logprobs import ScoringHead
 from preference_training.modeling.prefix_sharing.block_attention import unsupported_device
 from preference_training.modeling.prefix_sharing.proof import find_sharing_failure
+from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION, register_tree_attention
 from preference_training.modeling.state import compute_device
 

@@ -206,12 +206,18 @@ def test_verdicts_of_models_are_told_after_the_judgment_and_never_before(store):
     filled(store, "a", "b")
     order = shown_order("Ada", "pair-a", 2)
     ranks = tuple(1 if index == order[1] else 2 for index in range(2))
-    store.add_verdicts([Verdict("pair-a", "judge-9", ranks, "it is short", {})])
+    reason = f"{{answer {order[1]}}} is short, {{answer {order[0]}}} is not"
+    store.add_verdicts([Verdict("pair-a", "judge-9", ranks, reason, {})])
     client = signed_in(store)
     before = client.get("/label").text + client.get("/label/pair-a").text + client.get("/tasks").text
-    assert "judge-9" not in before and "it is short" not in before
+    assert "judge-9" not in before and "is short" not in before
     [verdict] = client.post("/api/judge", json=a_choice("pair-a")).json()["verdicts"]
-    assert verdict == {"judge": "judge-9", "words": "answer 2 is better", "number": 2, "reason": "it is short"}
+    assert verdict == {
+        "judge": "judge-9",
+        "words": "answer 2 is better",
+        "number": 2,
+        "reason": "answer 2 is short, answer 1 is not",
+    }
 
 
 @pytest.mark.parametrize(

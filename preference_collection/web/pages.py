@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from preference_collection.generation.judges import shown_reason
 from preference_collection.generation.writing import read_reply
 from preference_collection.sandbox.running import TestRun
 from preference_collection.store.model import Comparison, Judgment, Task, Verdict, shown_order
@@ -165,7 +166,13 @@ def verdict_words(verdict: Verdict, order: tuple[int, ...]) -> dict:
     """The verdict of a model: judge, words, reason, and of two answers the number of the better one, as shown, else 0."""
     ranks = [verdict.ranks[index] for index in order]
     number = ranks.index(1) + 1 if len(ranks) == 2 and ranks[0] != ranks[1] else 0
-    return {"judge": verdict.judge, "words": ranked_words(verdict.ranks, order), "number": number, "reason": verdict.reason}
+    reason = reason_words(verdict, order)
+    return {"judge": verdict.judge, "words": ranked_words(verdict.ranks, order), "number": number, "reason": reason}
+
+
+def reason_words(verdict: Verdict, order: tuple[int, ...]) -> str:
+    """The reason of a verdict, with the answers by the numbers shown."""
+    return shown_reason(verdict.reason, [f"answer {order.index(index) + 1}" for index in range(len(order))])
 
 
 def progress_words(judged: int, left: int) -> str:

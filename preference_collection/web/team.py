@@ -15,7 +15,7 @@ from preference_collection.store.model import Judgment, Verdict, new_id, ranks_o
 from preference_collection.store.statistics import Agreement, LabelerProgress
 from preference_collection.web.labeling import progress
 from preference_collection.web.markup import rendered
-from preference_collection.web.pages import answer_html, judged_words, ranked_words, show_task
+from preference_collection.web.pages import answer_html, judged_words, ranked_words, reason_words, show_task
 from preference_collection.web.shared import Shared, html, labeler_of, missing, page, posted, shared_of
 
 # Disagreements on one page.
@@ -185,7 +185,8 @@ def opinion_of(judgment: Judgment, count: int) -> tuple[str, str, str, str]:
 
 def verdict_of(verdict: Verdict, count: int) -> tuple[str, str, str, str]:
     """Who said what and why, of a model."""
-    return f"{verdict.judge} (a model)", ranked_words(verdict.ranks, tuple(range(count))), "", verdict.reason
+    order = tuple(range(count))
+    return f"{verdict.judge} (a model)", ranked_words(verdict.ranks, order), "", reason_words(verdict, order)
 
 
 def ways_to_settle(comparison: str, count: int) -> tuple[tuple[str, dict], ...]:

@@ -68,6 +68,20 @@ def check_access(settings: DictConfig, password: str | None) -> None:
         raise UserError(f"address: {address} admits other machines, but {PASSWORD} is not set. Set it to a password.")
 
 
+def guidelines_text(settings: DictConfig) -> str:
+    """The guidelines in markdown; "" for none. Raises UserError if there are two, or their file cannot be read."""
+    text, file = settings.guidelines, settings.guidelines_file
+    if text and file:
+        raise UserError("guidelines, guidelines_file: both are set. Set one of them to null.")
+    if not file:
+        return text or ""
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"guidelines_file: {file} cannot be read: {reason}. Expected a file with markdown.") from error
+
+
 def _keys(settings: DictConfig, prefix: str = ""):
     for key, value in settings.items():
         if isinstance(value, DictConfig):

@@ -226,9 +226,11 @@ def test_the_command_judges_with_a_rubric_of_a_file(tmp_path, server, capsys):
     rubric.write_text("Prefer short ones.")
     with closing(open_store(address)) as store:
         with_comparisons(store, ("one", "two!"), ("three", "four"))
-    main(["judge", "--n", "1", "--rubric", str(rubric), f"store={address}", f"ollama_host={server.url}", "judge=ollama:short"])
+    main(["judge", "--n", "1", "--rubric", str(rubric), f"store={address}", f"ollama_host={server.url}", "judge=ollama:short",
+          "guidelines=Be fair."])  # fmt: skip
     assert capsys.readouterr().out.strip() == f"{address}: 1 verdict added, 1 the same in both orders"
-    assert "Prefer short ones." in server.requests[0]["messages"][0]["content"]
+    asked = server.requests[0]["messages"][0]["content"]
+    assert "Prefer short ones." in asked and "Be fair." in asked
 
 
 def test_the_command_says_what_is_wrong_before_it_opens_the_store(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -205,12 +206,18 @@ def test_verdicts_of_models_are_told_after_the_judgment_and_never_before(store):
     filled(store, "a", "b")
     order = shown_order("Ada", "pair-a", 2)
     ranks = tuple(1 if index == order[1] else 2 for index in range(2))
-    store.add_verdicts([Verdict("pair-a", "judge-9", ranks, "it is short", {})])
+    reason = f"{{answer {order[1]}}} is short, {{answer {order[0]}}} is not"
+    store.add_verdicts([Verdict("pair-a", "judge-9", ranks, reason, {})])
     client = signed_in(store)
     before = client.get("/label").text + client.get("/label/pair-a").text + client.get("/tasks").text
-    assert "judge-9" not in before and "it is short" not in before
+    assert "judge-9" not in before and "is short" not in before
     [verdict] = client.post("/api/judge", json=a_choice("pair-a")).json()["verdicts"]
-    assert verdict == {"judge": "judge-9", "words": "answer 2 is better", "number": 2, "reason": "it is short"}
+    assert verdict == {
+        "judge": "judge-9",
+        "words": "answer 2 is better",
+        "number": 2,
+        "reason": "answer 2 is short, answer 1 is not",
+    }
 
 
 @pytest.mark.parametrize(
@@ -264,6 +271,18 @@ def test_differences_are_of_the_answers_in_the_order_shown(store):
     first, second = (("x = 1", "x = 2")[index] for index in shown_order("Ada", "pair-a", 2))
     assert f"removed line: </span>{first}" in html and f"added line: </span>{second}" in html
     assert "From left to right" in html
+
+
+def test_what_comes_next_is_read_before_it_is_asked_for(store, monkeypatch):
+    filled(store, "a", "b", "c")
+    client = signed_in(store)
+    client.shared.ahead = SimpleNamespace(seen=lambda _: None, status=lambda: "")
+    assert shown_in(client.get("/label").text) == "pair-a"
+    client.shared.close()  # waits for what was begun
+    monkeypatch.setattr(type(store), "comparison", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(type(store), "task", lambda *_: pytest.fail("read again"))
+    client.shared.ahead = None
+    assert client.post("/api/judge", json=a_choice("pair-a")).json()["next"]["id"] == "pair-b"
 
 
 # ---- tests of code ----------------------------------------------------------------------------------------------------------

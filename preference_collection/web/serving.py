@@ -40,13 +40,15 @@ def serve(settings: DictConfig, password: str) -> None:
             closing.callback(each.close)
         store = closing.enter_context(contextlib.closing(open_store(settings.store, settings.read_only)))
         shared = open_shared(settings, store, password)
+        closing.callback(shared.runner.close)
+        shared.ahead = Ahead(store, shared.queue, shared.runner, settings)
         for each in sockets:
             each.listen(BACKLOG)
         port = sockets[0].getsockname()[1]
         print(f"{address_of(settings.address, port)}  store {settings.store}; Ctrl-C stops", flush=True)
         print(shared.runner.sandbox.isolation.line(), flush=True)
-        shared.ahead = Ahead(store, shared.queue, shared.runner, settings)
         closing.callback(shared.ahead.start().stop)
+        closing.callback(shared.close)
         run(shared, sockets)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 from markupsafe import Markup
@@ -11,13 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from preference_collection.settings import guidelines_text
 from preference_collection.store.model import Judgment, Verdict, new_id, ranks_of_pick
 from preference_collection.store.statistics import Agreement, LabelerProgress
 from preference_collection.web.labeling import progress
 from preference_collection.web.markup import rendered
-from preference_collection.web.pages import answer_html, judged_words, ranked_words, show_task
+from preference_collection.web.pages import answer_html, judged_words, ranked_words, reason_words, show_task
 from preference_collection.web.shared import Shared, html, labeler_of, missing, page, posted, shared_of
-from preference_training.core.errors import UserError
 
 # Disagreements on one page.
 PAGE_SIZE = 10
@@ -36,15 +35,7 @@ def routes() -> list[Route]:
 
 def guidelines_of(settings: DictConfig) -> Markup:
     """The guidelines as HTML. Raises UserError if there are two, or their file cannot be read."""
-    text, file = settings.guidelines, settings.guidelines_file
-    if text and file:
-        raise UserError("guidelines, guidelines_file: both are set. Set one of them to null.")
-    if file:
-        try:
-            text = Path(file).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise UserError(f"guidelines_file: {file} cannot be read: {reason}. Expected a file with markdown.") from error
+    text = guidelines_text(settings)
     if not text:
         return Markup("<p>There are no guidelines yet. Set <code>guidelines</code> or <code>guidelines_file</code>.</p>")
     return rendered(text, 0)
@@ -194,7 +185,8 @@ def opinion_of(judgment: Judgment, count: int) -> tuple[str, str, str, str]:
 
 def verdict_of(verdict: Verdict, count: int) -> tuple[str, str, str, str]:
     """Who said what and why, of a model."""
-    return f"{verdict.judge} (a model)", ranked_words(verdict.ranks, tuple(range(count))), "", verdict.reason
+    order = tuple(range(count))
+    return f"{verdict.judge} (a model)", ranked_words(verdict.ranks, order), "", reason_words(verdict, order)
 
 
 def ways_to_settle(comparison: str, count: int) -> tuple[tuple[str, dict], ...]:

@@ -1,26 +1,43 @@
 """The command line of the labeling app.
 
     python -m preference_collection serve                  serve the page
-    python -m preference_collection import FILE            import problems and labels: CSV, JSON lines, Parquet, an older store
-    python -m preference_collection export PATH            export a data set for `lc` (a directory), .jsonl or .parquet
+    python -m preference_collection import FILE            import tasks, answers and labels: what training reads, an older store
+    python -m preference_collection export PATH            export training data: a data set (a directory), .jsonl or .parquet
     python -m preference_collection push DIRECTORY NAME    upload an exported directory to the Hub
-    python -m preference_collection score CHECKPOINT       find the pairs that the policy is uncertain about
+    python -m preference_collection generate               make answers to tasks that have no comparison yet
+    python -m preference_collection judge                  ask a model which answers are better
+    python -m preference_collection score CHECKPOINT       find the comparisons that the policy is uncertain about
+    python -m preference_collection score --ledger RUN     find those whose label the margins of a run call into question
 
 Each command accepts settings of config/collect.yaml: store=my.duckdb
 """
 
 import argparse
-import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 
-from preference_collection.settings import OVERRIDES, PASSWORD, check_access, load_settings
+from preference_collection.exchange.commands import (
+    add_export,
+    add_import,
+    add_push,
+    add_score,
+    prepare_export,
+    prepare_import,
+    prepare_score,
+    with_own_settings,
+)
+from preference_collection.generation.commands import add_generate, add_judge, prepare_generate, prepare_judge
+from preference_collection.settings import PASSWORD, check_access, load_settings
 from preference_training.core.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+# What each command does with a store, checked before the store is opened.
+PREPARE = {
+    "import": prepare_import, "export": prepare_export, "generate": prepare_generate, "judge": prepare_judge,
+    "score": prepare_score,
+}  # fmt: skip
 
 
 def arguments(line: Sequence[str] | None) -> argparse.Namespace:
@@ -28,45 +45,25 @@ def arguments(line: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve the page")
-    take = commands.add_parser("import", help="import problems and labels from a file")
-    take.add_argument("file", type=Path)
-    take.add_argument("--skip-bad-rows", action="store_true", help="skip invalid rows, and count them")
-    out = commands.add_parser("export", help="export judgments as training data")
-    out.add_argument("path", type=Path, help="a directory, or a .jsonl or .parquet file")
-    out.add_argument("--names", action="store_true", help="write the names of labelers instead of numbers")
-    up = commands.add_parser("push", help="upload an exported directory to the Hub")
-    up.add_argument("directory", type=Path)
-    up.add_argument("repository", help="USER/NAME")
-    up.add_argument("--public", action="store_true", help="make the data set public")
-    score = commands.add_parser("score", help="score all pairs with a checkpoint")
-    score.add_argument("checkpoint")
-    for command in (serve, take, out, up, score):
+    moving = add_import(commands), add_export(commands), add_push(commands), add_score(commands)
+    asking = add_generate(commands), add_judge(commands)
+    for command in (serve, *moving, *asking):
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of config/collect.yaml")
     # argparse does not collect settings that follow an option.
     options, rest = parser.parse_known_args(line)
     if wrong := [text for text in rest if text.startswith("-") or "=" not in text]:
         parser.error(f"unrecognized: {' '.join(wrong)}")
     options.overrides += rest
-    return options
+    return with_own_settings(options)
 
 
-def serve(options: argparse.Namespace, settings) -> None:
-    """Replace this process with the Streamlit server."""
-    check_access(settings, os.environ.get(PASSWORD))
-    from preference_collection.store.store import open_store
+def serve(settings) -> None:
+    """Serve the page until it is stopped."""
+    password = os.environ.get(PASSWORD, "")
+    check_access(settings, password)
+    from preference_collection.web.serving import serve
 
-    # Report a problem with the store here rather than on the page.
-    open_store(settings.store, settings.read_only).close()
-    page = Path(__file__).parent / "app.py"
-    flags = {
-        "server.port": settings.port, "server.address": settings.address, "server.headless": "true",
-        "browser.gatherUsageStats": "false", "server.fileWatcherType": "none", "client.toolbarMode": "minimal",
-        "client.showErrorDetails": "none",
-    }  # fmt: skip
-    line = [f"--{name}={value}" for name, value in flags.items()]
-    os.environ[OVERRIDES] = json.dumps(options.overrides)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", str(page), *line])
+    serve(settings, password)
 
 
 def run(options: argparse.Namespace, settings) -> str:
@@ -75,24 +72,11 @@ def run(options: argparse.Namespace, settings) -> str:
         from preference_collection.exchange.export import push
 
         return f"pushed to {push(options.directory, options.repository, not options.public)}"
+    work = PREPARE[options.command](options, settings)
     from preference_collection.store.store import open_store
 
     with closing(open_store(settings.store, settings.read_only or options.command == "export")) as store:
-        if options.command == "import":
-            from preference_collection.exchange.importing import import_into
-
-            return f"{settings.store}: {import_into(store, options.file, options.skip_bad_rows).line()}"
-        if options.command == "score":
-            from preference_collection.generation.checkpoint_source import margins
-
-            pairs = store.pairs()
-            store.add_scores(options.checkpoint, margins(options.checkpoint, pairs))
-            return f"{settings.store}: {len(pairs)} pairs scored by {options.checkpoint}"
-        from preference_collection.exchange.export import export_dataset, export_records
-
-        write = export_records if options.path.suffix else export_dataset
-        counts = write(store, options.path, options.names)
-        return f"{options.path}: {', '.join(f'{count} {kind}' for kind, count in counts.items())}"
+        return f"{options.path if options.command == 'export' else settings.store}: {work(store)}"
 
 
 def main(line: Sequence[str] | None = None) -> None:
@@ -101,11 +85,15 @@ def main(line: Sequence[str] | None = None) -> None:
     try:
         settings = load_settings(options.overrides)
         if options.command == "serve":
-            serve(options, settings)
+            serve(settings)
+            return
         print(run(options, settings))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(f"stopped. {interrupt}".strip(), file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

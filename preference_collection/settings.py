@@ -8,22 +8,25 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from preference_collection.sandbox.sandbox import Limits
+from preference_collection.store.model import ORDERS
 from preference_training.core.errors import UserError, first_line, nearest
 
 DEFAULTS = Path(__file__).parent.parent / "config" / "collect.yaml"
 
-# Environment variables: the shared password, and the overrides that `serve` passes to the page.
+# Environment variable with the shared password.
 PASSWORD = "COLLECT_PASSWORD"
-OVERRIDES = "COLLECT_OVERRIDES"
 
 TRUTHS = ("read_only", "samples", "run_unisolated")
 # Numbers: minimum, maximum, and whether only integers are allowed.
 NUMBERS = {
-    "port": (1, 65535, True), "temperature": (0, 10, False), "max_tokens": (1, 10**6, True), "slow_seconds": (0, 10**6, False),
+    "port": (1, 65535, True), "overlap": (1, 1000, True), "lease_minutes": (0.1, 1440, False), "fold_lines": (0, 10**6, True),
+    "temperature": (0, 10, False), "max_tokens": (1, 10**6, True), "slow_seconds": (0, 10**6, False),
+    "ahead": (0, 1000, True), "answers": (2, 5, True),
     "silence_seconds": (1, 10**6, False), "limits.cpu_seconds": (1, 3600, True), "limits.wall_seconds": (0.1, 3600, False),
     "limits.memory_mb": (64, 2**20, True), "limits.files_mb": (1, 2**20, True), "limits.output_kb": (1, 2**20, True),
 }  # fmt: skip
 TEXTS = ("store", "export", "address")
+ONE_OF = {"order": ORDERS}
 LISTS = ("checkpoints", "reasons")
 
 
@@ -65,6 +68,20 @@ def check_access(settings: DictConfig, password: str | None) -> None:
         raise UserError(f"address: {address} admits other machines, but {PASSWORD} is not set. Set it to a password.")
 
 
+def guidelines_text(settings: DictConfig) -> str:
+    """The guidelines in markdown; "" for none. Raises UserError if there are two, or their file cannot be read."""
+    text, file = settings.guidelines, settings.guidelines_file
+    if text and file:
+        raise UserError("guidelines, guidelines_file: both are set. Set one of them to null.")
+    if not file:
+        return text or ""
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"guidelines_file: {file} cannot be read: {reason}. Expected a file with markdown.") from error
+
+
 def _keys(settings: DictConfig, prefix: str = ""):
     for key, value in settings.items():
         if isinstance(value, DictConfig):
@@ -85,6 +102,8 @@ def _fault(key: str, value) -> str | None:
     if key in LISTS:
         fits = OmegaConf.is_list(value) and all(isinstance(item, str) and item for item in value)
         return None if fits else "a list of non-empty strings"
+    if key in ONE_OF:
+        return None if value in ONE_OF[key] else f"one of {', '.join(ONE_OF[key])}"
     if value is None and key not in TEXTS:
         return None
     return None if isinstance(value, str) and value.strip() else "a non-empty string"

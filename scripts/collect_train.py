@@ -1,4 +1,4 @@
-"""Train on collected preferences: export, SFT, DPO, in one directory below runs/. The model writes the next solutions.
+"""Train on collected preferences: export, SFT, DPO, in one directory below runs/. The model writes the next answers.
 
 python scripts/collect_train.py [--exported] [--directory DIRECTORY] [KEY=VALUE ...]      # make collect-train
 
@@ -15,7 +15,7 @@ from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
-from preference_collection.exchange.export import CARD, export_dataset
+from preference_collection.exchange.export import counts_line, entry_of, export_dataset, is_export
 from preference_collection.settings import load_settings
 from preference_collection.store.store import open_store
 from preference_training.core.errors import UserError
@@ -27,7 +27,7 @@ SETTING = "collect."
 
 def train(directory: Path, loss: Sequence[str], data: Path, overrides: Sequence[str]) -> Path:
     """Train into `directory`; returns its LATEST. Exits with the status of a run that fails."""
-    command = [sys.executable, str(ROOT / "train.py"), f"datasets=[{{name: lc, data_dir: '{data}'}}]", *loss]
+    command = [sys.executable, str(ROOT / "train.py"), f"datasets=[{entry_of(data)}]", *loss]
     command += [f"local_run_dir='{directory}'", *overrides]
     print(f"\n$ python train.py {' '.join(command[2:])}", flush=True)
     if status := subprocess.run(command, check=False).returncode:
@@ -39,12 +39,12 @@ def training_data(settings, exported: bool, directory: Path) -> Path:
     """The directory of the preferences: the page's export, or a new export into `directory`."""
     if exported:
         data = Path(settings.export).absolute()
-        if not (data / CARD).is_file():
+        if not is_export(data):
             raise UserError(f"export: {data} contains no export. Press Export on the page first.")
         return data
     with closing(open_store(settings.store, read_only=True)) as store:
         counts = export_dataset(store, directory)
-    print(f"{directory}: {', '.join(f'{count} {kind}' for kind, count in counts.items())}", flush=True)
+    print(f"{directory}: {counts_line(counts)}", flush=True)
     return directory
 
 

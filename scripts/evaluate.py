@@ -23,7 +23,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory (its latest checkpoint), or a checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as on train.py's command line")
-    parser.add_argument("--judge", help="toy, reward_model:NAME, openai:MODEL or ollama:MODEL")
+    parser.add_argument("--judge", help="FILE.py:NAME, toy, reward_model:NAME, openai:MODEL or ollama:MODEL")
     parser.add_argument("--judge-url", help="server of openai: or ollama:, such as http://localhost:8000/v1")
     parser.add_argument("--against", help="the model to compare with: reference, or a checkpoint directory")
     parser.add_argument(

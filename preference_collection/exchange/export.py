@@ -1,115 +1,82 @@
-"""Exporting judgments as training data: a data set that `lc` reads, or a file of records; and uploading to the Hub.
+"""Exporting judgments as training data: a file of records, or a data set in the Hub's layout; and uploading to the Hub.
 
-Each current judgment is one row. Rows with a preference are training data; ties and skips are stored separately. Each row has
-the vote counts of its pair. Labelers are numbered unless names are requested.
+A directory of programming problems has the columns that `lc` reads; one of any other text has records, as files have. Ties,
+skips and what was overruled are stored apart.
 """
 
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 
-from preference_collection.store.store import Agreement, Store
+from preference_collection.exchange.cards import CARD_MARK, code_card, text_card
+from preference_collection.exchange.judged_rows import (
+    ALL_KINDS,
+    LC_SCHEMA,
+    RECORD_SCHEMA,
+    UNUSABLE,
+    as_written,
+    lc_rows,
+    record_rows,
+    task_kinds,
+)
+from preference_collection.store.store import Store
 from preference_training.core.errors import UserError, first_line
-from preference_training.data.rows.records import item_error
-
-# The kind of row by choice: training data, or stored separately.
-KINDS = {"first": "preferences", "second": "preferences", "tie": "ties", "skip": "skips"}
 
 # The library `datasets` recognizes the first as data by its name, and ignores the others. The card does not list the files: if
 # it did, the library would cache by the directory's name, and find an earlier export instead of this one.
-FILES = {"preferences": "data/train-00000-of-00001.parquet", "ties": "apart/ties.parquet", "skips": "apart/skips.parquet"}
-
-TEXT, COUNT = pyarrow.string(), pyarrow.int64()
-# The first columns are those of the public data set that `lc` reads.
-LC_SCHEMA = pyarrow.schema(
-    {
-        "id": TEXT, "difficulty": TEXT, "title": TEXT, "description": TEXT, "version1": TEXT, "version2": TEXT,
-        "preference": COUNT, "model1": TEXT, "model2": TEXT, "votes_version1": COUNT, "votes_version2": COUNT,
-        "votes_tie": COUNT, "votes_skip": COUNT, "labeller": TEXT, "seconds": pyarrow.float64(), "shown_left": COUNT,
-        "reasons": pyarrow.list_(TEXT), "comment": TEXT, "judged": TEXT, "judgement": TEXT,
-    }
-)  # fmt: skip
-OF_THE_RECORD = ("description", "version1", "version2", "preference")
-RECORD_SCHEMA = pyarrow.schema(
-    [
-        ("prompt", TEXT), ("responses", pyarrow.list_(TEXT)), ("pairs", pyarrow.list_(pyarrow.list_(COUNT))),
-        ("sft_target", TEXT), ("chosen", TEXT), ("rejected", TEXT),
-        *[LC_SCHEMA.field(name) for name in LC_SCHEMA.names if name not in OF_THE_RECORD],
-    ]
-)  # fmt: skip
+TRAIN = "data/train-00000-of-00001.parquet"
+FILES = {"preferences": TRAIN} | {kind: f"apart/{kind}.parquet" for kind in ALL_KINDS[1:] if kind != UNUSABLE}
 
 # A directory with this file was written by `export_dataset`, and may be overwritten.
 CARD = "README.md"
-CARD_MARK = "<!-- written by preference_collection -->"
+# What the counts of an export are called, where that is more than their names.
+WORDS = {"bad": "with all answers bad", UNUSABLE: "unusable, since answers are empty or the same"}
 
 
-def lc_rows(store: Store, names: bool = False) -> Iterator[tuple[str, dict]]:
-    """(kind, row) of every current judgment, in LC_SCHEMA. preference is 0 or 1, and None for ties and skips."""
-    numbers: dict[str, int] = {}
-    for row in store.judgments():
-        id, _, left, choice, labeler, seconds, reasons, comment, at, problem, title, difficulty, prompt, *rest = row
-        one, two, model_one, model_two, *votes = rest
-        number = numbers.setdefault(labeler, len(numbers) + 1)
-        yield KINDS[choice], {
-            "id": problem, "difficulty": difficulty, "title": title, "description": prompt, "version1": one, "version2": two,
-            "preference": {"first": 0, "second": 1}.get(choice), "model1": model_one, "model2": model_two,
-            **dict(zip(("votes_version1", "votes_version2", "votes_tie", "votes_skip"), votes, strict=True)),
-            "labeller": labeler if names else f"labeller {number}", "seconds": seconds,
-            "shown_left": {"first": 0, "second": 1}[left], "reasons": reasons or [], "comment": comment or "",
-            "judged": at.isoformat(timespec="seconds"), "judgement": id,
-        }  # fmt: skip
-
-
-def record_row(row: dict) -> dict:
-    """A row of LC_SCHEMA as a preference record, plus the chosen and the rejected text, if any."""
-    texts = [row["version1"].strip(), row["version2"].strip()]
-    best = row["preference"]
-    decided = best is not None
-    record = {"responses": texts, "pairs": [(best, 1 - best)] if decided else [], "sft_target": texts[best or 0]}
-    if decided and (fault := item_error((row["description"], record))):
-        raise UserError(f"export: judgment {row['judgement']} of problem {row['id']!r}: {fault}. Undo it.")
-    fields = {"prompt": row["description"], **record}
-    fields |= {"chosen": texts[best] if decided else None, "rejected": texts[1 - best] if decided else None}
-    return {name: fields[name] if name in fields else row[name] for name in RECORD_SCHEMA.names}
-
-
-# ---- writing ----------------------------------------------------------------------------------------------------------------
+def counts_line(counts: Counter) -> str:
+    """The counts of an export in words."""
+    shown = ("preferences", "ties", "skips")
+    return ", ".join(f"{count:,} {WORDS.get(kind, kind)}" for kind, count in counts.items() if count or kind in shown)
 
 
 def export_records(store: Store, path: Path, names: bool = False) -> Counter:
-    """Write records to a .jsonl or .parquet file; ties and skips, if any, to files next to it.
+    """Write records to a .jsonl or .parquet file; ties, skips and what was overruled, if any, to files next to it.
 
-    Returns the count of each kind. Raises UserError for another file type, if there are no preferences yet, and if the file
-    cannot be written.
+    Answers that are all bad are records of their own: labels without a pair. Returns the count of each kind. Raises UserError
+    for another file type, if nothing can be trained on yet, and if the file cannot be written.
     """
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"export: {path}: expected a .jsonl or .parquet file, or a directory.")
-    rows: dict[str, list[dict]] = {kind: [] for kind in KINDS.values()}
-    for kind, row in lc_rows(store, names):
-        rows[kind].append(record_row(row))
+    rows = _records(store, names, as_text=path.suffix == ".parquet")
     counts = _counts(rows)
+    rows["preferences"] += rows.pop("bad")
     for kind, some in rows.items():
         target = path if kind == "preferences" else path.with_name(f"{path.stem}.{kind}{path.suffix}")
-        if some:
+        if some and kind != UNUSABLE:
             _write_file(target, some)
-        else:
+        elif kind != "preferences":
             target.unlink(missing_ok=True)
     return counts
 
 
-def _counts(rows: dict[str, list]) -> Counter:
+def _records(store: Store, names: bool, as_text: bool) -> dict[str, list[dict]]:
+    rows: dict[str, list[dict]] = {kind: [] for kind in ALL_KINDS}
+    for kind, row in record_rows(store, names):
+        rows[kind].append(row if kind == UNUSABLE else as_written(row, as_text))
+    return rows
+
+
+def _counts(rows: dict[str, list], usable: tuple[str, ...] = ("preferences", "bad")) -> Counter:
     counts = Counter({kind: len(some) for kind, some in rows.items()})
-    if not counts["preferences"]:
+    if not any(counts[kind] for kind in usable):
         raise UserError(
             f"export: there are no preferences yet ({counts['ties']} ties, {counts['skips']} skips). Expected at least one "
-            "judgment that prefers a solution."
+            "judgment that prefers an answer."
         )
     return counts
 
@@ -131,22 +98,30 @@ def _write_file(path: Path, rows: list[dict]) -> None:
 
 
 def export_dataset(store: Store, directory: Path, names: bool = False) -> Counter:
-    """Write a data set in the Hub's layout: `datasets=[{name: lc, data_dir: DIRECTORY}]` trains on it.
+    """Write a data set in the Hub's layout; `entry_of` trains on it.
 
-    Returns the count of each kind. Raises UserError if there are no preferences yet, and for a directory with other content.
+    Judgments of programming problems alone are written in the columns of `lc`, all others as records. Returns the count of each
+    kind. Raises UserError if nothing can be trained on yet, and for a directory with other content.
     """
     if directory.exists() and not _is_own(directory):
         raise UserError(f"export: {directory} contains other files. Expected a new or empty directory, or an earlier export.")
-    rows: dict[str, list[dict]] = {kind: [] for kind in KINDS.values()}
-    for kind, row in lc_rows(store, names):
-        rows[kind].append(row)
-    counts = _counts(rows)
+    if task_kinds(store) == {"code"}:
+        rows: dict[str, list[dict]] = {kind: [] for kind in ALL_KINDS}
+        for kind, row in lc_rows(store, names):
+            rows[kind].append(row)
+        counts = _counts(rows, ("preferences",))
+        card = code_card(counts, store.agreement())
+    else:
+        rows = _records(store, names, as_text=True)
+        counts = _counts(rows)
+        card = text_card(counts, store.agreement())
+        rows["preferences"] += rows.pop("bad")
     fresh = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     for kind, some in rows.items():
-        if some:
+        if some and kind != UNUSABLE:
             _write_file(fresh / FILES[kind], some)
-    (fresh / CARD).write_text(data_card(counts, store.agreement()), encoding="utf-8")
+    (fresh / CARD).write_text(card, encoding="utf-8")
     if directory.exists():
         shutil.rmtree(directory)
     fresh.rename(directory)
@@ -159,46 +134,20 @@ def _is_own(directory: Path) -> bool:
     return empty or (card.is_file() and CARD_MARK in card.read_text(encoding="utf-8", errors="replace"))
 
 
-def data_card(counts: Counter, agreement: Agreement) -> str:
-    """The data card, with counts and the meaning of the fields."""
-    alpha = "not defined" if agreement.alpha is None else f"{agreement.alpha:.2f}"
-    agreed = "No pair was judged by several labelers."
-    if agreement.comparisons:
-        agreed = f"Two labelers of the same pair agreed {agreement.agreed} of {agreement.comparisons} times (alpha: {alpha})."
-    return f"""---
-pretty_name: Preferences on code
-language:
-- code
-- en
-tags:
-- preference
-- dpo
-- code
-task_categories:
-- text-generation
----
-{CARD_MARK}
-# Preferences on code
+def is_export(directory: Path) -> bool:
+    """Whether a directory holds an export."""
+    return (directory / CARD).is_file() and _is_own(directory)
 
-People compared two model-written solutions of a programming problem, with their test results.
 
-- {counts["preferences"]} preferences in `data`, one row per judgment.
-- {counts["ties"]} ties and {counts["skips"]} skips in `apart`.
-- {agreed} Alpha is Krippendorff's: 1 is perfect agreement, 0 is chance.
-- Written {datetime.now():%Y-%m-%d}.
+def entry_of(directory: Path) -> str:
+    """The entry of `datasets` that trains on an exported directory, as the command line has it."""
+    columns = pyarrow.parquet.read_schema(directory / TRAIN).names
+    return f"{{name: lc, data_dir: '{directory}'}}" if "version1" in columns else f"{{path: '{directory}'}}"
 
-| field | meaning |
-|---|---|
-| `id`, `title`, `difficulty` | the problem |
-| `description` | the prompt given to the models |
-| `version1`, `version2` | the replies; `model1`, `model2`: the models that wrote them |
-| `preference` | 0: version1 is better, 1: version2; null for ties and skips |
-| `votes_version1`, `votes_version2`, `votes_tie`, `votes_skip` | number of labelers with each choice on this pair |
-| `labeller`, `seconds`, `shown_left` | the labeler (a number), the time taken, the version on the left (0: version1) |
-| `reasons`, `comment`, `judged`, `judgement` | the labeler's reasons and comment, the time, and the id of the judgment |
 
-Train on it with `python train.py loss=dpo 'datasets=[{{name: lc, data_dir: DIRECTORY}}]'`.
-"""
+def training_command(directory: Path) -> str:
+    """The command that trains on an exported directory, for a shell."""
+    return f'python train.py loss=dpo "datasets=[{entry_of(directory)}]"'
 
 
 # ---- the hub ----------------------------------------------------------------------------------------------------------------
@@ -213,7 +162,7 @@ def push(directory: Path, repository: str, private: bool = True) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    if not (directory / CARD).is_file() or not _is_own(directory):
+    if not is_export(directory):
         raise UserError(f"push: {directory} is not an export. Create one: python -m preference_collection export DIRECTORY")
     api = HfApi()
     try:

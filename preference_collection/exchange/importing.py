@@ -1,204 +1,310 @@
-"""Importing problems from CSV, JSON (lines) and Parquet files, and from stores of the older layout with one table.
+"""Importing tasks, answers and judgments: any file that training reads, programming problems, and stores of the older layout.
 
-A row has a `description`, and optionally `id`, `title`, `difficulty`, `function_name`, `tests` (a list, or its JSON); and
-`version1`, `version2` with a `preference` (0: the first is better, 1: the second; blank: not judged), which become a pair and a
-judgment. Importing a row twice adds it once.
+    rows -> tasks, single answers, comparisons, judgments -> the store
+
+Ids are hashes of what they are of, so that importing a row twice adds it once. A row's preference is a judgment by the labeler
+`imported`. What an answer has besides its text is in its parameters: `turns`, of an answer of several turns or with calls of
+tools, and `tools`, the JSON text of the tools that its prompt offers.
 """
 
-import hashlib
-import json
-from collections.abc import Iterator
-from contextlib import closing
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
-import duckdb
-
+from preference_collection.exchange.code_rows import CodeRow, code_row, content_id, older_rows
+from preference_collection.exchange.text_rows import TextRow, text_rows
 from preference_collection.generation.replies import extract_code
-from preference_collection.sandbox.sandbox import COMPARISONS
-from preference_collection.store.schema import connect
-from preference_collection.store.store import Generation, Judgment, Pair, Problem, Store
-from preference_training.core.errors import UserError, first_line
+from preference_collection.store.model import (
+    MOST_ANSWERS,
+    Answer,
+    Comparison,
+    Judgment,
+    Task,
+    ranks_of_pick,
+    ranks_of_scores,
+)
+from preference_collection.store.store import Store
+from preference_training.core.errors import UserError
 from preference_training.data.files import is_data_file, read_rows
-from preference_training.data.rows.records import DataReport, text_error, type_name
+from preference_training.data.rows.column_names import PROMPTS
+from preference_training.data.rows.conversations import RowError
+from preference_training.data.rows.records import SAME_TEXT, DataReport, Prompt, Response, prompt_text
+from preference_training.data.rows.values import is_empty
+from preference_training.data.sources.storage import expanded, is_pattern, is_remote
 
-SAMPLES = Path(__file__).parent.parent / "samples" / "problems.jsonl"
+SAMPLE_FOLDER = Path(__file__).parent.parent / "samples"
+# Programming problems, and prompts and conversations with answers.
+SAMPLES, CONVERSATIONS = SAMPLE_FOLDER / "problems.jsonl", SAMPLE_FOLDER / "conversations.jsonl"
 
 # The labeler and model of imported rows.
 IMPORTED = "imported"
 
-LABELS = {"0": "first", "0.0": "first", "1": "second", "1.0": "second"}
-BLANKS = ("", "none", "nan", "null")
+# The rows that decide what a file has.
+FIRST_ROWS = 100
 
-OLDER_TABLE = "leetcode_problems"
+# Columns that only programming problems have.
+OF_PROBLEMS = {"function_name", "tests", "version1", "version2"}
 
-
-class RowError(Exception):
-    """The fault of a row, as the end of a sentence."""
+MORE_ANSWERS = f"answers left out: of more than {MOST_ANSWERS} answers to a prompt, the first {MOST_ANSWERS} are compared"
+REPEATED = "judgments that repeat an earlier one, and count once"
+OPPOSED = "judgments that differ from an earlier one of the same answers, and are a further labeler's"
+ANSWER_ALONE = "an answer without a prompt, which nothing can be compared with"
+TOOLS_OF_PROMPT = "prompts without an answer whose tools are not kept"
+LABEL_ALONE = "labels of single answers, which are not kept until they are compared"
 
 
 @dataclass
 class Import:
     """The content of the rows, and the counts after adding it."""
 
-    problems: dict[str, Problem] = field(default_factory=dict)
-    pairs: dict[str, Pair] = field(default_factory=dict)
+    tasks: dict[str, Task] = field(default_factory=dict)
+    answers: dict[str, tuple[str, Answer]] = field(default_factory=dict)
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
     judgments: dict[str, Judgment] = field(default_factory=dict)
-    num_bad_rows: int = 0
+    report: DataReport = field(default_factory=lambda: DataReport(skip_bad_rows=True))
+    singles: dict[str, list[tuple[Answer, float | None, bool | None]]] = field(default_factory=dict)
     added: int = 0
     known: int = 0
 
+    @property
+    def num_bad_rows(self) -> int:
+        """The number of invalid rows."""
+        return self.report.num_bad_rows
+
     def line(self) -> str:
         """A one-line summary."""
-        parts = [f"{self.added} problems added", f"{self.known} known", f"{len(self.pairs)} new pairs"]
-        parts += [f"{len(self.judgments)} judgments", f"{self.num_bad_rows} invalid rows skipped"]
-        return ", ".join(part for part in parts if not part.startswith("0 ")) or "nothing new"
+        judged, compared = len(self.judgments), len(self.comparisons)
+        counts = (
+            (self.added, "task", "tasks", " added"), (self.known, "", "", "known"),
+            (compared, "new comparison", "new comparisons", ""), (judged, "judgment", "judgments", ""),
+            (len(self.answers), "answer", "answers", " to compare with another"),
+            (self.num_bad_rows, "invalid row", "invalid rows", " skipped"),
+        )  # fmt: skip
+        parts = [f"{count} {one if count == 1 else many}{rest}" for count, one, many, rest in counts if count]
+        return ", ".join(parts) or "nothing new"
+
+    def lines(self) -> list[str]:
+        """The summary, and what was changed, left out or not read."""
+        counts = [f"{count} {what}" for count, what in self.report.counts() if what != "bad rows skipped"]
+        lines = ["; ".join(counts)] * bool(counts) + self.report.remarks() + self.report.bad_row_lines()
+        return [self.line(), *(f"  {line.removeprefix('datasets: ')}" for line in lines)]
+
+    # ---- content of rows ----------------------------------------------------------------------------------------------------
+
+    def take_code(self, row: CodeRow) -> None:
+        """Add a problem, and the comparison of its versions. Raises RowError for what contradicts an earlier row."""
+        task = row.task
+        if not self.tasks.setdefault(task.id, task).same_prompt(task):
+            raise RowError(f"id {task.id!r} belongs to a different problem in an earlier row")
+        if not row.versions:
+            return
+        answers = tuple(_code_answer(task, text) for text in row.versions)
+        if answers[0].id == answers[1].id:
+            self.report.skip(SAME_TEXT)
+            return
+        comparison = Comparison(content_id(*(answer.id for answer in answers)), task.id, answers)
+        self.comparisons[comparison.id] = comparison
+        if row.label is not None:
+            ranks = ranks_of_pick(row.label, len(answers))
+            judgment = Judgment(content_id(comparison.id, IMPORTED), comparison.id, IMPORTED, "ranked", (0, 1), ranks)
+            if self.judgments.setdefault(judgment.id, judgment) != judgment:
+                raise RowError("the same two solutions have the opposite preference in an earlier row")
+
+    def take_text(self, row: TextRow) -> None:
+        """Add a prompt and its answers. Raises RowError for an answer that nothing can be compared with."""
+        task = task_of(row)
+        answers = [text_answer(task, response, row.tools) for response in row.answers]
+        if not row.prompt and len(answers) < 2:
+            raise RowError(f"{ANSWER_ALONE}.")
+        self.tasks.setdefault(task.id, task)
+        if not answers:
+            self.report.change(TOOLS_OF_PROMPT, bool(row.tools))
+        elif len(answers) == 1:
+            self.singles.setdefault(task.id, []).append((answers[0], row.score, row.label))
+        else:
+            self._compare(task, answers, row.choice, row.ranks, row.edited)
+
+    def _compare(self, task: Task, answers: Sequence[Answer], choice: str, ranks: Sequence[int], edited: Response = "") -> None:
+        """Add a comparison of answers, each once, and what a row says of them."""
+        first = {answer.id: k for k, answer in reversed(list(enumerate(answers)))}
+        kept = sorted(first.values())
+        if len(kept) < len(answers):
+            self.report.skip(SAME_TEXT, len(answers) - len(kept))
+        self.report.change(MORE_ANSWERS, len(kept[MOST_ANSWERS:]))
+        # Rows often begin with the preferred answer. Sorted, the order says nothing, and is the same for the same answers.
+        kept = sorted(kept[:MOST_ANSWERS], key=lambda k: answers[k].id)
+        if len(kept) < 2:
+            self.singles.setdefault(task.id, []).append((answers[kept[0]], None, None))
+            return
+        some = tuple(answers[k] for k in kept)
+        comparison = Comparison(content_id(*(answer.id for answer in some)), task.id, some)
+        self.comparisons[comparison.id] = comparison
+        if ranks:
+            ranks = ranks_of_scores([-ranks[k] for k in kept])
+            choice, ranks = ("ranked", ranks) if max(ranks) > 1 else ("tie", ())
+        if choice:
+            self._judge(comparison, choice, tuple(ranks), "" if isinstance(edited, tuple) else edited)
+
+    def _judge(self, comparison: Comparison, choice: str, ranks: tuple[int, ...], edited: str) -> None:
+        """Add a judgment. Different ones of the same answers are those of several labelers."""
+        order = tuple(range(len(comparison.answers)))
+        for number in range(1, len(self.judgments) + 2):
+            labeler = IMPORTED if number == 1 else f"{IMPORTED} {number}"
+            id = content_id(comparison.id, labeler)
+            judgment = Judgment(id, comparison.id, labeler, choice, order, ranks, edited=edited)
+            if id not in self.judgments:
+                self.judgments[id] = judgment
+                self.report.change(OPPOSED, number > 1)
+                return
+            if self.judgments[id] == judgment:
+                self.report.change(REPEATED)
+                return
+
+    def compare_singles(self) -> None:
+        """Compare answers that stand in rows of their own, where a prompt has several; scores and labels judge them."""
+        for id, singles in self.singles.items():
+            distinct = {answer.id: (answer, score, label) for answer, score, label in reversed(singles)}
+            found = list(reversed(distinct.values()))
+            self.report.skip(SAME_TEXT, len(singles) - len(found))
+            if len(found) == 1:
+                [(answer, _, label)] = found
+                self.answers[answer.id] = id, answer
+                self.report.change(LABEL_ALONE, label is not None)
+                continue
+            answers, scores, labels = zip(*found, strict=True)
+            numbers = scores if None not in scores else labels if None not in labels else ()
+            choice = "bad" if numbers is labels and not any(labels) else ""
+            self._compare(self.tasks[id], answers, choice, () if choice or not numbers else ranks_of_scores(numbers))
+        self.singles = {}
 
 
-def import_into(store: Store, path: Path, skip_bad_rows: bool = False) -> Import:
-    """Add the content of a file to a store, all or nothing.
+def import_into(store: Store, path: Path | str, skip_bad_rows: bool = False, given: dict | None = None) -> Import:
+    """Add the content of a file, or of what else training reads, to a store, all or nothing.
 
-    Raises UserError for an unreadable file and, unless skip_bad_rows, for invalid rows, listing the first ten kinds with
-    their numbers, counted from 1.
+    given: keys of an entry of `datasets` that say which column is which. Raises UserError for an unreadable file and, unless
+    skip_bad_rows, for invalid rows, listing the first ten kinds with their numbers, counted from 1.
     """
-    report = DataReport(skip_bad_rows=True)
     found = Import()
-    for number, row in _read(path, report):
-        try:
-            _take(row, found)
-        except RowError as fault:
-            report.bad_row(UserError(f"datasets: {path}, row {number}: {fault}."))
-    found.num_bad_rows = report.num_bad_rows
-    if report.num_bad_rows and not skip_bad_rows:
-        rows = "\n".join(f"  {line.removeprefix('datasets: ')}" for line in report.bad_row_lines())
+    try:
+        _read(expanded(str(path)), given or {}, found)
+    except UserError as error:
+        raise UserError(f"import: {str(error).removeprefix('datasets: ').removeprefix('import: ')}") from error
+    found.compare_singles()
+    if found.num_bad_rows and not skip_bad_rows:
+        rows = "\n".join(f"  {line.removeprefix('datasets: ')}" for line in found.report.bad_row_lines())
         raise UserError(
-            f"import: {report.num_bad_rows} rows of {path} are invalid, and nothing was imported. Fix them, or skip them with "
+            f"import: {found.num_bad_rows} rows of {path} are invalid, and nothing was imported. Fix them, or skip them with "
             f"--skip-bad-rows. The first of them:\n{rows}"
         )
     return _add(store, found)
 
 
+def add_samples(store: Store) -> None:
+    """Add the sample problems and the sample conversations."""
+    for path in (SAMPLES, CONVERSATIONS):
+        import_into(store, path)
+
+
 def _add(store: Store, found: Import) -> Import:
-    found.added, found.known = store.add_problems(found.problems.values())
-    known = store.pair_ids()
-    found.pairs = {id: pair for id, pair in found.pairs.items() if id not in known}
-    found.judgments = {id: judgment for id, judgment in found.judgments.items() if judgment.pair not in known}
-    store.add_pairs(found.pairs.values(), found.judgments.values())
+    found.added, found.known = store.add_tasks(found.tasks.values())
+    known = set(store.comparison_ids())
+    found.comparisons = {id: comparison for id, comparison in found.comparisons.items() if id not in known}
+    found.judgments = {id: judgment for id, judgment in found.judgments.items() if judgment.comparison not in known}
+    store.add_comparisons(found.comparisons.values(), found.judgments.values())
+    before = {answer.id for task in {task for task, _ in found.answers.values()} for answer in store.answers_of(task)}
+    found.answers = {id: answer for id, answer in found.answers.items() if id not in before}
+    store.add_answers_to(found.answers.values())
     return found
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, report: DataReport) -> Iterator[tuple[int, dict]]:
-    if not path.exists():
-        raise UserError(f"import: {path}: no such file. Expected CSV, JSON lines, Parquet, or a store of the older layout.")
-    if not is_data_file(path.name):
-        yield from _rows_of_older_store(path)
-        return
-    try:
-        yield from read_rows(path, report)
-    except UserError as error:
-        raise UserError(f"import: {str(error).removeprefix('datasets: ')}") from error
-
-
-def _rows_of_older_store(path: Path) -> Iterator[tuple[int, dict]]:
-    with closing(connect(str(path), read_only=True)) as connection:
+def _read(path: str, given: dict, found: Import) -> None:
+    """Read all rows of a path."""
+    for number, row in _contents(path, given, found.report):
         try:
-            cursor = connection.execute("SELECT * FROM leetcode_problems")
-        except duckdb.Error as error:
-            raise UserError(
-                f"import: {path} is not a store of the older layout: {first_line(error)}. Expected a table {OLDER_TABLE}, or a "
-                "file ending in .csv, .jsonl, .json or .parquet."
-            ) from error
-        names = [column[0] for column in cursor.description]
-        number = 0
-        while rows := cursor.fetchmany(1000):
-            for row in rows:
-                number += 1
-                yield number, dict(zip(names, row, strict=True))
+            found.take_text(row) if isinstance(row, TextRow) else found.take_code(row)
+        except RowError as fault:
+            found.report.bad_row(UserError(f"datasets: {path}, row {number}: {str(fault).removesuffix('.')}."))
 
 
-def _take(row: dict, found: Import) -> None:
-    """Add the content of one row. Raises RowError."""
-    problem = problem_of(row)
-    texts = [_text(row, name) for name in ("version1", "version2")]
-    label = _label(row)
-    if label is not None and not all(texts):
-        raise RowError("it has a preference, but version1 or version2 is empty")
-    if found.problems.setdefault(problem.id, problem).description != problem.description:
-        raise RowError(f"id {problem.id!r} belongs to a different problem in an earlier row")
-    if not all(texts):
+def _contents(path: str, given: dict, report: DataReport) -> Iterator[tuple[int, CodeRow | TextRow]]:
+    is_local = not (path.startswith("md:") or is_remote(path) or is_pattern(path))
+    # Names on the Hub are ORGANIZATION/NAME.
+    if is_local and not Path(path).exists() and (is_data_file(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path)):
+        raise UserError(f"{path}: no such file. Expected rows that training reads, or a store of the older layout.")
+    if path.startswith("md:") or (is_local and Path(path).is_file() and not is_data_file(path)):
+        yield from _of_code(path, older_rows(path, report), report)
         return
-    # Ids are content hashes, so that a second import recognizes them.
-    first, second = (_generation(problem, text) for text in texts)
-    pair = Pair(_hash(first.id, second.id), problem.id, first, second)
-    found.pairs[pair.id] = pair
-    if label is not None:
-        judgment = Judgment(_hash(pair.id, IMPORTED), pair.id, "first", label, IMPORTED)
-        if found.judgments.setdefault(judgment.id, judgment) != judgment:
-            raise RowError("the same two solutions have the opposite preference in an earlier row")
+    if not given and is_local and Path(path).is_file():
+        rows = read_rows(path, DataReport(skip_bad_rows=True))
+        if has_problems(row for _, row in islice(rows, FIRST_ROWS)):
+            yield from _of_code(path, read_rows(path, report), report)
+            return
+    yield from text_rows(path, given, report)
 
 
-def problem_of(row: dict) -> Problem:
-    """The problem of a row. Raises RowError."""
-    description = _text(row, "description", needed=True)
-    id = _text(row, "id").removesuffix(".0") or _hash(description)[:12]
-    title = _text(row, "title") or description.strip().splitlines()[0][:80]
-    name = _text(row, "function_name").strip()
-    if name and not name.isidentifier():
-        raise RowError(f"function_name {name!r} is not a valid function name")
-    tests = _tests(row.get("tests"))
-    if tests and not name:
-        raise RowError("it has tests but no function_name")
-    return Problem(id, title, _text(row, "difficulty").strip().lower(), description, name, tests)
+def has_problems(rows: Iterator[dict]) -> bool:
+    """Whether rows are programming problems: they have a description, and what only problems have or no other prompt."""
+    rows = list(rows)
+    names = {name for row in rows for name in row}
+    prompts = {name for row in rows for name, value in row.items() if not is_empty(value)} & {*PROMPTS, "chosen", "text"}
+    return "description" in names and (bool(names & OF_PROBLEMS) or not prompts)
 
 
-def _text(row: dict, name: str, needed: bool = False) -> str:
-    value = row.get(name)
-    if not needed and (value is None or value != value):  # an empty number in Parquet is None or NaN
-        return ""
-    text = value if isinstance(value, str) else str(value) if type(value) in (int, float) else None
-    if text is None:
-        raise RowError(f"{name} is {type_name(value)}, expected a text")
-    fault = text_error(text)
-    if fault and (needed or fault != "is empty"):
-        raise RowError(f"{name} {fault}")
-    return "" if fault else text
-
-
-def _label(row: dict) -> str | None:
-    value = str(row.get("preference")).strip().lower()
-    if value in BLANKS:
-        return None
-    if value not in LABELS:
-        raise RowError(f"preference is {value[:40]!r}, expected 0 (version1 is better), 1 (version2 is better) or blank")
-    return LABELS[value]
-
-
-def _tests(value) -> tuple[dict, ...]:
-    if isinstance(value, str) and value.strip():
+def _of_code(path: str, rows: Iterator[tuple[int, dict]], report: DataReport) -> Iterator[tuple[int, CodeRow | TextRow]]:
+    for number, row in rows:
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"tests are not JSON: {error}") from error
-    if not value or value != value:
-        return ()
-    if not isinstance(value, list):
-        raise RowError(f"tests are {type_name(value)}, expected a list")
-    for number, test in enumerate(value, start=1):
-        if not isinstance(test, dict) or not isinstance(test.get("args"), list) or "expected" not in test:
-            raise RowError(f"test {number} is not an object with args (a list) and expected")
-        if test.get("compare", "equal") not in COMPARISONS:
-            raise RowError(f"test {number} has compare {test['compare']!r}, expected one of {', '.join(COMPARISONS)}")
-    kept = ("args", "expected", "compare")
-    return tuple({key: test[key] for key in kept if key in test} for test in value)
+            found = code_row(row)
+        except RowError as fault:
+            report.bad_row(UserError(f"datasets: {path}, row {number}: {fault}."))
+            continue
+        # Pairs that a run's report calls into question may be of any kind.
+        if "flagged" in row and found.versions and not all(map(_is_code, found.versions)):
+            choice, ranks = ("ranked", ranks_of_pick(found.label, 2)) if found.label is not None else ("", ())
+            yield number, TextRow(found.task.prompt, found.versions, choice, ranks)
+        else:
+            yield number, found
 
 
-def _generation(problem: Problem, text: str) -> Generation:
-    code = extract_code(text, problem.function_name).code
-    return Generation(_hash(problem.id, text), IMPORTED, problem.description, {}, text, code)
+def _is_code(text: str) -> bool:
+    found = extract_code(text)
+    return found.fault is None and re.search(r"^\s*(async def|def|class) \w", found.code, re.MULTILINE) is not None
 
 
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+# ---- tasks and answers ------------------------------------------------------------------------------------------------------
+
+
+def task_of(row: TextRow) -> Task:
+    """The task of a row, with an id and a title of its content."""
+    form = "text" if isinstance(row.prompt, str) else "turns"
+    id = content_id(form, prompt_text(row.prompt), row.tools)
+    return Task(id, row.title or _title(row.prompt), row.difficulty.lower(), row.prompt)
+
+
+def _title(prompt: Prompt) -> str:
+    """The beginning of what is asked."""
+    asked = prompt if isinstance(prompt, str) else next((turn.content for turn in prompt[::-1] if turn.role == "user"), "")
+    lines = asked.replace("\n\nHuman:", "\n").replace("\n\nAssistant:", "\n").strip().splitlines()
+    first = (lines[-1] if asked.rstrip().endswith("Assistant:") else lines[0]).strip() if lines else ""
+    return first if len(first) <= 80 else f"{first[:79]}…"
+
+
+def _code_answer(task: Task, text: str) -> Answer:
+    code = extract_code(text, task.function_name).code
+    return Answer(content_id(task.id, text), IMPORTED, task.prompt, {}, text, code)
+
+
+def text_answer(task: Task, response: Response, tools: str = "") -> Answer:
+    """An answer with a response of training's: a text, or turns, which its parameters keep."""
+    parameters = {"tools": tools} if tools else {}
+    if isinstance(response, str):
+        return Answer(content_id(task.id, response), IMPORTED, task.prompt, parameters, response)
+    shown = "\n\n".join(f"{turn.role}: {turn.content}".strip() if len(response) > 1 else turn.content for turn in response)
+    more = [turn.rest for turn in response if turn.rest]
+    parameters["turns"] = [list(turn) for turn in response]
+    id = content_id(task.id, *chain(*response))
+    return Answer(id, IMPORTED, task.prompt, parameters, "\n\n".join(filter(None, [shown, *more])))

@@ -1,13 +1,14 @@
 """Extracting code from a model's reply. Models are asked for one fenced block, but reply in many formats.
 
 Each way of marking code yields candidates, and the parser decides: the result is the last candidate that parses and defines
-the requested function, or else the closest candidate, with its fault.
+the requested function; or else the last one that defines a single function that can stand for it; or else the closest
+candidate, with its fault.
 """
 
 import ast
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # Longer replies are truncated. Unit: characters.
@@ -22,26 +23,42 @@ BEGINS_LIKE_CODE = re.compile(r"^(def |async def |class |import |from \S+ import
 
 @dataclass(frozen=True)
 class Extracted:
-    """Code, and the reply's fault as the end of a sentence; without a fault, the code parses and defines the function."""
+    """Code, and the reply's fault as the end of a sentence; without a fault, the code parses and defines the function.
+
+    function_name: the function that tests have to call, if the code gives it another name than was requested, or none was.
+    """
 
     code: str | None
     fault: str | None
+    function_name: str = ""
 
 
-def extract_code(text: str, function_name: str = "") -> Extracted:
-    """The code in a reply that should define `function_name`; any code if that is empty."""
+def extract_code(text: str, function_name: str = "", tests: Sequence[dict] = ()) -> Extracted:
+    """The code in a reply that should define `function_name`; any code if that is empty and there are no tests.
+
+    If there are tests, which call the function, another one that takes their arguments can stand for it.
+    """
     answer = _without_thoughts(text[:LONGEST_REPLY].replace("\r\n", "\n"))
     if not answer.strip():
         return Extracted(None, "is empty" if not text.strip() else "ends before its answer")
     nearest = Extracted(None, "contains no code")
+    standing_in = None
     for candidates in (_fenced, _tagged, _between_fences, _bare):
         for code in reversed([block for block in map(_tidy, candidates(answer)) if block]):
             fault = fault_of_code(code, function_name)
-            if fault is None:
+            if fault is None and (function_name or not tests):
                 return Extracted(code, None)
-            if nearest.code is None or (not fault.startswith("does not parse") and nearest.fault.startswith("does not parse")):
+            if tests and (other := only_function(code, tests)):
+                standing_in = standing_in or Extracted(code, None, other)
+                continue
+            fault = fault or "does not define a single function that takes the arguments of the tests"
+            if nearest.code is None or _is_nearer(fault, nearest.fault):
                 nearest = Extracted(code, fault)
-    return nearest
+    return standing_in or nearest
+
+
+def _is_nearer(fault: str, other: str) -> bool:
+    return not fault.startswith("does not parse") and other.startswith("does not parse")
 
 
 def fault_of_code(code: str, function_name: str) -> str | None:
@@ -54,10 +71,46 @@ def fault_of_code(code: str, function_name: str) -> str | None:
         return f"does not parse: {error or type(error).__name__}"
     if not tree.body:
         return "does not parse: it contains only comments"
-    names = {plain_name(node.name) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-    if function_name and plain_name(function_name) not in names:
+    if function_name and plain_name(function_name) not in {plain_name(name) for name in _names(tree)}:
         return f"does not define the function {function_name}"
     return None
+
+
+def _names(tree: ast.Module) -> Iterator[str]:
+    """The names of functions, and names that a lambda expression is given."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+
+
+def only_function(code: str, tests: Sequence[dict] = ()) -> str | None:
+    """The one public function of code that takes the arguments of the tests, or None.
+
+    It is a method of a class Solution, as in LeetCode's format, or a function of the module. None if there are several.
+    """
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    counts = {len(test["args"]) for test in tests}
+    solutions = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Solution"]
+    for functions, is_method in (([n for c in solutions for n in c.body], True), (tree.body, False)):
+        named = {node.name: node for node in functions if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
+        fitting = [name for name, node in named.items() if all(_takes(node, count, is_method) for count in counts)]
+        if len(fitting) == 1:
+            return fitting[0]
+    return None
+
+
+def _takes(function: ast.FunctionDef, count: int, is_method: bool) -> bool:
+    """Whether a function can be called with so many arguments."""
+    is_static = any(isinstance(each, ast.Name) and each.id == "staticmethod" for each in function.decorator_list)
+    taken, arguments = count + (is_method and not is_static), function.args
+    names = len(arguments.posonlyargs) + len(arguments.args)
+    needs_keywords = any(default is None for default in arguments.kw_defaults)
+    return not needs_keywords and names - len(arguments.defaults) <= taken and (taken <= names or arguments.vararg is not None)
 
 
 def plain_name(name: str) -> str:

@@ -1,29 +1,21 @@
-"""Generating solutions with Ollama, any OpenAI-compatible server, or a checkpoint of this framework.
+"""Where answers come from: Ollama, any server of the OpenAI protocol, or a checkpoint of this framework.
 
-A source lists its models and streams the reply to a prompt. A `Writing` is a reply in progress, in its own thread, so that the
-page can show it as it streams and stop it. Both solutions of a pair come from the same prompt with different seeds, and the
-request is stored with each.
+A source lists its models and streams the reply to a request. The protocols are those of `preference_training.generation`.
 """
 
-import json
 import os
-import secrets
-import socket
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
-import httpx
-import ollama
-
-from preference_collection.generation.checkpoint_source import CheckpointSource
-from preference_collection.generation.replies import extract_code
-from preference_collection.store.store import Generation, Pair, Problem, new_id
-from preference_training.core.errors import UserError, first_line
+from preference_collection.generation.asking import Request, SourceError
+from preference_collection.generation.checkpoint_source import CheckpointSource, checkpoint_at
+from preference_collection.generation.stopping import Stop, severable_session
+from preference_training.core.errors import UserError, first_line, nearest
+from preference_training.data.rows.templates import turns_of
+from preference_training.generation.servers import SERVERS, TIMEOUT, ChatServer, Reply, ServerError
 
 # The text before a command that the page offers to copy.
 PULL = " Download it with: "
@@ -31,297 +23,140 @@ PULL = " Download it with: "
 # Timeout of a connection attempt. Unit: seconds.
 CONNECT_SECONDS = 5.0
 
-
-@dataclass(frozen=True)
-class Request:
-    """A request to a model. seed makes sampling reproducible if the server honors it."""
-
-    model: str
-    prompt: str
-    temperature: float
-    seed: int
-    max_tokens: int
-
-
-class Stop:
-    """A request to stop: a flag, and actions that interrupt waiting for a server. It also takes effect if it comes early."""
-
-    def __init__(self):
-        """Not stopped yet."""
-        self._lock = threading.Lock()
-        self._actions = []
-        self.asked = False
-
-    def ask(self) -> None:
-        """Stop, from any thread."""
-        with self._lock:
-            self.asked, actions = True, self._actions
-            self._actions = []
-        for action in actions:
-            action()
-
-    def also(self, action) -> None:
-        """Call `action` when stopped, immediately if already stopped."""
-        with self._lock:
-            if not self.asked:
-                self._actions.append(action)
-                return
-        action()
+OLLAMA_PORT = 11434
 
 
 class Source(Protocol):
-    """Where solutions come from."""
+    """Where answers come from."""
 
     def models(self) -> list[str]:
         """The available models. Raises UserError if the source cannot be reached."""
 
-    def stream(self, request: Request, stop: Stop) -> Iterator[str]:
-        """Stream the reply in parts until it ends or is stopped. Raises UserError for what a user can fix."""
+    def stream(self, request: Request, stop: Stop) -> Iterator[Reply]:
+        """Stream the reply in parts until it ends or is stopped. Raises UserError: SourceError where a retry may help."""
 
 
-def prompt_of(problem: Problem) -> str:
-    """The prompt for generation and training: the problem and the required format of the reply."""
-    if not problem.function_name:
-        return problem.description
-    return (
-        f"{problem.description.rstrip()}\n\nWrite it in Python, as a function named `{problem.function_name}`. "
-        "Answer with one fenced code block."
-    )
-
-
-# ---- a reply on its way -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Writing:
-    """A reply in progress. state is waiting, writing, done, failed or stopped; message says why it failed."""
+@dataclass(frozen=True)
+class Model:
+    """A model of a source; name is what the user calls it: ollama:NAME, openai:NAME, or a path."""
 
     source: Source
-    request: Request
-    text: str = ""
-    state: str = "waiting"
-    message: str = ""
-    last_at: float = field(default_factory=time.monotonic)
-    stop: Stop = field(default_factory=Stop)
-    _thread: threading.Thread | None = None
+    model: str
+    name: str
 
-    def start(self) -> "Writing":
-        """Send the request."""
-        self._thread = threading.Thread(target=self._write, daemon=True)
-        self._thread.start()
-        return self
-
-    @property
-    def over(self) -> bool:
-        """Whether the reply is finished."""
-        return self.state in ("done", "failed", "stopped")
-
-    def quiet_seconds(self) -> float:
-        """Seconds since the last output."""
-        return 0.0 if self.over else time.monotonic() - self.last_at
-
-    def cancel(self) -> None:
-        """Stop, keeping the text so far. Closing the connection tells the server."""
-        if not self.over:
-            self.state = "stopped"
-        self.stop.ask()
-
-    def wait(self, seconds: float | None = None) -> "Writing":
-        """Wait until the reply is finished."""
-        self._thread.join(seconds)
-        return self
-
-    def _write(self) -> None:
+    def check(self) -> None:
+        """Raise UserError if the source cannot be reached, or refuses. One without a list of models passes."""
         try:
-            for piece in self.source.stream(self.request, self.stop):
-                if self.stop.asked:
-                    break
-                self.text += piece.encode("utf-8", "replace").decode()
-                self.state, self.last_at = "writing", time.monotonic()
-            self._finish("done")
-        except UserError as error:
-            self._finish("failed", str(error))
-        except Exception as error:  # show any error on the page, where a thread's traceback would be invisible
-            self._finish("failed", f"{type(error).__name__}: {first_line(error)}")
-            raise
-
-    def _finish(self, state: str, message: str = "") -> None:
-        if not self.stop.asked:
-            self.state, self.message = state, message
-
-
-def write_pair(source: Source, model: str, problem: Problem, temperature: float, max_tokens: int) -> tuple[Writing, Writing]:
-    """Request two solutions of a problem: the same prompt with two seeds."""
-    seeds = secrets.SystemRandom().sample(range(2**31), 2)
-    requests = (Request(model, prompt_of(problem), temperature, seed, max_tokens) for seed in seeds)
-    return tuple(Writing(source, request).start() for request in requests)
-
-
-def write_again(writing: Writing) -> Writing:
-    """Repeat a request with another seed."""
-    seed = secrets.SystemRandom().randrange(2**31)
-    return Writing(writing.source, replace(writing.request, seed=seed)).start()
-
-
-def as_pair(problem: Problem, writings: tuple[Writing, Writing]) -> Pair:
-    """Two replies as a pair for the store."""
-    first, second = (
-        Generation(
-            new_id(), w.request.model, w.request.prompt,
-            {key: value for key, value in asdict(w.request).items() if key not in ("model", "prompt")},
-            w.text, extract_code(w.text, problem.function_name).code,
-        )
-        for w in writings
-    )  # fmt: skip
-    return Pair(new_id(), problem.id, first, second)
+            self.source.models()
+        except SourceError as error:
+            if error.is_final:
+                raise
 
 
 # ---- servers ----------------------------------------------------------------------------------------------------------------
 
 
-class Severable(httpx.HTTPTransport):
-    """A transport whose connection another thread can close while this one waits for a response."""
-
-    def __init__(self, stop: Stop):
-        """stop: closes the connection."""
-        super().__init__()
-        self._stop = stop
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request, and register its connection for closing."""
-        request.extensions["trace"] = self._seen
-        return super().handle_request(request)
-
-    def _seen(self, event: str, info: dict) -> None:
-        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            self._stop.also(lambda: _sever(info["return_value"]))
-
-
-def _sever(stream) -> None:
-    with suppress(OSError, AttributeError):
-        stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
-
-
-@contextmanager
-def _faults_of_a_server(name: str, url: str, silence_seconds: float, stop: Stop):
-    """Turn connection errors into messages; errors caused by a stop are ignored."""
-    try:
-        yield
-    except (ConnectionError, httpx.HTTPError, ValueError) as error:
-        if stop.asked:
-            return
-        if isinstance(error, httpx.ReadTimeout):
-            raise UserError(f"{name} at {url} sent nothing for {silence_seconds:g} s. Try a smaller model.") from error
-        if isinstance(error, ConnectionError | httpx.ConnectError | httpx.ConnectTimeout):
-            raise UserError(f"{name} at {url} cannot be reached. Start it, or set its address.") from error
-        raise UserError(f"{name} at {url}: {first_line(error)}. Expected a compatible server.") from error
-
-
 @dataclass(frozen=True)
-class OllamaSource:
-    """Ollama, through its own client. host None means OLLAMA_HOST, or this machine."""
+class ServerSource:
+    """A server of a protocol: kind is ollama or openai (vLLM, llama.cpp, LM Studio, ...).
 
-    host: str | None
-    silence_seconds: float
-
-    def models(self) -> list[str]:
-        """The installed models."""
-        with self._client(Stop()) as client:
-            return sorted(model.model for model in client.list().models if model.model)
-
-    def stream(self, request: Request, stop: Stop) -> Iterator[str]:
-        """Stream the reply in parts."""
-        options = {"temperature": request.temperature, "seed": request.seed, "num_predict": request.max_tokens}
-        messages = [{"role": "user", "content": request.prompt}]
-        with self._client(stop, request.model) as client:
-            for part in client.chat(request.model, messages, stream=True, options=options):
-                yield part.message.content or ""
-
-    @contextmanager
-    def _client(self, stop: Stop, model: str = ""):
-        timeout = httpx.Timeout(self.silence_seconds, connect=CONNECT_SECONDS)
-        # Prompts are sent only to the configured server, not to redirects.
-        with ollama.Client(self.host, timeout=timeout, transport=Severable(stop), follow_redirects=False) as client:
-            url = self.host or os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
-            with _faults_of_a_server("Ollama", url, self.silence_seconds, stop):
-                try:
-                    yield client
-                except ollama.ResponseError as error:
-                    if error.status_code == 404 and model:
-                        raise UserError(f"Ollama has no model {model!r}.{PULL}ollama pull {model}") from error
-                    raise UserError(f"Ollama at {url} reports: {first_line(error)}.") from error
-
-
-@dataclass(frozen=True)
-class OpenAISource:
-    """An OpenAI-compatible server, with /models and /chat/completions at url: vLLM, llama.cpp, LM Studio, ...
-
-    An API key is read from the environment variable OPENAI_API_KEY.
+    url: its address; None is the protocol's own. An API key for openai is read from the environment variable OPENAI_API_KEY.
     """
 
-    url: str
+    kind: str
+    url: str | None
     silence_seconds: float
 
     def models(self) -> list[str]:
         """The models that the server offers."""
-        stop = Stop()
-        with self._client(stop) as client:
-            response = client.get("models")
-            _raise_for_status(response, "")
-            return sorted(str(model["id"]) for model in response.json()["data"])
+        server = self._server("")
+        try:
+            return sorted(str(name) for name in server.listed(server.models()))
+        except ServerError as error:
+            raise self._source_error(server, error) from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise SourceError(f"{self._said(server)} sent no list of models. Expected a compatible server.") from error
 
-    def stream(self, request: Request, stop: Stop) -> Iterator[str]:
+    def stream(self, request: Request, stop: Stop) -> Iterator[Reply]:
         """Stream the reply in parts."""
-        body = {
-            "model": request.model, "messages": [{"role": "user", "content": request.prompt}], "stream": True,
-            "temperature": request.temperature, "seed": request.seed, "max_tokens": request.max_tokens,
-        }  # fmt: skip
-        with self._client(stop) as client, client.stream("POST", "chat/completions", json=body) as response:
-            if not response.is_success:
-                response.read()
-            _raise_for_status(response, request.model)
-            for line in response.iter_lines():
-                data = line.removeprefix("data:").strip()
-                if line.startswith("data:") and data != "[DONE]":
-                    yield from _pieces(json.loads(data))
+        server = self._server(request.model)
+        settings = {"temperature": request.temperature, "seed": request.seed, "max_new_tokens": request.max_tokens}
+        with severable_session(stop) as session:
+            try:
+                for part in server.parts(turns_of(request.prompt), settings, session):
+                    yield part if isinstance(part.text, str) else replace(part, text="")
+            except ServerError as error:
+                # Closing the connection is an error like any other.
+                if not stop.asked:
+                    raise self._source_error(server, error) from error
 
-    @contextmanager
-    def _client(self, stop: Stop):
-        key = os.environ.get("OPENAI_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        timeout = httpx.Timeout(self.silence_seconds, connect=CONNECT_SECONDS)
-        with (
-            _faults_of_a_server("The server", self.url, self.silence_seconds, stop),
-            httpx.Client(base_url=self.url, headers=headers, timeout=timeout, transport=Severable(stop)) as client,
-        ):
-            yield client
+    def _server(self, model: str) -> ChatServer:
+        return SERVERS[self.kind](model, self.url, (CONNECT_SECONDS, self.silence_seconds))
 
+    def _said(self, server: ChatServer) -> str:
+        return f"{'Ollama' if self.kind == 'ollama' else 'The server'} at {server.base}"
 
-def _pieces(event: dict) -> Iterator[str]:
-    if event.get("error"):
-        raise UserError(f"The server reports: {_error_message(event)}.")
-    for choice in event.get("choices", []):
-        yield (choice.get("delta") or {}).get("content") or ""
+    def _source_error(self, server: ChatServer, error: ServerError) -> SourceError:
+        name, model = self._said(server), server.model
+        if error.reason == TIMEOUT:
+            return SourceError(f"{name} sent nothing for {self.silence_seconds:g} s. Try a smaller model.", is_retryable=True)
+        if not error.has_answered:
+            return SourceError(f"{name} cannot be reached. Start it, or set its address.", is_retryable=True, is_final=True)
+        if self.kind == "ollama" and model and error.is_rejection and error.reason.startswith("status 404"):
+            return SourceError(f"Ollama has no model {model!r}.{PULL}ollama pull {model}", is_final=True)
+        hint = f" Expected one that has the model{server.key_hint()}." if error.is_rejection else ""
+        said = f"{name} reports: {first_line(error, 300)}{f' (model {model!r})' if model else ''}.{hint}"
+        return SourceError(said, error.is_retryable, error.pause, error.is_rejection)
 
 
-def _raise_for_status(response: httpx.Response, model: str) -> None:
-    """Raise UserError for an error response."""
-    if not response.is_success:
-        with suppress(ValueError):
-            raise UserError(
-                f"The server reports: {_error_message(response.json())} (status {response.status_code}, model {model!r})."
-            )
-        raise UserError(f"The server responds with status {response.status_code} (model {model!r}).")
+def ollama_url(host: str | None) -> str:
+    """The URL of Ollama from HOST, HOST:PORT or a URL; None is OLLAMA_HOST, or this machine. Raises UserError."""
+    given = host or os.environ.get("OLLAMA_HOST") or "localhost"
+    if given.startswith(("http://", "https://")):
+        return given.rstrip("/")
+    try:
+        parts = urlsplit(f"//{given}")
+        address, port = parts.hostname, parts.port or OLLAMA_PORT
+    except ValueError:
+        address = None
+    if not address or "://" in given:
+        raise UserError(f"ollama_host: found {given!r}, expected HOST:PORT or http://... or https://...")
+    return f"http://{f'[{address}]' if ':' in address else address}:{port}{parts.path.rstrip('/')}"
 
 
-def _error_message(event) -> str:
-    error = event.get("error", event) if isinstance(event, dict) else event
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:300].rstrip(".")
+# ---- by name ----------------------------------------------------------------------------------------------------------------
 
 
-def sources_of(config) -> dict[str, Source]:
+def sources_of(settings) -> dict[str, Source]:
     """The configured sources, by the names shown on the page."""
-    sources = {"Ollama": OllamaSource(config.ollama_host, config.silence_seconds)}
-    if config.openai_url:
-        sources["OpenAI-compatible server"] = OpenAISource(config.openai_url, config.silence_seconds)
-    return {**sources, "checkpoints": CheckpointSource(tuple(Path(folder) for folder in config.checkpoints))}
+    sources: dict[str, Source] = {"Ollama": _server_source("ollama", settings)}
+    if settings.openai_url:
+        sources["OpenAI-compatible server"] = _server_source("openai", settings)
+    return {**sources, "checkpoints": CheckpointSource(tuple(Path(folder) for folder in settings.checkpoints))}
+
+
+def model_named(name: str, settings) -> Model:
+    """The model that a name means: ollama:MODEL, openai:MODEL, or the path of a checkpoint or run.
+
+    Sends nothing. Raises UserError for anything else.
+    """
+    kind, colon, model = name.partition(":")
+    if not Path(name).exists() and colon and kind in SERVERS:
+        if not model.strip():
+            raise UserError(f"{name}: found no model, expected {kind}:MODEL, as the server names it.")
+        server = _server_source(kind, settings)
+        if kind == "openai" and server.url is None and not SERVERS[kind]("").key():
+            raise UserError(f"{name}: expected the address of a server, openai_url=http://..., or a key in OPENAI_API_KEY.")
+        return Model(server, model, name)
+    if Path(name).exists():
+        return Model(CheckpointSource(()), str(checkpoint_at(Path(name))), name)
+    hint = nearest(kind, SERVERS, "") if colon else ""
+    raise UserError(
+        f"{name}: no such file{f'; {hint}' if hint else '.'} "
+        "Expected ollama:MODEL, openai:MODEL, or the directory of a checkpoint or run."
+    )
+
+
+def _server_source(kind: str, settings) -> ServerSource:
+    url = ollama_url(settings.ollama_host) if kind == "ollama" else settings.openai_url
+    return ServerSource(kind, url, settings.silence_seconds)

@@ -45,6 +45,53 @@ MIGRATIONS = (
         """CREATE TABLE scores (
             pair VARCHAR NOT NULL, model VARCHAR NOT NULL, margin DOUBLE NOT NULL, moment TIMESTAMP NOT NULL)""",
     ),
+    # Problems become tasks with a prompt of any kind (JSON: a text, or turns), pairs comparisons of any number of answers,
+    # and choices ranks. Ids stay.
+    (
+        """CREATE TABLE tasks (
+            number BIGINT NOT NULL, id VARCHAR NOT NULL, title VARCHAR NOT NULL, difficulty VARCHAR NOT NULL,
+            prompt VARCHAR NOT NULL, function_name VARCHAR NOT NULL, tests VARCHAR NOT NULL, kind VARCHAR NOT NULL,
+            added TIMESTAMP NOT NULL)""",
+        """INSERT INTO tasks SELECT number, id, title, difficulty, to_json(description)::VARCHAR, function_name, tests, 'code',
+            added FROM problems""",
+        """CREATE TABLE answers (
+            number BIGINT NOT NULL, id VARCHAR NOT NULL, task VARCHAR NOT NULL, model VARCHAR NOT NULL,
+            prompt VARCHAR NOT NULL, parameters VARCHAR NOT NULL, text VARCHAR NOT NULL, code VARCHAR,
+            made TIMESTAMP NOT NULL)""",
+        """INSERT INTO answers SELECT row_number() OVER (ORDER BY rowid), id, problem, model, to_json(prompt)::VARCHAR,
+            parameters, text, code, made FROM generations""",
+        """CREATE TABLE comparisons (
+            number BIGINT NOT NULL, id VARCHAR NOT NULL, task VARCHAR NOT NULL, answers VARCHAR[] NOT NULL,
+            made TIMESTAMP NOT NULL)""",
+        "INSERT INTO comparisons SELECT number, id, problem, [first, second], made FROM pairs",
+        """CREATE TABLE judgments (
+            number BIGINT NOT NULL, id VARCHAR NOT NULL, comparison VARCHAR NOT NULL, labeler VARCHAR NOT NULL,
+            choice VARCHAR, shown INTEGER[], ranks INTEGER[], seconds DOUBLE, reasons VARCHAR[], comment VARCHAR,
+            edited VARCHAR, edited_from INTEGER, settles BOOLEAN NOT NULL, moment TIMESTAMP NOT NULL, undoes VARCHAR)""",
+        """INSERT INTO judgments SELECT number, id, pair, labeller,
+            CASE WHEN choice IN ('first', 'second') THEN 'ranked' ELSE choice END,
+            CASE shown_left WHEN 'first' THEN [0, 1] WHEN 'second' THEN [1, 0] END,
+            CASE choice WHEN 'first' THEN [1, 2] WHEN 'second' THEN [2, 1] END,
+            seconds, reasons, comment, '', NULL, false, moment, undoes FROM preferences""",
+        """CREATE TABLE verdicts (
+            comparison VARCHAR NOT NULL, judge VARCHAR NOT NULL, ranks INTEGER[] NOT NULL, reason VARCHAR NOT NULL,
+            parameters VARCHAR NOT NULL, moment TIMESTAMP NOT NULL)""",
+        """CREATE TABLE flip_probabilities (
+            comparison VARCHAR NOT NULL, source VARCHAR NOT NULL, probability DOUBLE NOT NULL, moment TIMESTAMP NOT NULL)""",
+        "ALTER TABLE test_runs RENAME generation TO answer",
+        "ALTER TABLE scores RENAME pair TO comparison",
+        "DROP VIEW standing",
+        # The latest judgment of each labeler on each comparison, without the undone ones. Who settles a comparison keeps their
+        # own judgment of it.
+        """CREATE VIEW standing AS
+            SELECT * EXCLUDE (undoes) FROM judgments
+            WHERE undoes IS NULL AND id NOT IN (SELECT undoes FROM judgments WHERE undoes IS NOT NULL)
+            QUALIFY row_number() OVER (PARTITION BY comparison, labeler, settles ORDER BY number DESC) = 1""",
+        "DROP TABLE problems",
+        "DROP TABLE generations",
+        "DROP TABLE pairs",
+        "DROP TABLE preferences",
+    ),
 )
 
 

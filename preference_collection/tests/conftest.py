@@ -1,13 +1,20 @@
 """Shared fixtures of the app's tests: a store with content, and a stand-in for Ollama."""
 
 import sys
+from collections.abc import Sequence
 
 import pytest
+from hypothesis import settings
 
-from preference_collection.store.store import Generation, Pair, Problem, new_id, open_store
+from preference_collection.store.model import Answer, Comparison, Judgment, Task, new_id, ranks_of_pick
+from preference_collection.store.store import open_store
 
 # Isolation needs Linux; elsewhere its tests are not collected. `Isolation` says so on the page too.
 collect_ignore = [] if sys.platform == "linux" else ["test_sandbox.py"]
+
+# How long an example takes says how busy the machine is, and nothing of the code.
+settings.register_profile("here", deadline=None)
+settings.load_profile("here")
 
 
 @pytest.fixture
@@ -18,19 +25,29 @@ def store(tmp_path):
     opened.close()
 
 
-def a_problem(id: str = "sum", **changed) -> Problem:
-    """A problem with one test."""
+def a_task(id: str = "sum", **changed) -> Task:
+    """A programming problem with one test."""
     values = {
-        "id": id, "title": f"The {id}", "difficulty": "easy", "description": f"Add two numbers ({id}).", "function_name": "add",
-        "tests": ({"args": [1, 2], "expected": 3},),
+        "id": id, "title": f"The {id}", "difficulty": "easy", "prompt": f"Add two numbers ({id}).", "function_name": "add",
+        "tests": ({"args": [1, 2], "expected": 3},), "kind": "code",
     }  # fmt: skip
-    return Problem(**{**values, **changed})
+    return Task(**{**values, **changed})
 
 
-def a_pair(problem: str = "sum", texts: tuple[str, str] = ("one", "two"), model: str = "tiny", id: str | None = None) -> Pair:
-    """A pair of solutions with these texts."""
-    first, second = (Generation(new_id(), model, f"Add two numbers ({problem}).", {"seed": 7}, text, text) for text in texts)
-    return Pair(id or new_id(), problem, first, second)
+def a_comparison(task: str = "sum", texts: Sequence[str] = ("one", "two"), id: str | None = None, **changed) -> Comparison:
+    """A comparison of answers with these texts."""
+    values = {"model": "tiny", "prompt": f"Add two numbers ({task}).", "parameters": {"seed": 7}} | changed
+    answers = tuple(Answer(id=new_id(), text=text, code=text, **values) for text in texts)
+    return Comparison(id or new_id(), task, answers)
+
+
+def a_judgment(comparison: Comparison, said: int | tuple[int, ...] | str = 0, labeler: str = "ada", **more) -> Judgment:
+    """A judgment: the index of the best answer, the ranks of all, or a choice without ranks."""
+    n = len(comparison.answers)
+    ranks = ranks_of_pick(said, n) if isinstance(said, int) else said if isinstance(said, tuple) else ()
+    choice = "ranked" if ranks else said
+    values = {"id": new_id(), "order": tuple(range(n))} | more
+    return Judgment(comparison=comparison.id, labeler=labeler, choice=choice, ranks=ranks, **values)
 
 
 def tiny_checkpoint(directory):

@@ -22,7 +22,8 @@ class Broken(str):
 class StandIn:
     """The behavior of the stand-in, and the requests it received.
 
-    replies: a model's name → a function from the request to the pieces of its reply. requests: what it was asked.
+    replies: a model's name → a function from the request to the pieces of its reply. requests: what it was asked. refuse: a
+    function from a request to the status and headers of an error, or None.
     """
 
     def __init__(self, replies: dict[str, Callable[[dict], list]]):
@@ -31,7 +32,10 @@ class StandIn:
         self.go_on = threading.Event()
         self.left = threading.Event()
         self.status = 200
+        self.refuse: Callable[[dict], tuple[int, dict] | None] = lambda _: None
         self.url = ""
+        # Stops listening; requests that were accepted are answered.
+        self.leave: Callable[[], None] = lambda: None
 
     def models(self) -> list[dict]:
         """The entries of /api/tags."""
@@ -48,6 +52,7 @@ def ollama_stand_in(replies: dict[str, Callable[[dict], list]]):
     stand_in = StandIn(replies)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"stand_in": stand_in}))
     stand_in.url = f"http://127.0.0.1:{server.server_address[1]}"
+    stand_in.leave = lambda: (server.shutdown(), server.socket.close())
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
@@ -93,6 +98,12 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.stand_in.requests.append({**request, "authorization": self.headers.get("Authorization")})
         openai = self.path == "/v1/chat/completions"
+        if refusal := self.stand_in.refuse(request):
+            self.send_response(refusal[0])
+            for name, value in {"Content-Length": "0", **refusal[1]}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            return
         if self.stand_in.status != 200:
             self.send_response(self.stand_in.status)
             self.send_header("Location", f"{self.stand_in.url}/elsewhere")

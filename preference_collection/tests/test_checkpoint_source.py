@@ -8,11 +8,16 @@ import pytest
 import torch
 
 from preference_collection.__main__ import main
-from preference_collection.generation.checkpoint_source import CheckpointSource, load_checkpoint, margins
-from preference_collection.generation.sources import Request, Writing
-from preference_collection.store.store import Query, open_store
-from preference_collection.tests.conftest import a_pair, a_problem, tiny_checkpoint
+from preference_collection.generation.asking import Request
+from preference_collection.generation.checkpoint_source import CheckpointSource, checkpoint_at, load_checkpoint, margins
+from preference_collection.generation.sources import model_named
+from preference_collection.generation.writing import Writing
+from preference_collection.settings import load_settings
+from preference_collection.store.model import Query
+from preference_collection.store.store import open_store
+from preference_collection.tests.conftest import a_comparison, a_task, tiny_checkpoint
 from preference_training.core.errors import UserError
+from preference_training.data.rows.records import Turn
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +39,32 @@ def test_the_newest_checkpoints_are_offered_first_and_incomplete_ones_never(tmp_
         os.utime(latest, (age, age))
     found = CheckpointSource((tmp_path, tmp_path / "absent")).models()
     assert found == [str(tmp_path / name / "LATEST") for name in ("new", "collect/dpo", "old")]
+
+
+def test_a_run_or_a_checkpoint_is_named_by_its_path(checkpoint, tmp_path):
+    for path in (checkpoint, checkpoint.parent):
+        found = model_named(str(path), load_settings())
+        assert (found.model, found.name) == (str(checkpoint), str(path))
+    with pytest.raises(
+        UserError, match=r"no checkpoint. Expected a directory with config.json or adapter_config.json, or a run"
+    ):
+        checkpoint_at(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    with pytest.raises(UserError, match="an adapter that does not name its base model"):
+        checkpoint_at(tmp_path)
+
+
+def test_a_reply_says_whether_it_was_cut(checkpoint):
+    assert written(checkpoint).finish in ("length", "stop")
+    lengths = {written(checkpoint, seed).finish for seed in range(3)}
+    assert "length" in lengths, "twelve random tokens of 250 rarely have an end"
+
+
+def test_a_conversation_is_formatted_as_in_training(checkpoint):
+    loaded = load_checkpoint(str(checkpoint))
+    turns = (Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", "Yes?"), Turn("user", "Add."))
+    text = loaded.tokenizer.decode(loaded.prompt_ids(turns), skip_special_tokens=True)
+    assert text == "Be brief.\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Add.\n\nAssistant:"
 
 
 def test_a_checkpoint_is_deterministic_per_seed_and_keeps_the_global_random_state(checkpoint):
@@ -75,7 +106,7 @@ def test_an_adapter_is_offered_and_generates_with_its_base_model(checkpoint, tmp
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
     assert CheckpointSource((tmp_path / "runs",)).models() == [], "its model was made from scratch, and is nowhere"
     load_checkpoint.cache_clear()
-    monkeypatch.setattr("preference_collection.checkpoint_source.find_spec", lambda name: None)
+    monkeypatch.setattr("preference_collection.generation.checkpoint_source.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"is an adapter. Install: pip install -r requirements/lora.txt"):
         load_checkpoint(str(adapter))
 
@@ -91,10 +122,10 @@ def test_an_invalid_checkpoint_gives_one_message(tmp_path):
 def test_pairs_are_scored_by_their_log_probs(checkpoint, tmp_path, capsys):
     """The log-probs agree with transformers' own loss, which is a mean over the response."""
     address = str(tmp_path / "collection.duckdb")
-    pair = a_pair()
+    comparison = a_comparison()
     with closing(open_store(address)) as store:
-        store.add_problems([a_problem()])
-        store.add_pairs([pair])
+        store.add_tasks([a_task()])
+        store.add_comparisons([comparison])
     main(["score", str(checkpoint), f"store={address}"])
     assert "1 pairs scored" in capsys.readouterr().out
     with closing(open_store(address)) as store:
@@ -102,7 +133,7 @@ def test_pairs_are_scored_by_their_log_probs(checkpoint, tmp_path, capsys):
     loaded = load_checkpoint(str(checkpoint))
     logps = []
     for text in ("one", "two"):
-        prompt = loaded.tokenizer(f"\n\nHuman: {pair.first.prompt}\n\nAssistant:").input_ids
+        prompt = loaded.tokenizer(f"\n\nHuman: {comparison.answers[0].prompt}\n\nAssistant:").input_ids
         response = [*loaded.tokenizer(f" {text}", add_special_tokens=False).input_ids, loaded.tokenizer.eos_token_id]
         labels = torch.tensor([[-100] * len(prompt) + response])
         loss = loaded.model(input_ids=torch.tensor([prompt + response]), labels=labels).loss.item()

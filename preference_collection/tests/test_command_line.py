@@ -26,7 +26,7 @@ def test_from_rows_to_a_data_set(tmp_path, capsys):
     row = {"id": 1, "description": "Say 1.", "version1": "a", "version2": "b", "preference": 1}
     rows.write_text(json.dumps(row) + "\n")
     store = f"store={tmp_path / 'collection.duckdb'}"
-    assert told(capsys, "import", str(rows), store).endswith("1 problems added, 1 new pairs, 1 judgments")
+    assert told(capsys, "import", str(rows), store).endswith("1 task added, 1 new comparison, 1 judgment")
     assert told(capsys, "export", str(tmp_path / "out"), store).endswith("out: 1 preferences, 0 ties, 0 skips")
     assert told(capsys, "export", str(tmp_path / "out.jsonl"), "--names", store).endswith("1 preferences, 0 ties, 0 skips")
     [record] = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -45,6 +45,7 @@ def test_a_user_error_gives_one_line(tmp_path, capsys):
 
 
 def test_the_modules_need_neither_torch_nor_the_page(tmp_path):
-    script = "import sys, preference_collection.__main__, preference_collection.generation.sources, preference_collection.exchange.export\n"
-    script += "print({'torch', 'transformers', 'streamlit'} & set(sys.modules))"
+    script = "import sys, preference_collection.__main__, preference_collection.generation.sources\n"
+    script += "import preference_collection.exchange.export\n"
+    script += "print({'torch', 'transformers', 'starlette'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout == b"set()\n"

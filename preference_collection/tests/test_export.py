@@ -2,7 +2,6 @@
 
 import json
 from contextlib import closing
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -12,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_collection.exchange.export import CARD, FILES, export_dataset, export_records, push
-from preference_collection.store.store import Judgment, new_id, open_store
-from preference_collection.tests.conftest import a_pair, a_problem
+from preference_collection.store.store import open_store
+from preference_collection.tests.conftest import a_comparison, a_judgment, a_task
 from preference_datasets import leetcode_records
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
@@ -23,14 +22,14 @@ from preference_training.data.rows.records import DataReport, Turn, item_error
 
 def judged_store(store):
     """Three problems: two judged by two people, who disagree on the second, one tie and one skip."""
-    store.add_problems([a_problem("a"), a_problem("b"), a_problem("c")])
-    pairs = {name: a_pair(name, (f"{name} one", f"{name} two")) for name in "abc"}
-    store.add_pairs(pairs.values())
-    for labeler, name, choice in [
-        ("ada", "a", "first"), ("bob", "a", "first"), ("ada", "b", "second"), ("bob", "b", "first"), ("ada", "c", "tie"),
-        ("bob", "c", "skip"),
+    store.add_tasks([a_task("a"), a_task("b"), a_task("c")])
+    pairs = {name: a_comparison(name, (f"{name} one", f"{name} two")) for name in "abc"}
+    store.add_comparisons(pairs.values())
+    more = {"order": (1, 0), "seconds": 2.5, "reasons": ("faster",), "comment": 'said "so"'}
+    for labeler, name, said in [
+        ("ada", "a", 0), ("bob", "a", 0), ("ada", "b", 1), ("bob", "b", 0), ("ada", "c", "tie"), ("bob", "c", "skip"),
     ]:  # fmt: skip
-        store.judge(Judgment(new_id(), pairs[name].id, "second", choice, labeler, 2.5, ("faster",), 'said "so"'))
+        store.judge(a_judgment(pairs[name], said, labeler, **more))
     return store
 
 
@@ -47,7 +46,7 @@ def lc_records(directory) -> dict:
 
 def test_the_lc_loader_reads_the_preferences_and_nothing_else(store, tmp_path):
     counts = export_dataset(judged_store(store), tmp_path / "out")
-    assert counts == {"preferences": 4, "ties": 1, "skips": 1}
+    assert +counts == {"preferences": 4, "ties": 1, "skips": 1}
     assert lc_records(tmp_path / "out") == {
         (Turn("user", "Add two numbers (a)."),): [("a one", "a two")] * 2,
         (Turn("user", "Add two numbers (b)."),): [("b two", "b one"), ("b one", "b two")],
@@ -71,7 +70,7 @@ def test_each_judgment_is_a_row_with_the_votes_on_its_pair(store, tmp_path):
 
 def test_an_undone_judgment_is_not_exported(store, tmp_path):
     judged_store(store).undo("bob")
-    assert export_dataset(store, tmp_path / "out") == {"preferences": 4, "ties": 1, "skips": 0}
+    assert +export_dataset(store, tmp_path / "out") == {"preferences": 4, "ties": 1}
     assert not (tmp_path / "out" / "apart" / "skips.parquet").exists()
 
 
@@ -120,10 +119,10 @@ def test_any_text_reaches_the_loader_unchanged(tmp_path_factory, description, on
     """Read with the loader's own library, and converted by the loader."""
     directory = tmp_path_factory.mktemp("texts") / "out"
     with closing(open_store(":memory:")) as store:
-        store.add_problems([a_problem()])
-        pair = a_pair(texts=(one, other))
-        store.add_pairs([replace(pair, first=replace(pair.first, prompt=description))])
-        store.judge(Judgment(new_id(), pair.id, "first", "second", "ada"))
+        store.add_tasks([a_task()])
+        comparison = a_comparison(texts=(one, other), prompt=description)
+        store.add_comparisons([comparison])
+        store.judge(a_judgment(comparison, 1))
         export_dataset(store, directory)
     rows = pyarrow.parquet.read_table(directory / "data").to_pylist()
     found = [
@@ -233,7 +232,7 @@ def test_an_export_is_pushed_as_a_private_data_set_with_its_card(store, tmp_path
     assert (created["name"], created["type"], created["visibility"]) == ("picks", "dataset", "private")
     [commit] = [body for path, _, body in hub.seen if "/commit/" in path]
     files = {line["value"]["path"] for line in map(json.loads, commit.splitlines()) if line["key"] == "file"}
-    assert files == {CARD, *FILES.values()}
+    assert files == {CARD, *(FILES[kind] for kind in ("preferences", "ties", "skips"))}
 
 
 def test_a_public_data_set_is_uploaded_to_only_on_request(store, tmp_path, hub):

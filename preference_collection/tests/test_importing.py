@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preference_collection.exchange.importing import SAMPLES, RowError, import_into, problem_of
-from preference_collection.store.store import Query
+from preference_collection.exchange.code_rows import RowError, problem_of
+from preference_collection.exchange.importing import CONVERSATIONS, SAMPLES, add_samples, import_into
+from preference_collection.store.model import Query
 from preference_training.core.errors import UserError
 
 FIELDS = ("id", "title", "difficulty", "description", "version1", "version2", "preference")
@@ -54,24 +55,32 @@ def write(path, rows):
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet", "older.duckdb"])
 def test_rows_of_every_file_type_keep_their_labels(store, tmp_path, name):
     path = write(tmp_path / name, ROWS)
-    assert import_into(store, path).line() == "4 problems added, 3 new pairs, 2 judgments"
+    assert import_into(store, path).line() == "4 tasks added, 3 new comparisons, 2 judgments"
     assert [problem.id for problem in store.browse(Query())[0]] == ["1", "2", "3", "4"]
-    assert store.problem("2").difficulty == "hard"
+    assert store.task("2").difficulty == "hard"
     choices = {}
     for number in "123":
-        [pair] = store.pairs_of(number)
-        choices[pair.first.text] = [(said.choice, said.labeler) for said in store.standing(pair.id)]
-    assert choices == {"a": [("first", "imported")], "c": [("second", "imported")], "e": []}
+        [comparison] = store.comparisons_of(number)
+        choices[comparison.answers[0].text] = [(said.ranks, said.labeler) for said in store.standing(comparison.id)]
+    assert choices == {"a": [((1, 2), "imported")], "c": [((2, 1), "imported")], "e": []}
     # A second import adds nothing.
     assert import_into(store, path).line() == "4 known"
     assert store.progress().judgments == 2
 
 
 def test_the_sample_problems_are_a_dozen_and_have_tests(store):
-    assert import_into(store, SAMPLES).line() == "12 problems added"
+    assert import_into(store, SAMPLES).line() == "12 tasks added"
     for row in store.browse(Query())[0]:
-        problem = store.problem(row.id)
-        assert problem.function_name in problem.description and len(problem.tests) >= 5
+        task = store.task(row.id)
+        assert task.function_name in task.prompt and len(task.tests) >= 5
+
+
+def test_the_sample_conversations_are_a_dozen_of_our_own_without_a_preference(store):
+    assert import_into(store, CONVERSATIONS).line() == "12 tasks added, 12 new comparisons"
+    sizes = [len(comparison.answers) for comparison in store.comparisons()]
+    assert set(sizes) == {2, 3, 4} and store.progress().judgments == 0
+    add_samples(store)
+    assert store.progress().tasks == 24
 
 
 BAD = [
@@ -100,10 +109,10 @@ def test_an_invalid_row_is_reported_by_number_and_nothing_is_imported(store, tmp
         import_into(store, path)
     assert f"rows.jsonl, row 2: {fault}" in str(caught.value)
     assert str(caught.value).startswith(f"import: 1 rows of {path} are invalid, and nothing was imported.")
-    assert store.progress().problems == 0
+    assert store.progress().tasks == 0
     assert (
         import_into(store, path, skip_bad_rows=True).line()
-        == "1 problems added, 1 new pairs, 1 judgments, 1 invalid rows skipped"
+        == "1 task added, 1 new comparison, 1 judgment, 1 invalid row skipped"
     )
 
 
@@ -169,4 +178,4 @@ def test_any_row_gives_a_problem_or_a_fault(row):
     except RowError as fault:
         assert str(fault)
     else:
-        assert problem.description.strip() and problem.id and problem.title
+        assert problem.prompt.strip() and problem.id and problem.title

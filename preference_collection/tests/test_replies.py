@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from preference_collection.generation.replies import LONGEST_REPLY, extract_code
+from preference_collection.generation.replies import LONGEST_REPLY, Extracted, extract_code, only_function
 
 CODE = "def add(a, b):\n    return a + b"
 
@@ -45,6 +45,82 @@ def test_the_last_of_several_solutions_counts():
 def test_a_method_and_another_spelling_of_the_name_are_accepted():
     code = "class Solution:\n    def twoSum(self, a, b):\n        return a + b"
     assert extract_code(f"```python\n{code}\n```", "two_sum").fault is None
+
+
+# Two numbers go in.
+TESTS = ({"args": [1, 2], "expected": 3},)
+
+STANDING_IN = {
+    "another name": "def plus(a, b):\n    return a + b",
+    "a helper with an underscore": "def _twice(a, b):\n    return 2 * a\n\ndef plus(a, b):\n    return a + b",
+    "a main program": "def plus(a, b):\n    return a + b\n\ndef main():\n    print(plus(1, 2))\n\nmain()",
+    "optional arguments": "def plus(a, b, c=0, *, d=0):\n    return a + b",
+    "any number of arguments": "def plus(*numbers):\n    return sum(numbers)",
+    "LeetCode's class": "class Solution:\n    def plus(self, a: int, b: int) -> int:\n        return a + b",
+    "LeetCode's class with helpers": (
+        "def help(a, b):\n    return a\n\nclass Solution:\n    def _sum(self, a, b):\n        return a + b\n"
+        "    def plus(self, a, b):\n        return self._sum(a, b)"
+    ),
+    "a static method": "class Solution:\n    @staticmethod\n    def plus(a, b):\n        return a + b",
+}
+
+
+@pytest.mark.parametrize("code", STANDING_IN.values(), ids=STANDING_IN)
+@pytest.mark.parametrize("requested", ["add", ""])
+def test_the_only_function_that_takes_the_arguments_stands_for_the_requested_one(code, requested):
+    assert extract_code(f"```python\n{code}\n```", requested, TESTS) == Extracted(code, None, "plus")
+
+
+def test_the_requested_name_goes_before_another_even_in_an_earlier_block():
+    reply = f"```python\n{CODE}\n```\nA variant:\n```python\n{STANDING_IN['another name']}\n```"
+    assert extract_code(reply, "add", TESTS) == Extracted(CODE, None)
+    assert extract_code("add = lambda a, b: a + b", "add", TESTS).fault is not None, "code without a fence begins with def"
+    assert extract_code("```\nadd = lambda a, b: a + b\n```", "add", TESTS) == Extracted("add = lambda a, b: a + b", None)
+
+
+NOT_STANDING_IN = {
+    "two that fit": "def plus(a, b):\n    return a + b\n\ndef minus(a, b):\n    return a - b",
+    "two methods that fit": "class Solution:\n    def plus(self, a, b): pass\n    def minus(self, a, b): pass",
+    "too few arguments": "def plus(a):\n    return a",
+    "too many arguments": "def plus(a, b, c):\n    return a",
+    "a needed keyword": "def plus(a, b, *, c):\n    return a",
+    "a coroutine": "async def plus(a, b):\n    return a + b",
+    "a function inside another": "def make():\n    def plus(a, b):\n        return a + b\n    return plus",
+    "another class": "class Adder:\n    def plus(self, a, b):\n        return a + b",
+    "no function": "print(3)",
+}
+
+
+@pytest.mark.parametrize("code", NOT_STANDING_IN.values(), ids=NOT_STANDING_IN)
+def test_no_function_is_guessed_where_none_or_several_fit(code):
+    found = extract_code(f"```python\n{code}\n```", "add", TESTS)
+    assert (found.code, found.fault, found.function_name) == (code, "does not define the function add", "")
+    found = extract_code(f"```python\n{code}\n```", "", TESTS)
+    assert found.fault == "does not define a single function that takes the arguments of the tests"
+
+
+def test_without_tests_no_function_stands_for_another():
+    assert extract_code(STANDING_IN["another name"], "add").fault == "does not define the function add"
+
+
+HOSTILE = {
+    "deep decorators": "@(" + "-" * 900 + "1)\ndef plus(a, b):\n    return a + b",
+    "a name twice": "def plus(a, b):\n    return 0\n\ndef plus(a, b):\n    return a + b",
+    "a deleted function": "def plus(a, b):\n    return a + b\n\ndel plus",
+    "many functions": "\n".join(f"def f{n}(a): pass" for n in range(2000)) + "\ndef plus(a, b): return a + b",
+}
+
+
+@pytest.mark.parametrize("code", HOSTILE.values(), ids=HOSTILE)
+def test_odd_code_is_only_read_never_run(code):
+    assert only_function(code, TESTS) == "plus"
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from("defclassSolution plus(self,a,b*=):\n\t @staticmethod.lambda0")))
+def test_any_code_has_one_function_or_none(code):
+    name = only_function(code, TESTS)
+    assert name is None or f"def {name}" in code.replace("\t", " ")
 
 
 def test_fences_inside_a_string_do_not_end_the_block():

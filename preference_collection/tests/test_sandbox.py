@@ -146,7 +146,7 @@ def test_ten_gigabytes_cannot_be_allocated(sandbox, take):
 
 
 def test_the_store_cannot_be_read(sandbox, store):
-    store.add_problems([])
+    store.add_tasks([])
     for path in (store.address, str(Path(__file__)), "/etc/passwd", "/proc/self/environ", str(Path.home() / ".bashrc")):
         result = one(sandbox, f"return open({path!r}).read()")
         assert result.status == "error" and result.message.startswith(("FileNotFoundError", "PermissionError")), path

@@ -1,9 +1,9 @@
-"""The store at full size: fifty concurrent labelers, a hundred thousand problems."""
+"""The store at full size: fifty concurrent labelers, a hundred thousand tasks."""
 
 from time import process_time
 
-from preference_collection.store.store import Judgment, Query, new_id
-from preference_collection.tests.conftest import a_pair, a_problem
+from preference_collection.store.model import Query
+from preference_collection.tests.conftest import a_comparison, a_judgment, a_task
 from preference_collection.tests.test_store import judge_at_once
 
 # Server time for a page of the list. Unit: seconds of CPU time, which a busy machine affects little.
@@ -15,21 +15,21 @@ def test_fifty_labelers_write_ten_thousand_judgments_and_none_is_lost_or_duplica
 
 
 def page_change(store, query: Query, start: int) -> float:
-    """CPU time of the server for a page of the list and one problem. Unit: seconds."""
+    """CPU time of the server for a page of the list and one task. Unit: seconds."""
     begun = process_time()
     store.browse(query, start)
     store.progress("labeler 1")
     store.agreement()
-    store.problem("p4711")
-    store.pairs_of("p4710")
+    store.task("p4711")
+    store.comparisons_of("p4710")
     return process_time() - begun
 
 
-def test_a_hundred_thousand_problems_are_browsed_without_waiting(store):
-    store.add_problems(a_problem(f"p{index}", difficulty=("easy", "medium", "hard")[index % 3]) for index in range(100_000))
-    pairs = [a_pair(f"p{index}") for index in range(0, 100_000, 5)]
-    said = [Judgment(new_id(), pair.id, "first", "first", f"labeler {index % 7}") for index, pair in enumerate(pairs[::2])]
-    store.add_pairs(pairs, said)
+def test_a_hundred_thousand_tasks_are_browsed_without_waiting(store):
+    store.add_tasks(a_task(f"p{index}", difficulty=("easy", "medium", "hard")[index % 3]) for index in range(100_000))
+    pairs = [a_comparison(f"p{index}") for index in range(0, 100_000, 5)]
+    said = [a_judgment(pair, 0, f"labeler {index % 7}") for index, pair in enumerate(pairs[::2])]
+    store.add_comparisons(pairs, said)
     store.add_scores("policy", [(pair.id, float(index % 11)) for index, pair in enumerate(pairs)])
     slowest = {}
     for query in (

@@ -6,7 +6,6 @@ from itertools import islice
 
 import numpy
 import torch
-from torch import Tensor
 
 from preference_training.batching.packing import (
     UNLIMITED,
@@ -40,7 +39,7 @@ class MicroBatch:
         """Pack examples within a budget."""
         members = [(prompt, prompt.members(number)) for prompt, number in examples]
         return cls(
-            packs=[_pinned(pack) for pack in build_packs(examples, budget, ranks)],
+            packs=[_prepared(pack) for pack in build_packs(examples, budget, ranks)],
             num_examples=len(examples),
             most_members=max(len(responses) for _, responses in members),
             first_tokens=sum(num_scored(prompt, responses[0]) for prompt, responses in members),
@@ -48,9 +47,9 @@ class MicroBatch:
         )
 
 
-def _pinned(batch: PackedBatch) -> PackedBatch:
-    """The batch in pinned memory if there is a GPU, so that copying overlaps with computation."""
-    return batch.with_tensors(Tensor.pin_memory) if torch.cuda.is_available() else batch
+def _prepared(batch: PackedBatch) -> PackedBatch:
+    """The batch as the device of this process takes it."""
+    return batch.for_gpu() if torch.cuda.is_available() else batch
 
 
 def evaluation_prompts(prompts: PromptTable, n_examples: int | None, seed: int) -> Selection:
@@ -83,7 +82,7 @@ def split_into_batches(
     """This rank's share of the examples, in batches of at most `batch_size` over all ranks; `places` index all of them."""
     starts = range(0, len(examples), batch_size)
     return [
-        replace(pack, places=pack.places + start)
+        _prepared(replace(pack, places=pack.places + start))
         for start in starts
         for pack in build_packs(examples[start : start + batch_size], budget, ranks)
     ]

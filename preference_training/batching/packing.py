@@ -15,11 +15,16 @@ import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
-from preference_training.batching.tries import PrefixCounter, Trie, TrieLayout, build_trie, trees
+from preference_training.batching.staging import StagedTensors
+from preference_training.batching.tries import BLOCK, PrefixCounter, Trie, TrieLayout, build_trie, trees
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.base import MISSING_NUMBERS, Examples
+
+# The shortest packed row on a GPU: with one block of attention only, compiled kernels would be compiled once more.
+MIN_GPU_LENGTH = 2 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class PackedBatch:
     places: [E], the indices of its examples among those of the micro-batch, over all ranks.
     sources: [E], for messages. is_filler: padding for ranks that have fewer packs than another; it does not count.
     weights, margins, labels: [E] float32, the numbers of its examples; None if the data has none.
+    num_padding: packed tokens at the end that belong to no sequence.
+    staged: its tensors and those of its layout as one block of memory, which reaches a GPU in one copy.
     """
 
     input_ids: Tensor
@@ -59,6 +66,8 @@ class PackedBatch:
     weights: Tensor | None = None
     margins: Tensor | None = None
     labels: Tensor | None = None
+    num_padding: int = 0
+    staged: StagedTensors | None = None
 
     @property
     def num_examples(self) -> int:
@@ -68,7 +77,7 @@ class PackedBatch:
     @property
     def num_tokens(self) -> int:
         """Packed tokens, each shared one counted once; 0 for a filler."""
-        return 0 if self.is_filler else len(self.input_ids)
+        return 0 if self.is_filler else len(self.input_ids) - self.num_padding
 
     @property
     def num_row_tokens(self) -> int:
@@ -91,7 +100,30 @@ class PackedBatch:
         """The batch with its tensors on `device`."""
         if self.input_ids.device == device:
             return self
-        return self.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        if self.staged is None:
+            return self.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        found = self.staged.to(device)
+        own = {item.name for item in fields(self)}
+        batch = replace(self, staged=None, **{name: tensor for name, tensor in found.items() if name in own})
+        layout = {name: tensor for name, tensor in found.items() if name not in own}
+        # Where the cached property keeps its value.
+        batch.__dict__["layout"] = TrieLayout(self.trie, device, layout)
+        return batch
+
+    def for_gpu(self) -> "PackedBatch":
+        """The batch padded to whole blocks of attention, and staged: prepared ahead of time for its one copy to a GPU."""
+        length = max(MIN_GPU_LENGTH, -(-len(self.input_ids) // BLOCK) * BLOCK)
+        missing = length - len(self.input_ids)
+        padded = replace(
+            self,
+            input_ids=pad(self.input_ids, (0, missing)),
+            position_ids=torch.cat([self.position_ids, torch.arange(missing)]),
+            trie=self.trie.padded(length),
+            num_padding=self.num_padding + missing,
+        )
+        own = {item.name: getattr(padded, item.name) for item in fields(padded)}
+        tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        return replace(padded, staged=StagedTensors.of(tensors | padded.layout.complete().tensors))
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
         """The batch with each of its tensors changed."""

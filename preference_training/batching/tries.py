@@ -8,10 +8,10 @@ Shapes: T packed tokens, N sequences.
 """
 
 from bisect import bisect_left
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 import torch
@@ -59,6 +59,11 @@ class Trie:
     def num_tokens(self) -> int:
         """Packed tokens."""
         return sum(branch.own for branch in self.branches)
+
+    def padded(self, length: int) -> "Trie":
+        """The trie with one more branch of padding, which no sequence reads, so that it has `length` packed tokens."""
+        missing = length - self.num_tokens
+        return Trie((*self.branches, Branch(-1, 0, self.num_tokens, missing)), self.ends) if missing else self
 
     @cached_property
     def paths(self) -> list[NDArray[numpy.int64]]:
@@ -186,18 +191,27 @@ class PrefixCounter:
         return shared
 
 
+# What hides tokens from each other in layers of one kind: their window and their chunk size.
+MaskKind = tuple[int | None, int | None]
+
+
 class TrieLayout:
     """A trie as the attention layers need it; `seen`: whether a layer has used it.
 
     by_branches: attention is computed branch by branch, in the order of plain sequences; else all at once, under a block mask.
+    tensors: all that was computed of it, [T] or [1, 1, blocks, ...], int32, by name.
     """
 
-    def __init__(self, trie: Trie, device: torch.device):
+    # The kinds that layers of this process have asked for: later layouts have them ready.
+    kinds: ClassVar[set[MaskKind]] = {(None, None)}
+
+    def __init__(self, trie: Trie, device: torch.device, tensors: dict[str, Tensor] | None = None):
         self.trie = trie
         self.device = device
         self.seen = False
         self.by_branches = device.type != "cuda"
-        self._block_masks: dict[tuple[int | None, int | None], Any] = {}
+        self.tensors = tensors or {}
+        self._block_masks: dict[MaskKind, Any] = {}
         self._elsewhere: dict[torch.device, TrieLayout] = {}
 
     def on(self, device: torch.device) -> "TrieLayout":
@@ -209,51 +223,76 @@ class TrieLayout:
             self._elsewhere[device].by_branches = self.by_branches
         return self._elsewhere[device]
 
-    @cached_property
+    def complete(self) -> "TrieLayout":
+        """The layout with everything computed that its process's models have asked for so far."""
+        _ = self.subtree_ends, self.positions
+        for window, chunk in tuple(self.kinds):
+            self._blocks(window, chunk)
+        return self
+
+    def _tensor(self, name: str, compute: Callable[[], NDArray[Any]]) -> Tensor:
+        if name not in self.tensors:
+            self.tensors[name] = torch.from_numpy(compute().astype(numpy.int32)).to(self.device)
+        return self.tensors[name]
+
+    @property
     def subtree_ends(self) -> Tensor:
         """One past the last packed token below each token: [T] int32."""
-        return torch.from_numpy(self.trie.subtree_ends).to(self.device)
+        return self._tensor("subtree_ends", lambda: self.trie.subtree_ends)
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
         """Position of each packed token in its sequence: [T] int32."""
-        return torch.from_numpy(self.trie.positions.astype(numpy.int32)).to(self.device)
+        return self._tensor("positions", lambda: self.trie.positions)
 
     def may_attend(self, query: Tensor, key: Tensor, window: int | None = None, chunk: int | None = None) -> Tensor:
         """Whether the packed token at `query` attends to that at `key` (integer tensors that broadcast).
 
         It attends to the tokens of its own sequence up to itself, less than `window` positions back, in the same `chunk`.
         """
-        visible = (key <= query) & (query < self.subtree_ends[key])
-        if window is not None:
-            visible = visible & (self.positions[query] - self.positions[key] < window)
-        if chunk is not None:
-            visible = visible & (self.positions[query] // chunk == self.positions[key] // chunk)
-        return visible
+        return self.mask_rule(window, chunk)(None, None, query, key)
+
+    def mask_rule(self, window: int | None, chunk: int | None) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
+        """`may_attend` in FlexAttention's form, a function of batch, head, query and key.
+
+        It refers to tensors only: compiled code cannot follow a property.
+        """
+        ends, positions = self.subtree_ends, self.positions
+
+        def may_attend(_batch: Any, _head: Any, query: Tensor, key: Tensor) -> Tensor:
+            visible = (key <= query) & (query < ends[key])
+            if window is not None:
+                visible = visible & (positions[query] - positions[key] < window)
+            if chunk is not None:
+                visible = visible & (positions[query] // chunk == positions[key] // chunk)
+            return visible
+
+        return may_attend
 
     def block_mask(self, window: int | None = None, chunk: int | None = None) -> Any:
         """FlexAttention's block mask, built once for all layers with the same window and chunk."""
         if (window, chunk) not in self._block_masks:
+            self.kinds.add((window, chunk))
             self._block_masks[window, chunk] = self._block_mask(window, chunk)
         return self._block_masks[window, chunk]
 
     def _block_mask(self, window: int | None, chunk: int | None) -> Any:
         from torch.nn.attention.flex_attention import BlockMask
 
-        some, full = block_visibility(self.trie, window, chunk)
-        counts_and_indices = []
-        for blocks in (some & ~full, full):
-            # The visible blocks of each row first, in ascending order.
-            indices = numpy.argsort(~blocks, axis=1, kind="stable")
-            for numbers in (blocks.sum(1), indices):
-                counts_and_indices.append(torch.from_numpy(numbers.astype(numpy.int32))[None, None].to(self.device))
         length = self.trie.num_tokens
-        return BlockMask.from_kv_blocks(
-            *counts_and_indices,
-            BLOCK,
-            lambda batch, head, query, key: self.may_attend(query, key, window, chunk),
-            seq_lengths=(length, length),
-        )
+        rule = self.mask_rule(window, chunk)
+        return BlockMask.from_kv_blocks(*self._blocks(window, chunk), BLOCK, rule, seq_lengths=(length, length))
+
+    def _blocks(self, window: int | None, chunk: int | None) -> list[Tensor]:
+        """Numbers and indices of the partly, and of the wholly visible key blocks of each query block."""
+        names = [f"{what} {window} {chunk}" for what in ("partial counts", "partial indices", "full counts", "full indices")]
+        if names[0] not in self.tensors:
+            some, full = block_visibility(self.trie, window, chunk)
+            for blocks, (counts, indices) in zip((some & ~full, full), (names[:2], names[2:]), strict=True):
+                self._tensor(counts, lambda blocks=blocks: blocks.sum(1)[None, None])
+                # The visible blocks of each row first, in ascending order.
+                self._tensor(indices, lambda blocks=blocks: numpy.argsort(~blocks, axis=1, kind="stable")[None, None])
+        return [self.tensors[name] for name in names]
 
 
 def block_visibility(trie: Trie, window: int | None, chunk: int | None) -> tuple[NDArray[numpy.bool_], NDArray[numpy.bool_]]:

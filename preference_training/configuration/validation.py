@@ -43,6 +43,8 @@ OBJECTIVES = (
 )  # fmt: skip
 # Who may judge, and whether a name follows.
 JUDGES = {"toy": False, "reward_model": True, "openai": True, "ollama": True}
+# A user's function as a judge, FILE.py:NAME.
+RULE = re.compile(r"\.py:\w+$")
 KEY_VARIABLE = "OPENAI_API_KEY"
 # Installs what HTTP judges and task suites need.
 EVALUATION_REQUIREMENTS = "pip install -r requirements/evaluation.txt"
@@ -300,9 +302,20 @@ def _check_evaluation(evaluation: EvaluationConfig, config: RunConfig) -> None:
 def _check_judge(evaluation: EvaluationConfig) -> None:
     if evaluation.judge is None:
         return
+    if RULE.search(evaluation.judge):
+        file = evaluation.judge.rpartition(":")[0]
+        if not Path(file).expanduser().is_file():
+            raise UserError(
+                f"evaluation.judge: {file}: no such file. Expected FILE.py:NAME; paths are relative to {Path.cwd()}."
+            )
+        return
     kind, _, name = evaluation.judge.partition(":")
+    if kind.endswith(".py"):
+        raise UserError(f"evaluation.judge: found {evaluation.judge!r}, expected FILE.py:NAME, with the name of a function.")
     if kind not in JUDGES:
-        raise UserError(f"evaluation.judge: no judge {evaluation.judge!r}; {nearest(kind, JUDGES)}")
+        raise UserError(
+            f"evaluation.judge: no judge {evaluation.judge!r}; {nearest(kind, JUDGES)} A rule of your own is FILE.py:NAME."
+        )
     if bool(name) != JUDGES[kind]:
         raise UserError(f"evaluation.judge: found {evaluation.judge!r}, expected {kind}{':NAME' * JUDGES[kind]}.")
     url = evaluation.judge_url

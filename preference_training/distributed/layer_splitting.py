@@ -25,7 +25,7 @@ from preference_training.core.errors import UserError, first_line
 from preference_training.core.processes import in_worker
 from preference_training.distributed.sharding import check_divisible
 from preference_training.modeling.loading import build_untrained, load_model
-from preference_training.modeling.logprobs import ScoringHead, response_scores
+from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.proof import (
     TOLERANCES,
     ErrorScale,
@@ -34,6 +34,7 @@ from preference_training.modeling.prefix_sharing.proof import (
     logps_and_gradients,
     random_tries,
 )
+from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.state import compute_device, copied_dtype, print_loaded, weights_hash
 from preference_training.modeling.tokenizer import load_tokenizer

@@ -1,24 +1,28 @@
-"""Judges of pairs of responses: the toy data's ground truth, a reward model, or a language model behind HTTP.
+"""Judges of pairs of responses: the toy data's ground truth, a rule, a reward model, or a language model behind HTTP.
 
 Responses are untrusted text. A language model sees them between markers with a code that they cannot contain, and its verdict
 must carry this code.
 """
 
 import json
+import math
 import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
+from numbers import Real
+from pathlib import Path
 from string import Template
 
 import xxhash
 
 from preference_training.configuration.composition import CONFIG_DIR
 from preference_training.configuration.sections import EvaluationConfig
-from preference_training.configuration.validation import EVALUATION_REQUIREMENTS, KEY_VARIABLE
-from preference_training.core.errors import UserError
+from preference_training.configuration.validation import EVALUATION_REQUIREMENTS, KEY_VARIABLE, RULE
+from preference_training.core.errors import UserError, nearest
+from preference_training.core.files import hash_file, run_file
 from preference_training.core.values import hash_values
 from preference_training.data.toy_preferences import response_kind
 from preference_training.generation.servers import ChatServer, OllamaServer, OpenAIServer, Reply, ServerError
@@ -73,6 +77,41 @@ class ToyJudge(Judge):
     def better(self, prompt: str, first: str, second: str) -> str:
         """One of VERDICTS."""
         return verdict_by_score(*(float(response_kind(response) == "preferred") for response in (first, second)))
+
+
+class RuleJudge(Judge):
+    """A user's function of a prompt and a response: the response with the higher score is better.
+
+    rule: FILE.py:NAME. Raises UserError where the file has no such function; exceptions of the file itself pass through.
+    """
+
+    def __init__(self, rule: str):
+        file, _, name = rule.rpartition(":")
+        path = Path(file).expanduser().absolute()
+        defined = vars(run_file(path, "judge"))
+        if not callable(defined.get(name)):
+            functions = [key for key, value in defined.items() if getattr(value, "__module__", None) == defined["__name__"]]
+            raise UserError(f"evaluation.judge: {file} has no function {name!r}; {nearest(name, functions)}")
+        self.rule, self.score_of = rule, defined[name]
+        # Verdicts of a file that has changed since are not reused.
+        super().__init__(f"{name} of {hash_file(path)}")
+        # A user's function need not be safe for several threads.
+        self.thread = threading.Lock()
+
+    def score(self, prompt: str, response: str) -> float:
+        """The score of one response. Raises UserError for anything but a finite number."""
+        with self.thread:
+            found = self.score_of(prompt, response)
+        if not isinstance(found, Real) or not math.isfinite(found):
+            raise UserError(
+                f"evaluation.judge: {self.rule} gives {found!r} for the response {response[:40]!r}. Expected a number, true or "
+                "false: the response with the higher one wins."
+            )
+        return float(found)
+
+    def better(self, prompt: str, first: str, second: str) -> str:
+        """One of VERDICTS."""
+        return verdict_by_score(self.score(prompt, first), self.score(prompt, second))
 
 
 class RewardModelJudge(Judge):
@@ -244,6 +283,8 @@ def parse_verdict(reply: str, code: str) -> str:
 
 def build_judge(options: EvaluationConfig, cache_dir: str | None, device) -> Judge:
     """The judge that a validated configuration names. Raises UserError where it cannot be loaded."""
+    if RULE.search(options.judge):
+        return RuleJudge(options.judge)
     kind, _, model = options.judge.partition(":")
     if kind == "toy":
         return ToyJudge("toy")

@@ -71,6 +71,8 @@ def write_answers(
         opened = to.open("w", encoding="utf-8") if to else nullcontext(sys.stdout)
     except OSError as error:
         raise UserError(f"--to: cannot write {to}: {error.strerror}. Expected a file in a writable folder.") from error
+    together = f", {CHUNK} at a time" if len(prompts) > CHUNK else ""
+    print(f"answering {len(prompts):,} prompts{together} ...", file=progress, flush=True)
     with opened as file:
         for start in range(0, len(prompts), CHUNK):
             for row in _answered(responders, prompts[start : start + CHUNK], changes):

@@ -26,6 +26,8 @@ MAX_REASON_LENGTH = 200
 CONNECTING, RESPONDING = 10.0, 600.0
 # Requests in progress at a time, where there are many.
 WORKERS = 8
+# The reason of an error: the server said nothing for as long as one waits for it.
+TIMEOUT = "timeout"
 
 
 class ServerError(Exception):
@@ -100,13 +102,13 @@ class ChatServer(ABC):
         """The API key of the environment, if there is one."""
         return None
 
-    def send(self, method: str, url: str, body: dict | None = None, is_streamed: bool = False):
-        """Send a request and return its reply. Raises ServerError."""
+    def send(self, method: str, url: str, body: dict | None = None, is_streamed: bool = False, session=None):
+        """Send a request, in a session of requests if one is given, and return its reply. Raises ServerError."""
         import requests
 
         try:
             # No redirects: the prompts and the key are for this server only.
-            reply = requests.request(
+            reply = (session or requests).request(
                 method,
                 url,
                 json=body,
@@ -115,8 +117,10 @@ class ChatServer(ABC):
                 allow_redirects=False,
                 stream=is_streamed,
             )
+        except requests.ConnectTimeout as error:
+            raise ServerError("unreachable") from error
         except requests.Timeout as error:
-            raise ServerError("timeout") from error
+            raise ServerError(TIMEOUT) from error
         except requests.RequestException as error:
             raise ServerError("unreachable") from error
         if reply.status_code != 200:
@@ -131,6 +135,25 @@ class ChatServer(ABC):
     def models(self) -> dict:
         """The list of models. Raises ServerError, and ValueError where it cannot be read."""
         return self.send("GET", f"{self.base}{self.models_path}").json()
+
+    def parts(self, turns: Sequence[Turn], settings: dict[str, Any], session=None) -> Iterator[Reply]:
+        """The parts of the response to a conversation, as they come. Raises ServerError."""
+        import requests
+
+        body = self.body([message_of(turn) for turn in turns], settings, is_streamed=True)
+        with self.send("POST", self.url, body, is_streamed=True, session=session) as reply:
+            try:
+                for line in filter(None, reply.iter_lines()):
+                    part = self.part(line)
+                    if part is None:
+                        return
+                    yield part
+            except requests.RequestException as error:
+                # requests reports a silence within a reply as a lost connection.
+                is_silence = any("ReadTimeoutError" in type(cause).__name__ for cause in error.args)
+                raise ServerError(TIMEOUT if is_silence else "the connection was lost", has_answered=True) from error
+            except (ValueError, LookupError, TypeError) as error:
+                raise ServerError("its reply cannot be read", has_answered=True) from error
 
     def _error_detail(self, reply) -> str:
         """The first line of an error message, after a colon and without the API key."""
@@ -276,7 +299,7 @@ class ServedModel:
         """The response to a conversation, each part of which goes to `say` as it comes. Raises UserError."""
         text, ended = "", None
         with self._user_errors():
-            for part in self._parts(turns, changes):
+            for part in self.server.parts(turns, changes):
                 text, ended = text + part.text, part.ended or ended
                 say(part.text)
         return Reply(text, ended)
@@ -285,22 +308,6 @@ class ServedModel:
         """The responses to several prompts, some of which are asked for at a time. Raises UserError."""
         with ThreadPoolExecutor(WORKERS) as pool:
             return list(pool.map(lambda prompt: self.respond(turns_of(prompt), changes, lambda _: None).text, prompts))
-
-    def _parts(self, turns: Sequence[Turn], changes: dict[str, Any]) -> Iterator[Reply]:
-        import requests
-
-        body = self.server.body([message_of(turn) for turn in turns], changes, is_streamed=True)
-        with self.server.send("POST", self.server.url, body, is_streamed=True) as reply:
-            try:
-                for line in filter(None, reply.iter_lines()):
-                    part = self.server.part(line)
-                    if part is None:
-                        return
-                    yield part
-            except requests.RequestException as error:
-                raise ServerError("the connection was lost", has_answered=True) from error
-            except (ValueError, LookupError, TypeError) as error:
-                raise ServerError("its reply cannot be read", has_answered=True) from error
 
     @contextmanager
     def _user_errors(self):

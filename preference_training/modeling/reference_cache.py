@@ -38,7 +38,8 @@ from preference_training.core.values import hash_values
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.modeling.adapters import INITIAL_ADAPTER
 from preference_training.modeling.loading import CONFIG_METADATA
-from preference_training.modeling.logprobs import CachedReference, LiveReference, ScoringHead
+from preference_training.modeling.logprobs import CachedReference, LiveReference
+from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead
 from preference_training.modeling.state import compute_device, weights_hash
 
 # Examples that are split over the ranks at once.

@@ -121,7 +121,9 @@ def adapter_notice(config: RunConfig) -> str | None:
     lora = config.model.lora
     if lora.r is None:
         return None
-    return f"model.lora.r: LoRA adapters of rank {lora.r} (alpha {lora.alpha:g}) are trained, all other weights are frozen"
+    quantized = f" and quantized to {config.model.quantization}" if config.model.quantization else ""
+    adapters = f"LoRA adapters of rank {lora.r} (alpha {lora.alpha:g})"
+    return f"model.lora.r: {adapters} are trained, all other weights are frozen{quantized}"
 
 
 def count_parameters(config: RunConfig, tokenizer) -> int:

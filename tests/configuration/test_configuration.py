@@ -732,6 +732,8 @@ def test_the_objective_is_a_metric_of_what_a_loss_compares(examples, objective, 
     ("overrides", "told"),
     [
         ("evaluation.judge=toyy", "evaluation.judge: no judge 'toyy'; did you mean toy?"),
+        ("evaluation.judge=mine.py", "evaluation.judge: found 'mine.py', expected FILE.py:NAME, with the name of a function."),
+        ("evaluation.judge=mine.py:rule", "evaluation.judge: mine.py: no such file. Expected FILE.py:NAME; paths are relative"),
         ("evaluation.judge=toy:x", "evaluation.judge: found 'toy:x', expected toy."),
         ("evaluation.judge=ollama", "evaluation.judge: found 'ollama', expected ollama:NAME."),
         ("evaluation.judge=openai:m", "evaluation.judge: openai needs a key in the environment, OPENAI_API_KEY"),

@@ -282,6 +282,71 @@ def test_the_higher_score_wins(first, second):
     assert verdict_by_score(first, second) == {1: "first", 0: "tie", -1: "second"}[(first > second) - (first < second)]
 
 
+RULE = """
+from dataclasses import dataclass
+
+
+def shorter(prompt, response):
+    return -len(response)
+
+
+def names_the_question(prompt, response):
+    return prompt in response
+
+
+def speechless(prompt, response):
+    return "short" if response == "a" else float("nan")
+
+
+not_a_function = 3
+"""
+
+
+@pytest.fixture
+def rule(compose, tmp_path):
+    """A judge by a function of a file: `rule("shorter")`, of `path` with `text`."""
+
+    def judge(name: str, text: str = RULE):
+        (tmp_path / "my_judge.py").write_text(text)
+        return build_judge(compose("eval_only=true", f"evaluation.judge={tmp_path}/my_judge.py:{name}").evaluation, None, "cpu")
+
+    return judge
+
+
+def test_the_response_with_the_higher_score_of_a_rule_wins(rule):
+    judge = rule("shorter")
+    assert [judge.better("Why?", *pair) for pair in (("a", "bb"), ("bb", "a"), ("a", "b"))] == ["first", "second", "tie"]
+    # Whether something holds is a score too.
+    judge = rule("names_the_question")
+    assert [judge.better("Why?", *pair) for pair in (("Why? Rain.", "Rain."), ("a", "b"))] == ["first", "tie"]
+    assert not judge.both_orders
+
+
+def test_a_rule_that_has_changed_gives_no_verdicts_of_before(rule):
+    before, same, changed = rule("shorter"), rule("shorter"), rule("shorter", RULE.replace("-len", "len"))
+    assert before.identity == same.identity != changed.identity
+    assert before.identity != rule("names_the_question").identity
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("shortr", "my_judge.py has no function 'shortr'; did you mean shorter?"),
+        ("not_a_function", "my_judge.py has no function 'not_a_function'; known are: names_the_question, shorter, speechless."),
+    ],
+)
+def test_a_rule_that_is_not_there_is_refused_with_the_nearest(name, told, rule):
+    with pytest.raises(UserError) as refused:
+        rule(name)
+    assert str(refused.value).endswith(told) and str(refused.value).startswith("evaluation.judge: ")
+
+
+@pytest.mark.parametrize(("response", "shown"), [("a", "'short'"), ("b", "nan")])
+def test_a_score_that_is_no_number_is_refused_with_the_response(response, shown, rule):
+    with pytest.raises(UserError, match=f"my_judge.py:speechless gives {shown} for the response '{response}'"):
+        rule("speechless").better("Why?", response, response)
+
+
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory, tokenizer):
     """A directory with a classifier of one output, whose weights are those of a golden model and a drawn head."""

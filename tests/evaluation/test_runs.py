@@ -10,6 +10,7 @@ import pytest
 
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.core.errors import UserError
+from preference_training.core.files import run_file
 from preference_training.evaluation.runs import check_reference, load_run_config, write_text
 from preference_training.generation.sampling import Sampler
 from tests.evaluation.test_task_suites import own_task
@@ -174,14 +175,26 @@ def test_the_command_lines_of_its_page_are_understood(sft, monkeypatch):
     module = importlib.util.module_from_spec(script)
     script.loader.exec_module(module)
     lines = [words[2:] for _, words in shown.commands(r"python scripts/evaluate\.py", ["docs/evaluation.md"])]
-    assert len(lines) == 3
+    assert len(lines) == 4
     parsed = []
     for line in lines:
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *line])
         parsed.append(module.arguments())
         load_run_config(sft, parsed[-1].overrides)
-    assert [options.judge for options in parsed] == [None, "ollama:llama3.1", None]
+    assert [options.judge for options in parsed] == [None, "ollama:llama3.1", None, "my_judge.py:brief"]
     assert parsed[2].tasks == ["open_llm"] and len(parsed[2].overrides) == 2
+
+
+def test_the_rule_of_its_page_judges(sft, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown.write_files("docs/evaluation.md", tmp_path)
+    results = evaluate(sft, "evaluation.judge=my_judge.py:brief", f"evaluation.to={tmp_path}/results.json")
+    assert results["win_rate"]["judge"] == "my_judge.py:brief" and results["win_rate"]["unanswered"] == 0
+    texts = rows(tmp_path / "answers.jsonl")
+    rule = run_file(tmp_path / "my_judge.py", "test").brief
+    values = [(rule(row["prompt"], row["policy"]), rule(row["prompt"], row["other"])) for row in texts]
+    assert results["win_rate"]["wins"] == sum(ours > theirs for ours, theirs in values)
+    assert rule("Why?", "It rains. Often.") and not rule("Why?", "It rains. Often. Here.") and not rule("Why?", "It rains and")
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,9 @@ def test_each_prompt_is_a_line_of_json_in_order(tmp_path, monkeypatch, capsys):
         {"prompt": [{"role": "user", "content": "Why?"}], "response": "mine 0", "against": "before 0"},
     ]
     assert mine.calls == [(2, {"seed": 1}), (1, {"seed": 1})]
-    assert said.getvalue() == "2 of 3 prompts answered\n3 of 3 prompts answered\n"
+    assert said.getvalue().splitlines() == [
+        "answering 3 prompts, 2 at a time ...", "2 of 3 prompts answered", "3 of 3 prompts answered",
+    ]  # fmt: skip
     # Without a file they are all that is printed.
     write_answers([mine], ["One"], {}, None, said)
     assert json.loads(capsys.readouterr().out) == {"prompt": "One", "response": "mine 0"}

@@ -9,7 +9,13 @@ from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.tokenizer import byte_level_tokenizer
-from preference_training.training.preparation import few_held_out, other_template_notice, remarks_on, report_split
+from preference_training.training.preparation import (
+    adapter_notice,
+    few_held_out,
+    other_template_notice,
+    remarks_on,
+    report_split,
+)
 
 KTO = build_loss("kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)
 
@@ -86,3 +92,19 @@ def test_an_archive_with_another_chat_template_is_told_with_the_key_that_keeps_i
     notice = other_template_notice(config, read_entries(config), tokenizer)
     assert (notice is not None) == told
     assert not told or notice.endswith(f"set model.chat_template={tmp_path / 'LATEST' / 'chat_template.jinja'}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ("", None),
+        ("+adapter=lora", "LoRA adapters of rank 16 (alpha 32) are trained, all other weights are frozen"),
+        (
+            "+adapter=qlora",
+            "LoRA adapters of rank 16 (alpha 32) are trained, all other weights are frozen and quantized to nf4",
+        ),
+    ],
+)
+def test_what_an_adapter_leaves_frozen_is_told_and_how_it_is_quantized(overrides, told, compose):
+    notice = adapter_notice(compose("loss=dpo", *overrides.split()))
+    assert notice == (told and f"model.lora.r: {told}")

@@ -17,6 +17,7 @@ from preference_training.data.rows.nearest_entry import with_nearest
 from preference_training.data.rows.prompt_fields import USUAL, PromptFields
 from preference_training.data.rows.records import (
     OTHER_PROMPT,
+    DataReport,
     Prompt,
     Response,
     Turn,
@@ -112,6 +113,25 @@ def last_turns_replaced(values: list, names: list[str]) -> list:
 
 def _not_the_assistants(name: str, role: str) -> str:
     return f"the last turn of {name} is the {role}'s. Expected the assistant's, which is the response."
+
+
+# ---- answers that are missing ---------------------------------------------------------------------------------------------
+
+NO_ANSWER = "answers left out that are missing (null)"
+EMPTY_ANSWER = "answers left out that are empty"
+
+
+def without_empty(value, report: DataReport):
+    """A list of rejected texts without those that are missing or empty, which are counted; any other value as it is."""
+    if not isinstance(value, list) or not all(isinstance(one, str | None) for one in value):
+        return value
+    kept = [one for one in value if one is not None and one.strip()]
+    if not kept:
+        return value
+    missing = value.count(None)
+    report.change(NO_ANSWER, missing)
+    report.change(EMPTY_ANSWER, len(value) - missing - len(kept))
+    return kept
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from math import inf, isfinite
 
 from preference_training.core.errors import UserError
 from preference_training.data.rows.answers import (
+    EMPTY_ANSWER,
+    NO_ANSWER,
     LeftOut,
     Splitting,
     answer_in,
@@ -21,11 +23,12 @@ from preference_training.data.rows.answers import (
     last_turns_replaced,
     listed_answer,
     rounds_in,
+    without_empty,
 )
 from preference_training.data.rows.column_names import CONVERSATIONS
 from preference_training.data.rows.conversations import NothingLearned, RowError, check_mask, split_conversation, with_roles
 from preference_training.data.rows.formats import find
-from preference_training.data.rows.grouping import Row, pairs_by_score, strip_repeated_prompts
+from preference_training.data.rows.grouping import RECORD_COLUMNS, Row, pairs_by_score, record_row, strip_repeated_prompts
 from preference_training.data.rows.nearest_entry import with_nearest
 from preference_training.data.rows.prompt_fields import CONTEXT, PromptFields
 from preference_training.data.rows.records import DataReport, NumberedRows, response_of, text_error
@@ -56,8 +59,6 @@ CONTEXT_JOINED = "prompts joined from question and context, on separate lines"
 INPUT_JOINED = "prompts joined from instruction and input, on separate lines"
 OWN_SYSTEM_TURN = "conversations with their own system turn, which replaces the field {!r}"
 LAST_TURNS = "conversations whose turns behind the assistant's last one were left out"
-NO_ANSWER = "answers left out that are missing (null)"
-EMPTY_ANSWER = "answers left out that are empty"
 NO_REJECTED = "no rejected answer"
 NO_SCORE = "answers left out that have no score or rank"
 NO_LABEL = "the answer has no label"
@@ -320,24 +321,12 @@ class FieldMap:
         return numbers
 
 
-def without_empty(value, report: DataReport):
-    """A list of rejected texts without those that are missing or empty, which are counted; any other value as it is."""
-    if not isinstance(value, list) or not all(isinstance(one, str | None) for one in value):
-        return value
-    kept = [one for one in value if one is not None and one.strip()]
-    if not kept:
-        return value
-    missing = value.count(None)
-    report.change(NO_ANSWER, missing)
-    report.change(EMPTY_ANSWER, len(value) - missing - len(kept))
-    return kept
-
-
 @dataclass(frozen=True)
 class FoundMap(FieldMap):
     """A field map as it was found in rows.
 
-    found_keys, words: what was found, if it is not usual. asked: the user's map. columns: all columns of these rows.
+    found_keys, words: what was found, if it is not usual. asked: the user's map. columns: all columns of these rows. records:
+    the rows are records.
     """
 
     found: frozenset[str] = frozenset()
@@ -345,12 +334,25 @@ class FoundMap(FieldMap):
     words: str = ""
     asked: FieldMap = field(default_factory=FieldMap)
     columns: tuple[str, ...] = ()
+    records: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The fields that are read, including filters."""
+        return [*super().names, *(RECORD_COLUMNS if self.records else ())]
+
+    def map_row(self, row: dict, report: DataReport | None = None) -> Row:
+        """One mapped row. Raises RowError, and LeftOut where it has nothing to compare."""
+        if not self.records:
+            return super().map_row(row, report)
+        return record_row(row, self.prompts)._replace(tools=self.prompts.tools_text(row))
 
     def map_rows(self, rows: NumberedRows, place: str, report: DataReport, known: bool = False) -> Iterator[Row]:
         """The usable rows, filtered; others go to the report, with what was found."""
         report.found = self.words
         rows = RowFilter(self.where, self.top_k).apply(rows, place, report)
-        return strip_repeated_prompts(_mapped(_Formats(self.asked, self), rows, place, report, known), report)
+        mapped = _mapped(_Formats(self.asked, self), rows, place, report, known)
+        return mapped if self.records else strip_repeated_prompts(mapped, report)
 
 
 class _Formats:

@@ -113,7 +113,7 @@ def _answers(columns: Columns, has_prompt: bool) -> Found | None:
     # A conversation that ends with the answer is no prompt of the text beside it, such as the number it comes to.
     whole = not has_prompt and _ends_with_answers(columns)
     last = (_conversations,) if whole else (_single, _conversations, _text)
-    rules = (_pairs, _public_verdicts, _lists, _verdicts, _ordered_list, *last)
+    rules = (_records, _pairs, _public_verdicts, _lists, _verdicts, _ordered_list, *last)
     return next((found for rule in rules if (found := rule(columns))), None)
 
 
@@ -121,6 +121,16 @@ def _ends_with_answers(columns: Columns) -> bool:
     """Whether the column that would be the prompt has conversations, all of which end with the assistant's turn."""
     name = columns.get(*PROMPTS, *CONVERSATIONS)
     return name in map(columns.get, CONVERSATIONS) and columns.all(name, ends_with_answer)
+
+
+def _records(columns: Columns) -> Found | None:
+    """Rows that are records, as the labeling app exports them: also those without a pair, or without a target, are."""
+    has_all = "responses" in columns.values and {"pairs", "sft_target"} <= columns.names
+    if not has_all or not columns.all("responses", _holds_list):
+        return None
+    return Found(
+        {"responses": "responses", "ranks": "ranks", "records": True}, "records of `responses`, `pairs` and `sft_target`"
+    )
 
 
 def _pairs(columns: Columns) -> Found | None:

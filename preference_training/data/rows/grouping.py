@@ -7,8 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, combinations, islice
 from typing import NamedTuple
 
-from preference_training.data.rows.records import SAME_TEXT, DataReport, Prompt, Response
+from preference_training.data.rows.answers import answer_in, listed_answer
+from preference_training.data.rows.conversations import RowError
+from preference_training.data.rows.prompt_fields import PromptFields
+from preference_training.data.rows.records import SAME_TEXT, DataReport, Prompt, Response, item_error, response_of
 from preference_training.data.rows.templates import ASSISTANT, parse_dialogue, split_dialogue
+from preference_training.data.rows.values import as_number, is_empty, is_missing_number, parse_text_list
 
 
 def new_record() -> dict:
@@ -42,16 +46,16 @@ def pairs_by_score(scores: list[float]) -> list[tuple[int, int]]:
 class Row(NamedTuple):
     """One row of a file or table: responses to a prompt, and the preferences between them.
 
-    target: the index of the response that SFT learns. scores, labels: of each response. weights, margins: of each pair.
-    forms_pairs: the row holds one scored response, and pairs are formed between the rows of a prompt. more_targets: further
-    responses that SFT learns. tools: JSON text, which belongs to the prompt; "" for none. number: of the row in its file; 0 if
-    unknown.
+    target: the index of the response that SFT learns, None if all are undesirable. scores, labels: of each response. weights,
+    margins: of each pair. forms_pairs: the row holds one scored response, and pairs are formed between the rows of a prompt.
+    more_targets: further responses that SFT learns. tools: JSON text, which belongs to the prompt; "" for none. number: of the
+    row in its file; 0 if unknown.
     """
 
     prompt: Prompt
     responses: list[Response]
     pairs: list[tuple[int, int]]
-    target: int
+    target: int | None
     scores: list[float] | None = None
     labels: list[bool] | None = None
     weights: list[float] | None = None
@@ -69,7 +73,7 @@ class Row(NamedTuple):
     @property
     def targets(self) -> list[Response]:
         """The responses that SFT learns."""
-        return [self.responses[index] for index in (self.target, *self.more_targets)]
+        return [self.responses[index] for index in (self.target, *self.more_targets) if index is not None]
 
 
 def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) -> Iterator[tuple[Prompt, dict]]:
@@ -148,8 +152,9 @@ class _Group:
             responses, scores, pairs = _ranked(*given, report)
             first, *others = [index for index, score in enumerate(scores) if score == max(scores)]
             self.add(Row(prompt, responses, pairs, first, scores, more_targets=tuple(others)), report)
-        if self.targets:
-            record["sft_target"] = self.targets[-1]
+        if self.targets or self.labels:
+            # Of responses that are all undesirable, SFT learns none; a record has a target all the same.
+            record["sft_target"] = self.targets[-1] if self.targets else record["responses"][0]
             record |= {"sft_targets": self.targets} if len(self.targets) > 1 else {}
             record |= {
                 key: [of.get(response) for response in record["responses"]]
@@ -188,6 +193,46 @@ def _ranked(
     report.skip(SAME_RESPONSE, len(responses) - len(texts))
     report.skip(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
     return texts, kept, pairs
+
+
+# ---- rows that are records -------------------------------------------------------------------------------------------------
+
+# What a row that is a record has: what loaders give, perhaps a rank and a label of each response, and the best and the worst.
+RECORD_COLUMNS = ("responses", "pairs", "sft_target", "ranks", "labels", "chosen", "rejected")
+
+
+def record_row(row: dict, prompts: PromptFields) -> Row:
+    """A row that is a record: `responses`, `pairs` of their indices, and `sft_target`, which may be a further response.
+
+    Without a target, SFT learns the first preferred response, and none of those that are all undesirable. Raises RowError.
+    """
+    answers = parse_text_list(row.get("responses"))
+    if not isinstance(answers, list) or not answers:
+        raise RowError("field 'responses' is not a list of texts or conversations.")
+    responses = [_response(listed_answer(answer, "responses", k)) for k, answer in enumerate(answers)]
+    values = {name: parse_text_list(row.get(name)) for name in ("pairs", "ranks", "labels")}
+    pairs = values["pairs"] or []
+    pairs = [tuple(pair) if isinstance(pair, list) else pair for pair in pairs] if isinstance(pairs, list) else pairs
+    labels, ranks = (None if is_empty(values[name]) else values[name] for name in ("labels", "ranks"))
+    if ranks is not None and not (isinstance(ranks, list) and len(ranks) == len(responses)):
+        raise RowError(f"field 'ranks' is {ranks!r}, expected a list of {len(responses)} numbers, one for each response.")
+    scores = None if ranks is None else [None if is_missing_number(rank) else -as_number(rank, "ranks") for rank in ranks]
+    given = row.get("sft_target")
+    target = None if is_empty(given) else _response(answer_in(given, "sft_target"))
+    record = {"responses": responses, "pairs": pairs, "sft_target": target or responses[0], "labels": labels, "scores": scores}
+    if problem := item_error(("", record)):
+        raise RowError(f"{problem}.")
+    if target is None and (pairs or not labels or None in labels or any(labels)):
+        target = responses[pairs[0][0] if pairs else 0]
+    if target is not None and target not in responses:
+        more = [[*some, None] if some is not None else None for some in (scores, labels)]
+        responses, scores, labels = [*responses, target], *more
+    prompt = "" if row.get(prompts.prompt) == "" else prompts.read(row)
+    return Row(prompt, responses, pairs, None if target is None else responses.index(target), scores, labels)
+
+
+def _response(answer) -> Response:
+    return response_of(answer) if isinstance(answer, tuple) else answer
 
 
 # ---- responses that repeat their prompt ------------------------------------------------------------------------------------

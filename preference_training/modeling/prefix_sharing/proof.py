@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from preference_training.batching.packing import PackedBatch, iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.logprobs import trie_scores, unpadded_scores
+from preference_training.modeling.prefix_sharing.block_attention import block_attention_fault, give_up_block_attention
 from preference_training.modeling.prefix_sharing.lengths import (
     ENDLESS,
     LengthPlan,
@@ -136,7 +137,12 @@ def find_sharing_failure(model: nn.Module) -> str | None:
                 # A float32 run on a CPU computes exactly this.
                 if failure or (model.dtype == torch.float32 and compute_device(model).type != "cuda"):
                     return failure
-            return _prove(model, _Comparison(own, model.dtype, plan.longest, by_branches=False), plan)
+            failure = _prove(model, _Comparison(own, model.dtype, plan.longest, by_branches=False), plan)
+            device = compute_device(model)
+            if failure is None or device.type != "cuda" or block_attention_fault(device):
+                return failure
+            give_up_block_attention(device, failure)
+            return _prove(model, _Comparison(own, model.dtype, plan.longest, by_branches=True), plan)
     finally:
         model.set_attn_implementation(usual)
         model.train(training)

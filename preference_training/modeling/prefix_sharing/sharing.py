@@ -5,9 +5,11 @@ import time
 from torch import nn
 
 from preference_training.core.errors import UserError
-from preference_training.modeling.logprobs import ScoringHead
+from preference_training.modeling.prefix_sharing.block_attention import unsupported_device
 from preference_training.modeling.prefix_sharing.proof import find_sharing_failure
+from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION, register_tree_attention
+from preference_training.modeling.state import compute_device
 
 
 def share_prefixes(model: nn.Module, mode: str) -> bool:
@@ -32,6 +34,9 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
         model.set_attn_implementation(TREE_ATTENTION)
         seconds = time.perf_counter() - began
         print(f"prefix sharing: on, proved on this model in {seconds:.1f} s", flush=True)
+        device = compute_device(model)
+        if device.type != "cpu" and (reason := unsupported_device(device)):
+            print(f"attention over tries: branch by branch, not through FlexAttention: {reason}", flush=True)
         return True
     if mode == "on":
         raise UserError(f"prefix_sharing: found on, but {type(model).__name__} cannot: {failure}. Set it to auto or off.")

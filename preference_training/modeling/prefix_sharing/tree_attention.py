@@ -8,13 +8,19 @@ Shapes: B batch, T packed tokens, H query heads, G key heads (G divides H), D he
 """
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from preference_training.batching.tries import TrieLayout
+from preference_training.modeling.prefix_sharing.block_attention import (
+    attention_by_blocks,
+    block_attention_fault,
+    compile_error,
+    give_up_block_attention,
+)
+from preference_training.modeling.prefix_sharing.rules import Rules
 
 TREE_ATTENTION = "tree_attention"
 
@@ -59,31 +65,6 @@ def check_supported(module: torch.nn.Module, attention_mask: Tensor | None, argu
         raise UnsupportedAttentionError("an attention mask of its own is not supported")
 
 
-class Rules(NamedTuple):
-    """How a layer attends within a sequence.
-
-    scaling: None is 1 / sqrt(D). window: a token sees less than so many positions back. chunk: it sees tokens of its own chunk
-    of so many positions. softcap: c replaces each score s by c * tanh(s / c). sinks: [H], the score of one more key of each
-    head, whose value is zero.
-    """
-
-    scaling: float | None = None
-    window: int | None = None
-    chunk: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-
-    def first_visible(self, position: int) -> int:
-        """The first position that a token at `position` or any later one may see."""
-        window = 0 if self.window is None else max(0, position - self.window + 1)
-        return max(window, 0 if self.chunk is None else position // self.chunk * self.chunk)
-
-    def are_plain(self, length: int) -> bool:
-        """Whether these are the rules of plain causal attention for a sequence of `length` tokens."""
-        hides = min(self.window or length, self.chunk or length) < length
-        return not hides and self.softcap is None and self.sinks is None
-
-
 def register_tree_attention() -> None:
     """Register TREE_ATTENTION with transformers; idempotent."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -122,8 +103,20 @@ def tree_attention_forward(
     layout = trie.on(query.device)
     query = _scaled_by_position(module, query, layout)
     rules = Rules(scaling, sliding_window, _chunk_size(module), softcap, s_aux)
-    attend = _attention_by_branches if layout.by_branches else _flex_attention
-    return attend(query, key, value, layout, rules).transpose(1, 2).contiguous(), None
+    return _attention_over_trie(query, key, value, layout, rules).transpose(1, 2).contiguous(), None
+
+
+def _attention_over_trie(query: Tensor, key: Tensor, value: Tensor, layout: TrieLayout, rules: Rules) -> Tensor:
+    """All branches at once where the device has kernels for it, else one after the other: [1, H, T, D]."""
+    if layout.by_branches or block_attention_fault(query.device):
+        return _attention_by_branches(query, key, value, layout, rules)
+    try:
+        return attention_by_blocks(query, key, value, layout, rules)
+    except Exception as error:
+        if (reason := compile_error(error)) is None:
+            raise
+        give_up_block_attention(query.device, reason)
+        return _attention_by_branches(query, key, value, layout, rules)
 
 
 def _chunk_size(module: nn.Module) -> int | None:
@@ -245,30 +238,3 @@ def _causal_mask(length: int, window: int | None, chunk: int | None, dtype: torc
     if chunk is not None:
         visible &= index[:, None] // chunk == index[None, :] // chunk
     return torch.zeros(length, length, dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)
-
-
-def _flex_attention(query: Tensor, key: Tensor, value: Tensor, layout: TrieLayout, rules: Rules) -> Tensor:
-    """FlexAttention with the layout's block mask; on a GPU it is compiled once for all lengths."""
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
-
-    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
-    softcap = rules.softcap
-    cap = None if softcap is None else lambda score, batch, head, query, key: softcap * torch.tanh(score / softcap)
-    arguments = {
-        "score_mod": cap,
-        "block_mask": layout.block_mask(rules.window, rules.chunk),
-        "scale": rules.scaling,
-        "enable_gqa": query.shape[1] != key.shape[1],
-    }
-    if rules.sinks is None:
-        return attend(query, key, value, **arguments)
-    output, found = attend(query, key, value, **arguments, return_aux=AuxRequest(lse=True))
-    # A sink adds exp(sink) to the denominator of the softmax, whose logarithm was lse.
-    return output * torch.sigmoid(found.lse - rules.sinks.float()[:, None])[..., None].to(output.dtype)
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)

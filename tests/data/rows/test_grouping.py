@@ -1,5 +1,6 @@
 """How rows of a prompt come together: pairs, scored and labeled responses, and which of them SFT learns."""
 
+import json
 from collections import Counter
 from itertools import count, islice
 
@@ -7,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from preference_training.core.errors import UserError
+from preference_training.data.entries import load_records, read_entry
 from preference_training.data.rows.grouping import (
     BOTH_LABELS,
     EQUAL_SCORES,
@@ -270,3 +273,63 @@ def test_weights_and_margins_stay_with_their_pairs():
     ((_, record),) = group_rows(rows, report)
     assert (record["pairs"], record["weights"], record["margins"]) == ([(0, 1), (2, 0)], [2.0, 3.0], [0.5, -1.0])
     assert report.left_out == {SAME_TEXT: 1}
+
+
+# ---- rows that are records --------------------------------------------------------------------------------------------------
+
+
+def records_in(tmp_path, *rows: dict, **entry) -> tuple[dict, DataReport]:
+    """What training reads of a file of rows: prompt -> record."""
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parsed = read_entry({"path": str(path), "held_out_share": 0, **entry})
+    report = parsed.report()
+    return {record.prompt: record for record in load_records(parsed, "train", report)}, report
+
+
+def test_a_row_that_is_a_record_is_read_as_it_is(tmp_path):
+    turns = [{"role": "user", "content": "q"}]
+    rows = [
+        {"prompt": "q", "responses": ["q a", "q b"], "pairs": [[1, 0]], "sft_target": "q c", "labels": [False, True]},
+        {"prompt": turns, "responses": ["x", "y", "z"], "pairs": [[0, 1], [0, 2]], "sft_target": None, "ranks": [1, 2, 2]},
+        {"prompt": "r", "responses": ["both", "bad"], "pairs": [], "sft_target": None, "labels": [False, False]},
+    ]
+    found, report = records_in(tmp_path, *rows)
+    # Responses that repeat their prompt do so on purpose: they were judged like that.
+    edited = found["q"]
+    assert (edited.responses, edited.pairs, edited.sft_target) == (["q a", "q b", "q c"], [(1, 0)], "q c")
+    assert edited.labels == [False, True, None]
+    ranked = found[(Turn("user", "q"),)]
+    assert (ranked.pairs, ranked.sft_target, ranked.scores) == ([(0, 1), (0, 2)], "x", [-1, -2, -2])
+    assert (found["r"].pairs, found["r"].labels) == ([], [False, False])
+    assert report.lines() == ["records of `responses`, `pairs` and `sft_target`"]
+
+
+def test_judgments_of_one_prompt_are_joined_and_opposite_labels_cancel(tmp_path):
+    picked = {"prompt": "q", "responses": ["a", "b"], "pairs": [[0, 1]], "sft_target": "a", "labels": [True, False]}
+    bad = picked | {"pairs": [], "sft_target": None, "labels": [False, False]}
+    found, report = records_in(tmp_path, picked, bad)
+    assert (found["q"].pairs, found["q"].labels) == ([(0, 1)], [None, False])
+    assert report.left_out == {BOTH_LABELS: 1}
+    # What one found best is learned once: the other judgment has no target.
+    assert found["q"].targets == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"responses": []}, "field 'responses' is not a list of texts or conversations."),
+        ({"responses": ["a", None]}, "field 'responses': response 1 is null, expected a text."),
+        ({"pairs": [[0, 2]]}, "pair (0, 2) does not name two of the 2 responses."),
+        ({"pairs": 3}, "pairs is int, expected a list."),
+        ({"labels": [1, 0]}, "labels 0 is 1, expected True, False or None."),
+        ({"ranks": [1]}, "field 'ranks' is [1], expected a list of 2 numbers, one for each response."),
+        ({"ranks": 1}, "field 'ranks' is 1, expected a list of 2 numbers"),
+        ({"prompt": None}, "field 'prompt' is null, expected a text."),
+    ],
+)
+def test_a_faulty_record_is_refused_with_its_row(tmp_path, change, said):
+    row = {"prompt": "q", "responses": ["a", "b"], "pairs": [[0, 1]], "sft_target": "a", "labels": None, "ranks": None}
+    with pytest.raises(UserError) as caught:
+        records_in(tmp_path, row, row | change)
+    assert f"records.jsonl, row 2: {said}" in str(caught.value)

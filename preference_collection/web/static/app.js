@@ -7,6 +7,7 @@ const bar = document.getElementById("bar");
 const labeler = document.body.dataset.labeler;
 const KEPT = `judgments of ${labeler}`;  // in localStorage: those that the server has not confirmed
 const GUARD = 200;   // a key within this time of a new comparison was meant for the one before; milliseconds
+const SLOW = 400;    // a request that takes longer is shown to be on its way; milliseconds
 const POLL = 300;    // between looks at running tests and replies; milliseconds
 const WAITS = [500, 1000, 2000, 4000, 8000];  // before sending again; milliseconds
 
@@ -55,6 +56,7 @@ async function change(action) {
   if (held) return;
   held = true;
   document.body.dataset.state = "waiting";
+  const slow = setTimeout(() => document.body.classList.add("slow"), SLOW);
   try {
     await action();
   } catch (error) {
@@ -62,6 +64,8 @@ async function change(action) {
     say(error.message);
   } finally {
     held = false;
+    clearTimeout(slow);
+    document.body.classList.remove("slow");
     setTimeout(ready, Math.max(0, shownAt + GUARD - performance.now()));
   }
 }
@@ -198,7 +202,9 @@ function verdict_line(verdict, here) {
   const line = document.createElement("span");
   line.className = "verdict";
   const words = verdict.number && here ? `${name(verdict.number)} is better` : verdict.words;
-  line.textContent = `${verdict.judge}, a model: ${words}. ${verdict.reason}`;
+  const two = here && main().dataset.count === "2";
+  const reason = two ? verdict.reason.replace(/answer ([12])/g, (_, number) => name(number)) : verdict.reason;
+  line.textContent = `${verdict.judge}, a model: ${words}. ${reason}`;
   return line;
 }
 

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 import preference_datasets  # noqa: F401  its data sets register themselves
 from preference_training.configuration.command_line import prepare_arguments, refuse
 from preference_training.configuration.composition import CONFIG_DIR, explain_composition_error
-from preference_training.configuration.run_dirs import new_run_dir, not_writable_message, remove_empty
+from preference_training.configuration.run_dirs import check_resume, new_run_dir, not_writable_message, remove_empty
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_objective, validate
 from preference_training.core.errors import UserError
@@ -61,7 +61,7 @@ def main(composed: DictConfig) -> float | None:
         # Not raised further: Hydra would add lines of its own to the message.
         sys.exit(refuse(str(error)))
     except StoppedError as stopped:
-        advice = "" if in_sweep else "; resume=auto or resume=RUN_DIRECTORY continues from there"
+        advice = "" if in_sweep or not stopped.resumable else "; resume=auto or resume=RUN_DIRECTORY continues from there"
         print(f"{stopped}{advice}", flush=True)
         sys.exit(STOPPED)
     finally:
@@ -79,6 +79,7 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
     name = config.loss.name
     check_objective(config.objective, name, example_kind(name), model_head(name))
     read_entries(config)
+    check_resume(config.resume)
     if config.pruner and not in_sweep:
         raise UserError("pruner: found one, and this run has no others to be compared with. Add -m, or pruner=null.")
     take_gpus(config.gpus_per_job)

@@ -21,7 +21,7 @@ TRUTHS = ("read_only", "samples", "run_unisolated")
 NUMBERS = {
     "port": (1, 65535, True), "overlap": (1, 1000, True), "lease_minutes": (0.1, 1440, False), "fold_lines": (0, 10**6, True),
     "temperature": (0, 10, False), "max_tokens": (1, 10**6, True), "slow_seconds": (0, 10**6, False),
-    "ahead": (1, 1000, True), "answers": (2, 5, True),
+    "ahead": (0, 1000, True), "answers": (2, 5, True),
     "silence_seconds": (1, 10**6, False), "limits.cpu_seconds": (1, 3600, True), "limits.wall_seconds": (0.1, 3600, False),
     "limits.memory_mb": (64, 2**20, True), "limits.files_mb": (1, 2**20, True), "limits.output_kb": (1, 2**20, True),
 }  # fmt: skip
@@ -66,6 +66,20 @@ def check_access(settings: DictConfig, password: str | None) -> None:
         own = False
     if not own and not password:
         raise UserError(f"address: {address} admits other machines, but {PASSWORD} is not set. Set it to a password.")
+
+
+def guidelines_text(settings: DictConfig) -> str:
+    """The guidelines in markdown; "" for none. Raises UserError if there are two, or their file cannot be read."""
+    text, file = settings.guidelines, settings.guidelines_file
+    if text and file:
+        raise UserError("guidelines, guidelines_file: both are set. Set one of them to null.")
+    if not file:
+        return text or ""
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"guidelines_file: {file} cannot be read: {reason}. Expected a file with markdown.") from error
 
 
 def _keys(settings: DictConfig, prefix: str = ""):

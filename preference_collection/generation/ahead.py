@@ -7,6 +7,7 @@ makes answers to further tasks when less than enough is left.
 import sys
 import threading
 import time
+import traceback
 from itertools import zip_longest
 
 from preference_collection.generation.batches import Batch, Patience
@@ -39,7 +40,7 @@ class Ahead:
         self._store, self._queue, self._runner, self._settings = store, queue, runner, settings
         can_write = settings.generator and not store.read_only
         self._plan = plan_of(settings, [model_named(settings.generator, settings)]) if can_write else None
-        self._stop, self._changed = Stop(), threading.Condition()
+        self._stop, self._changed, self._num_events = Stop(), threading.Condition(), 0
         # When labelers were last active, and those for whom something else comes next since the last look.
         self._active: dict[str, float] = {}
         self._due: set[str] = set()
@@ -60,7 +61,7 @@ class Ahead:
         """End: requests in progress are stopped. Returns when both threads have ended."""
         self._stop.ask()
         with self._changed:
-            self._changed.notify_all()
+            self._wake()
         for thread in self._threads:
             thread.join()
 
@@ -69,24 +70,41 @@ class Ahead:
         with self._changed:
             self._active[labeler] = time.monotonic()
             self._due.add(labeler)
-            self._changed.notify_all()
+            self._wake()
 
     def status(self) -> str:
         """Why no answers are made at the moment; empty if nothing is wrong."""
         return self._status
 
+    def _wake(self) -> None:
+        """Count an event, with the lock."""
+        self._num_events += 1
+        self._changed.notify_all()
+
     def _repeat(self, work) -> None:
         """Do the work after each event, and now and then without one: other threads change the store too."""
         while not self._stop.asked:
+            num_events = self._num_events
             try:
                 work()
             except Exception as error:
                 # A thread that ends would leave labelers waiting.
+                traceback.print_exc()
                 self._say(f"Working ahead failed: {type(error).__name__}: {first_line(error)}.")
-                self._stop.wait(self.pause)
+                self._stop.wait(LONGEST_PAUSE)
             with self._changed:
-                if not self._stop.asked and not self._due:
-                    self._changed.wait(EVERY_SECONDS)
+                self._changed.wait_for(lambda known=num_events: self._num_events != known, EVERY_SECONDS)
+
+    def _now_active(self) -> list[str]:
+        """The active labelers."""
+        with self._changed:
+            since = time.monotonic() - ACTIVE_SECONDS
+            self._active = {labeler: moment for labeler, moment in self._active.items() if moment >= since}
+            return list(self._active)
+
+    def _num_needed(self, active: list[str]) -> int:
+        """How many comparisons are to be ready: each is for `overlap` labelers, and all active ones draw on the same."""
+        return self._settings.ahead * -(-len(active) // self._settings.overlap)
 
     # ---- tests -------------------------------------------------------------------------------------------------------------
 
@@ -94,7 +112,8 @@ class Ahead:
         """Start the tests of what comes next, in turn for each labeler for whom something has changed."""
         with self._changed:
             due, self._due = self._due, set()
-        upcoming = [self._queue.peek(labeler, self._settings.ahead) for labeler in due]
+        count = self._num_needed(self._now_active())
+        upcoming = [self._queue.peek(labeler, count) for labeler in due]
         for id in dict.fromkeys(id for ids in zip_longest(*upcoming) for id in ids if id and id not in self._tested):
             comparison = self._store.comparison(id)
             task = comparison and self._store.task(comparison.task)
@@ -103,20 +122,14 @@ class Ahead:
             self._tested.add(id)
             if task and task.tests:
                 for answer in comparison.answers:
-                    self._runner.start_tests(answer, task)
+                    self._runner.start_tests(answer, task, later=True)
 
     # ---- answers -----------------------------------------------------------------------------------------------------------
 
     def _num_missing(self) -> int:
-        """How many comparisons are missing for the labeler with the least left.
-
-        Each comparison is for `overlap` labelers, so that the active ones share what is left.
-        """
-        with self._changed:
-            since = time.monotonic() - ACTIVE_SECONDS
-            self._active = {labeler: moment for labeler, moment in self._active.items() if moment >= since}
-            active = list(self._active)
-        needed = self._settings.ahead * -(-len(active) // self._settings.overlap)
+        """How many comparisons are missing for the labeler with the least left."""
+        active = self._now_active()
+        needed = self._num_needed(active)
         return max((needed - self._queue.remaining(labeler) for labeler in active), default=0)
 
     def _generate(self) -> None:
@@ -150,7 +163,7 @@ class Ahead:
         self._queue.added([comparison])
         with self._changed:
             self._due |= self._active.keys()
-            self._changed.notify_all()
+            self._wake()
 
     def _say(self, message: str) -> None:
         """Keep a message for the page, and print it once."""

@@ -121,6 +121,11 @@ def duration_text(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def number_of(count: int, one: str, many: str = "") -> str:
+    """A number with the noun that it counts: 1 answer, 2 answers."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
 # ---- batches ----------------------------------------------------------------------------------------------------------------
 
 
@@ -152,8 +157,9 @@ class Batch:
                 # Otherwise the pool would wait for the replies.
                 self._stop.ask()
                 raise
-        if self._progress:
-            self._progress.end()
+            finally:
+                if self._progress:
+                    self._progress.end()
         if self._fatal:
             raise self._fatal
 
@@ -170,7 +176,7 @@ class Batch:
             self._end(error)
         else:
             self._in_a_row = 0
-        if self._progress:
+        if self._progress and not self._fatal:
             self._progress.step()
 
     def _failed(self, error: UserError) -> None:

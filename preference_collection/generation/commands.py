@@ -7,6 +7,7 @@ from pathlib import Path
 from preference_collection.generation.filling import fill, plan_of
 from preference_collection.generation.judges import Judging, judge_all, rubric_with
 from preference_collection.generation.sources import model_named
+from preference_collection.settings import guidelines_text
 from preference_training.core.errors import UserError
 
 MOST_WORKERS = 64
@@ -61,7 +62,7 @@ def prepare_judge(options: argparse.Namespace, settings):
     name = options.judge or settings.judge
     if not name:
         raise UserError("judge: no model. Name one with --judge or judge=..., such as ollama:llama3.1:8b.")
-    model, rubric = model_named(name, settings), rubric_with(_rubric(options.rubric), None)
+    model, rubric = model_named(name, settings), rubric_with(_rubric(options.rubric), guidelines_text(settings))
     return lambda store: judge_all(Judging(store, model, rubric, settings.max_tokens), options.n, options.workers)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from preference_collection.generation.asking import Sampling, filled, instruction_for, new_seeds, requests_for
-from preference_collection.generation.batches import PATIENCE, Batch, Patience, Progress, reply_to
+from preference_collection.generation.batches import PATIENCE, Batch, Patience, Progress, number_of, reply_to
 from preference_collection.generation.sources import Model
 from preference_collection.generation.stopping import Stop
 from preference_collection.generation.writing import answer_of
@@ -150,8 +150,11 @@ def fill(store, plan: Plan, count: int, workers: int, patience: Patience = PATIE
 
     Raises UserError if the source has no replies; what was made stays.
     """
+    check_writable(store)
     if not store.browse(Query(), 0, 1)[1]:
         raise UserError(f"generate: {store.address} has no tasks. Import some: python -m preference_collection import FILE.")
+    for model in plan.models:
+        model.check()
     stop = Stop()
     filler = Filler(store, plan, stop, patience)
     tasks = store.tasks_without_comparison(count)
@@ -161,20 +164,27 @@ def fill(store, plan: Plan, count: int, workers: int, patience: Patience = PATIE
         batch.run(filler.jobs(tasks, progress.skip))
     except (UserError, KeyboardInterrupt) as error:
         kind = UserError if isinstance(error, UserError) else KeyboardInterrupt
-        said = f"{error} {filler.counts['answers']} answers were saved; run the command again to continue."
+        said = f"{error}\n{number_of(filler.counts['answers'], 'answer')} saved; run the command again to continue."
         raise kind(said.strip()) from error
     return summary(filler.counts, len(tasks), batch.failures)
+
+
+def check_writable(store) -> None:
+    """Raise UserError, before any model is asked, if a store cannot keep what it says."""
+    if store.read_only:
+        raise UserError(f"store: {store.address} is open read-only. Open a store that you can write to.")
 
 
 def summary(counts: Counter, tasks: int, failures: Sequence[UserError]) -> str:
     """The last line: what was made, and what was not."""
     if not tasks:
         return "every task has a comparison"
-    parts = [f"{counts['answers']} answers and {counts['comparisons']} comparisons added for {tasks} tasks"]
+    made = f"{number_of(counts['answers'], 'answer')} and {number_of(counts['comparisons'], 'comparison')}"
+    parts = [f"{made} added for {number_of(tasks, 'task')}"]
     if counts["unusable"]:
-        parts.append(f"{counts['unusable']} answers without usable code or text after {FURTHER_SEEDS} further attempts, kept")
+        parts.append(f"{counts['unusable']} of the answers cannot be used, even after {FURTHER_SEEDS} more attempts each")
     if counts["same"]:
-        parts.append(f"{counts['same']} tasks left without a comparison, since the answers are the same")
+        parts.append(f"{number_of(counts['same'], 'task')} left without a comparison, since their answers are the same")
     if failures:
-        parts.append(f"{len(failures)} requests without a reply; the first: {failures[0]}")
+        parts.append(f"{number_of(len(failures), 'request')} without a reply, the first: {failures[0]}")
     return "; ".join(parts)

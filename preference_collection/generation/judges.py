@@ -14,7 +14,8 @@ from functools import partial
 from itertools import islice
 
 from preference_collection.generation.asking import Request
-from preference_collection.generation.batches import PATIENCE, Batch, Patience, Progress, reply_to
+from preference_collection.generation.batches import PATIENCE, Batch, Patience, Progress, number_of, reply_to
+from preference_collection.generation.filling import check_writable
 from preference_collection.generation.sources import Model
 from preference_collection.generation.stopping import Stop
 from preference_collection.store.model import Comparison, Task, Verdict
@@ -124,13 +125,13 @@ class Judging:
         self.counts: Counter = Counter()
         self.stop = Stop()
         self.rubric_id = hashlib.sha256(rubric.encode()).hexdigest()[:12]
-        self.store, self._judge, self._rubric, self._max_tokens, self._patience = store, judge, rubric, max_tokens, patience
+        self.store, self.judge, self._rubric, self._max_tokens, self._patience = store, judge, rubric, max_tokens, patience
         self._lock = threading.Lock()
 
     def jobs(self, known: Callable[[int], None] = lambda _: None) -> Iterator[Callable[[], None]]:
         """Jobs for the comparisons without a verdict of this judge by this rubric. known: is told of each that has one."""
         for comparison in self.store.comparisons():
-            verdicts = [verdict for verdict in self.store.verdicts(comparison.id) if verdict.judge == self._judge.name]
+            verdicts = [verdict for verdict in self.store.verdicts(comparison.id) if verdict.judge == self.judge.name]
             if any(verdict.parameters.get("rubric") == self.rubric_id for verdict in verdicts):
                 known(1)
             else:
@@ -149,10 +150,10 @@ class Judging:
         agree = one == other
         said = reason if agree else f"The verdict depends on the order. {reason} In the other order: {other_reason}"
         parameters = {
-            "rubric": self.rubric_id, "model": self._judge.model, "temperature": 0, "max_tokens": self._max_tokens,
+            "rubric": self.rubric_id, "model": self.judge.model, "temperature": 0, "max_tokens": self._max_tokens,
             "ranks": [list(one), list(other)], "reasons": [reason, other_reason],
         }  # fmt: skip
-        self.store.add_verdicts([Verdict(comparison.id, self._judge.name, agreed_ranks(one, other), said, parameters)])
+        self.store.add_verdicts([Verdict(comparison.id, self.judge.name, agreed_ranks(one, other), said, parameters)])
         with self._lock:
             self.counts["verdicts"] += 1
             self.counts["agreed"] += agree
@@ -160,8 +161,8 @@ class Judging:
     def _ask_in(self, comparison: Comparison, order: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
         task = self.store.task(comparison.task)
         asked = question(task, comparison, order, self._rubric)
-        request = Request(self._judge.model, asked, 0.0, 0, self._max_tokens)
-        text, _ = reply_to(self._judge, request, self.stop, self._patience)
+        request = Request(self.judge.model, asked, 0.0, 0, self._max_tokens)
+        text, _ = reply_to(self.judge, request, self.stop, self._patience)
         return parse_verdict(text, code_of(task, comparison, order), order)
 
 
@@ -175,6 +176,8 @@ def rubric_with(rubric: str | None, guidelines: str | None) -> str:
 
 def judge_all(judging: Judging, count: int | None, workers: int) -> str:
     """Ask for the verdicts that are missing, at most `count`. Returns a line about them. Raises UserError as `Batch.run`."""
+    check_writable(judging.store)
+    judging.judge.check()
     total = len(judging.store.comparison_ids())
     progress = Progress(total, "comparisons") if count is None else Progress(min(count, total), "comparisons")
     batch, counts = Batch(workers, judging.stop, progress), judging.counts
@@ -182,13 +185,13 @@ def judge_all(judging: Judging, count: int | None, workers: int) -> str:
         batch.run(islice(judging.jobs(progress.skip if count is None else lambda _: None), count))
     except (UserError, KeyboardInterrupt) as error:
         kind = UserError if isinstance(error, UserError) else KeyboardInterrupt
-        said = f"{error} {counts['verdicts']} verdicts were saved; run the command again to continue."
+        said = f"{error}\n{number_of(counts['verdicts'], 'verdict')} saved; run the command again to continue."
         raise kind(said.strip()) from error
     if not progress.done:
         return "every comparison has a verdict of this judge" if total else "there are no comparisons"
-    parts = [f"{counts['verdicts']} verdicts added, {counts['agreed']} of them the same in both orders"]
+    parts = [f"{number_of(counts['verdicts'], 'verdict')} added, {counts['agreed']} the same in both orders"]
     if counts["unreadable"]:
-        parts.append(f"{counts['unreadable']} replies without a readable verdict")
+        parts.append(f"{number_of(counts['unreadable'], 'reply', 'replies')} without a readable verdict")
     if batch.failures:
-        parts.append(f"{len(batch.failures)} requests without a reply; the first: {batch.failures[0]}")
+        parts.append(f"{number_of(len(batch.failures), 'request')} without a reply, the first: {batch.failures[0]}")
     return "; ".join(parts)

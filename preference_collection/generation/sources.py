@@ -44,6 +44,14 @@ class Model:
     model: str
     name: str
 
+    def check(self) -> None:
+        """Raise UserError if the source cannot be reached, or refuses. One without a list of models passes."""
+        try:
+            self.source.models()
+        except SourceError as error:
+            if error.is_final:
+                raise
+
 
 # ---- servers ----------------------------------------------------------------------------------------------------------------
 

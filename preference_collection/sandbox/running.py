@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from preference_collection.sandbox.sandbox import Sandbox
 from preference_collection.store.model import Answer, Task
 from preference_collection.store.store import Store
+from preference_training.core.processes import usable_cores
 
 # Number of answers tested concurrently, and of runs cached in memory.
-AT_ONCE = 2
+AT_ONCE = max(2, usable_cores() // 2)
 REMEMBERED = 1000
 
 
@@ -30,7 +31,7 @@ class TestRun:
 
 
 class TestRunner:
-    """Runs the tests of answers in the background, and saves the results in the store."""
+    """Runs the tests of answers in the background, those that someone looks at first, and saves the results in the store."""
 
     __test__ = False
 
@@ -40,15 +41,23 @@ class TestRunner:
         self.enabled = sandbox.isolation.enough or run_unisolated
         self._store = store
         self._runs: dict[str, TestRun] = {}
+        # What waits, by the answer's id: what someone looks at, and what comes later.
+        self._now: dict[str, tuple[TestRun, Answer, Task]] = {}
+        self._later: dict[str, tuple[TestRun, Answer, Task]] = {}
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="tests")
 
-    def start_tests(self, answer: Answer, task: Task) -> TestRun | None:
-        """The tests of an answer, started if they have not run yet; None if there are none, or if tests are disabled."""
+    def start_tests(self, answer: Answer, task: Task, later: bool = False) -> TestRun | None:
+        """The tests of an answer, started if they have not run yet; None if there are none, or if tests are disabled.
+
+        later: nobody looks at the answer yet, and other tests go first.
+        """
         if not answer.code or not task.tests:
             return None
         with self._lock:
             if answer.id in self._runs:
+                if not later and answer.id in self._later:
+                    self._now[answer.id] = self._later.pop(answer.id)
                 return self._runs[answer.id]
             kept = self._store.test_run(answer.id)
             if kept is None and not self.enabled:
@@ -56,11 +65,16 @@ class TestRunner:
             run = self._runs[answer.id] = TestRun(len(task.tests), kept or [], kept is not None)
             while len(self._runs) > REMEMBERED:
                 del self._runs[next(iter(self._runs))]
-        if kept is None:
-            self._threads.submit(self._work, run, answer, task)
+            if kept is None:
+                (self._later if later else self._now)[answer.id] = (run, answer, task)
+                self._threads.submit(self._work)
         return run
 
-    def _work(self, run: TestRun, answer: Answer, task: Task) -> None:
+    def _work(self) -> None:
+        """Run the tests that are next: one call for each that waits."""
+        with self._lock:
+            waiting = self._now or self._later
+            run, answer, task = waiting.pop(next(iter(waiting)))
         try:
             # The code may give its function another name than the task does.
             name = answer.parameters.get("function_name") or task.function_name

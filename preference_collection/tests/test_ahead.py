@@ -1,330 +1,31 @@
-"""Answers are made ahead: every one is saved, none is asked for twice, and what cannot be had is said once."""
+"""While people judge, tests of what comes next run, and answers to further tasks are made."""
 
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from contextlib import closing
 
 import pytest
-from omegaconf import OmegaConf
 
-from preference_collection.__main__ import main
 from preference_collection.generation import ahead as ahead_module
 from preference_collection.generation.ahead import Ahead
-from preference_collection.generation.asking import SourceError
-from preference_collection.generation.batches import Batch, Patience, Progress, duration_text
-from preference_collection.generation.filling import fill, plan_of
+from preference_collection.generation.asking import Sampling
 from preference_collection.generation.sources import model_named
-from preference_collection.generation.stopping import Stop
+from preference_collection.generation.writing import answer_of, write_answers
+from preference_collection.sandbox import running
 from preference_collection.sandbox.running import TestRunner
-from preference_collection.sandbox.sandbox import open_sandbox
+from preference_collection.sandbox.sandbox import Isolation, TestResult, open_sandbox
 from preference_collection.settings import limits_of, load_settings
-from preference_collection.store.store import open_store
-from preference_collection.tests.conftest import a_comparison, a_task
-from preference_collection.tests.ollama_stand_in import Silence, ollama_stand_in
+from preference_collection.store.queue import Queue
+from preference_collection.tests.conftest import a_comparison, a_judgment, a_task
+from preference_collection.tests.models import QUICK, REPLIES, settings_for, with_tasks
+from preference_collection.tests.ollama_stand_in import ollama_stand_in
+from preference_collection.tests.test_replies import STANDING_IN
 from preference_training.core.errors import UserError
-
-QUICK = Patience(attempts=3, pause=0.001)
-
-
-def code(body: str) -> str:
-    return f"```python\ndef add(a, b):\n    {body}\n```"
-
-
-def seed_of(request: dict) -> int:
-    return request["options"]["seed"]
-
-
-REPLIES = {
-    "varied": lambda request: [code(f"return a + b  # {seed_of(request)}")],
-    "other": lambda request: [code(f"return b + a  # {seed_of(request)}")],
-    "same": lambda _: [code("return a + b")],
-    "prose": lambda request: [f"I would add them, {seed_of(request)}."],
-    "named": lambda request: [f"```python\ndef plus(a, b):\n    return a + b  # {seed_of(request)}\n```"],
-    "silent": lambda _: [Silence()],
-}
 
 
 @pytest.fixture
 def server():
     with ollama_stand_in(dict(REPLIES)) as stand_in:
         yield stand_in
-
-
-def settings_for(server, *overrides: str):
-    return load_settings([f"ollama_host={server.url}", *overrides])
-
-
-def filled(store, server, *models: str, count: int | None = None, n: int = 100, workers: int = 3) -> str:
-    settings = settings_for(server)
-    plan = plan_of(settings, [model_named(f"ollama:{model}", settings) for model in models], count)
-    return fill(store, plan, n, workers, QUICK)
-
-
-def with_tasks(store, *ids: str, **changed) -> None:
-    store.add_tasks(a_task(id, **changed) for id in ids)
-
-
-# ---- filling a store --------------------------------------------------------------------------------------------------------
-
-
-def test_the_first_tasks_without_a_comparison_get_one(store, server):
-    with_tasks(store, "a", "b", "c", "d")
-    known = a_comparison("b")
-    store.add_comparisons([known])
-    assert filled(store, server, "varied", n=2) == "4 answers and 2 comparisons added for 2 tasks"
-    assert [task.id for task in store.tasks_without_comparison()] == ["d"]
-    [comparison] = store.comparisons_of("a")
-    assert [answer.model for answer in comparison.answers] == ["varied", "varied"]
-    assert comparison.answers[0].code != comparison.answers[1].code
-    assert store.comparisons_of("b") == [known]
-    assert filled(store, server, "varied", count=5) == "5 answers and 1 comparisons added for 1 tasks"
-    assert len(store.comparisons_of("d")[0].answers) == 5
-    assert filled(store, server, "varied") == "every task has a comparison"
-
-
-def test_several_models_give_one_answer_each_and_all_of_the_first_are_asked_for_first(store, server):
-    with_tasks(store, "a", "b", "c")
-    assert filled(store, server, "varied", "other", workers=1) == "6 answers and 3 comparisons added for 3 tasks"
-    assert [request["model"] for request in server.requests] == ["varied"] * 3 + ["other"] * 3
-    for comparison in store.comparisons():
-        assert [answer.model for answer in comparison.answers] == ["varied", "other"]
-
-
-def test_so_many_requests_are_sent_at_a_time(store, server):
-    with_tasks(store, *"abcdef")
-    together = threading.Barrier(4, timeout=20)
-    server.replies["varied"] = lambda request: [code(f"return {seed_of(request)}  # {together.wait()}")]
-    assert filled(store, server, "varied", n=6, workers=4).startswith("12 answers")
-
-
-def test_text_without_code_is_no_fault_of_an_answer_to_a_text(store, server):
-    with_tasks(store, "a", kind="text", function_name="", tests=())
-    assert filled(store, server, "prose") == "2 answers and 1 comparisons added for 1 tasks"
-    [comparison] = store.comparisons_of("a")
-    assert comparison.answers[0].parameters["instruction"] == "" and comparison.answers[0].prompt == "Add two numbers (a)."
-
-
-def test_an_unusable_reply_is_asked_for_three_more_times_then_kept_with_its_fault(store, server):
-    with_tasks(store, "a")
-    assert filled(store, server, "prose") == (
-        "2 answers and 1 comparisons added for 1 tasks; 2 answers without usable code or text after 3 further attempts, kept"
-    )
-    assert len(server.requests) == 2 * 4 and len({seed_of(request) for request in server.requests}) == 8
-    [comparison] = store.comparisons_of("a")
-    assert [answer.parameters["fault"] for answer in comparison.answers] == ["contains no code"] * 2
-
-
-def test_an_answer_that_is_there_already_is_asked_for_three_more_times_then_the_task_is_left(store, server):
-    with_tasks(store, "a")
-    assert filled(store, server, "same") == (
-        "1 answers and 0 comparisons added for 1 tasks; 1 tasks left without a comparison, since the answers are the same"
-    )
-    assert len(server.requests) == 1 + 4
-    assert filled(store, server, "varied").startswith("2 answers and 1 comparisons"), "of another model both are missing"
-
-
-def test_the_function_that_the_code_defines_is_kept_with_the_answer(store, server):
-    with_tasks(store, "a")
-    filled(store, server, "named")
-    [comparison] = store.comparisons_of("a")
-    assert [answer.parameters["function_name"] for answer in comparison.answers] == ["plus", "plus"]
-
-
-# ---- servers that fail ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_temporary_error_is_followed_by_another_attempt(store, server, status):
-    with_tasks(store, "a", "b")
-    refused = set()
-    server.refuse = lambda request: None if seed_of(request) in refused or refused.add(seed_of(request)) else (status, {})
-    assert filled(store, server, "varied") == "4 answers and 2 comparisons added for 2 tasks"
-    assert len(server.requests) == 2 * 4
-
-
-def test_the_pause_that_a_server_asks_for_is_kept(store, server, monkeypatch):
-    with_tasks(store, "a")
-    pauses = []
-    monkeypatch.setattr(Stop, "wait", lambda self, seconds=None: pauses.append(seconds))
-    first = iter([(429, {"Retry-After": "7"}), (429, {"Retry-After": "86400"})])
-    server.refuse = lambda _: next(first, None)
-    filled(store, server, "varied", workers=1)
-    assert pauses == [7.0, 120.0]
-
-
-def test_a_server_that_is_gone_ends_the_command_with_one_message_and_the_answers_stay(store, server):
-    with_tasks(store, *"abcd")
-    server.refuse = lambda _: None if len(server.requests) <= 3 else (404, {})
-    with pytest.raises(UserError) as caught:
-        filled(store, server, "varied", workers=1)
-    assert str(caught.value) == (
-        "Ollama has no model 'varied'. Download it with: ollama pull varied "
-        "3 answers were saved; run the command again to continue."
-    )
-    assert len(server.requests) == 4
-    server.refuse = lambda _: None
-    assert filled(store, server, "varied").startswith("5 answers and 3 comparisons added for 3 tasks")
-
-
-def test_nobody_listens(store):
-    with_tasks(store, "a")
-    settings = load_settings(["ollama_host=127.0.0.1:1"])
-    with pytest.raises(UserError, match=r"Ollama at http://127.0.0.1:1 cannot be reached. .* 0 answers were saved"):
-        fill(store, plan_of(settings, [model_named("ollama:x", settings)]), 1, 2, QUICK)
-
-
-def test_a_request_that_is_refused_alone_leaves_the_others(store, server):
-    with_tasks(store, "a", "b", "c")
-    server.refuse = lambda request: (400, {}) if "(b)" in request["messages"][0]["content"] else None
-    line = filled(store, server, "varied")
-    assert line.startswith("4 answers and 2 comparisons added for 3 tasks; 2 requests without a reply; the first: Ollama at")
-    assert [task.id for task in store.tasks_without_comparison()] == ["b"]
-
-
-def test_ten_failures_in_a_row_end_the_command(store, server):
-    with_tasks(store, *map(str, range(20)))
-    server.refuse = lambda _: (400, {})
-    with pytest.raises(UserError, match="10 requests in a row had no reply. .*status 400"):
-        filled(store, server, "varied", workers=1)
-    assert len(server.requests) == 10
-
-
-def test_a_stop_ends_requests_to_a_silent_server(server):
-    settings = settings_for(server)
-    stop, batch = Stop(), None
-    model = model_named("ollama:silent", settings)
-    from preference_collection.generation.asking import Request
-    from preference_collection.generation.batches import reply_to
-
-    batch = Batch(2, stop)
-    jobs = [lambda: reply_to(model, Request("silent", "x", 1.0, 1, 9), stop, QUICK)] * 3
-    thread = threading.Thread(target=batch.run, args=(jobs,))
-    thread.start()
-    while len(server.requests) < 2:
-        time.sleep(0.005)
-    stop.ask()
-    thread.join(20)
-    assert not thread.is_alive() and len(server.requests) == 2 and not batch.failures
-
-
-def test_an_error_of_the_program_itself_is_raised_as_it_is():
-    def broken():
-        raise ZeroDivisionError("a bug")
-
-    with pytest.raises(ZeroDivisionError):
-        Batch(2, Stop()).run([broken, broken])
-
-
-# ---- progress ---------------------------------------------------------------------------------------------------------------
-
-
-def test_the_line_of_progress_has_rate_and_time_left():
-    progress = Progress(400, "answers", _started=time.monotonic() - 60)
-    progress.done = 30
-    assert progress.line().startswith("30 of 400 answers, 30.0 a minute, 12 min ")
-    assert Progress(400, "answers").line().endswith("unknown time left")
-    assert [duration_text(seconds) for seconds in (0.4, 59.6, 3600, 7500)] == ["0 s", "1 min 0 s", "1 h 0 min", "2 h 5 min"]
-
-
-# ---- the command ------------------------------------------------------------------------------------------------------------
-
-
-def refused(capsys, *line: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main(line)
-    assert ended.value.code == 2
-    return capsys.readouterr().err.strip()
-
-
-def test_the_command_says_what_is_wrong_before_it_opens_the_store(tmp_path, capsys):
-    store = tmp_path / "x.duckdb"
-    for options, said in (
-        ([], "generate: no model. Name one with --model or generator=..."),
-        (["--model", "ollama:a", "--per-problem", "6"], "--per-problem: found 6, expected a number from 2 to 5."),
-        (["--model", "ollama:a", "--model", "ollama:a"], "--model: found the same model twice"),
-        (["--model", "ollama:a", "--model", "ollama:b", "--per-problem", "3"], "--per-problem: found 3 and 2 models"),
-        (["generator=olama:a"], "olama:a: no such file; did you mean ollama?"),
-        (["--n", "0", "generator=ollama:a"], "expected an integer from 1"),
-        (["--workers", "65", "generator=ollama:a"], "expected an integer from 1 to 64"),
-    ):
-        assert said in refused(capsys, "generate", *options, f"store={store}")
-    assert not store.exists()
-
-
-def test_a_command_that_was_killed_asks_only_for_what_is_missing(tmp_path, server):
-    """SIGKILL in the middle: each request whose answer was saved is not sent again, and nothing saved is lost."""
-    address, tasks, per_task, workers = str(tmp_path / "c.duckdb"), 12, 2, 3
-    with closing(open_store(address)) as store:
-        with_tasks(store, *map(str, range(tasks)))
-    enough, go_on = threading.Event(), threading.Event()
-
-    def reply(request):
-        # The first ten are answered; then it hangs until the process is killed.
-        if len(server.requests) > 10:
-            enough.set()
-            go_on.wait(30)
-        return REPLIES["varied"](request)
-
-    server.replies["varied"] = reply
-    line = [sys.executable, "-m", "preference_collection", "generate", "--n", str(tasks), "--per-problem", str(per_task),
-            "--workers", str(workers), f"store={address}", f"ollama_host={server.url}", "generator=ollama:varied"]  # fmt: skip
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert enough.wait(60)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    go_on.set()
-    with closing(open_store(address)) as store:
-        saved = sum(len(store.answers_of(str(number))) for number in range(tasks))
-        earlier = {answer.id for number in range(tasks) for answer in store.answers_of(str(number))}
-    # Of the ten that were answered, those in the hands of a worker may not be saved yet.
-    assert 10 - workers <= saved <= 10
-    server.replies["varied"] = REPLIES["varied"]
-    server.requests.clear()
-    ended = subprocess.run(line, capture_output=True, text=True, check=True)
-    assert len(server.requests) == tasks * per_task - saved
-    assert f"{tasks * per_task - saved} answers and" in ended.stdout
-    with closing(open_store(address)) as store:
-        assert not store.tasks_without_comparison()
-        answers = [answer.id for comparison in store.comparisons() for answer in comparison.answers]
-    assert len(answers) == len(set(answers)) == tasks * per_task and earlier <= set(answers)
-
-
-def test_ctrl_c_keeps_what_is_there_and_says_how_to_go_on(tmp_path, server):
-    address = str(tmp_path / "c.duckdb")
-    with closing(open_store(address)) as store:
-        with_tasks(store, "a")
-    line = [sys.executable, "-m", "preference_collection", "generate", f"store={address}", f"ollama_host={server.url}",
-            "generator=ollama:silent"]  # fmt: skip
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while len(server.requests) < 2:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert said.strip() == "stopped. 0 answers were saved; run the command again to continue."
-
-
-# ---- while people judge -----------------------------------------------------------------------------------------------------
-
-
-class FakeQueue:
-    """A queue of comparisons that nobody has judged."""
-
-    def __init__(self, *ids: str):
-        self.ids = list(ids)
-
-    def peek(self, labeler: str, n: int) -> list[str]:
-        return self.ids[:n]
-
-    def remaining(self, labeler: str) -> int:
-        return len(self.ids)
-
-    def added(self, ids) -> None:
-        self.ids += ids
 
 
 @pytest.fixture
@@ -346,9 +47,8 @@ def working(store, server, runner):
     """A function that starts working ahead with some settings; it ends with the test."""
     started = []
 
-    def start(queue, *overrides: str) -> Ahead:
-        settings = OmegaConf.merge({"overlap": 1}, settings_for(server, *overrides))
-        started.append(Ahead(store, queue, runner, settings).start())
+    def start(queue: Queue, *overrides: str) -> Ahead:
+        started.append(Ahead(store, queue, runner, settings_for(server, *overrides)).start())
         return started[-1]
 
     yield start
@@ -356,42 +56,92 @@ def working(store, server, runner):
         each.stop()
 
 
+def is_tested(store, comparison) -> bool:
+    return all(store.test_run(answer.id) for answer in comparison.answers)
+
+
 def test_tests_of_what_comes_next_run_before_it_is_shown(store, working):
-    with_tasks(store, "a", "b", "c")
-    comparisons = [a_comparison(id, ("def add(a, b): return a + b", "def add(a, b): return 0")) for id in "abc"]
+    with_tasks(store, *"abcd")
+    comparisons = [a_comparison(id, ("def add(a, b): return a + b", "def add(a, b): return 0")) for id in "abcd"]
     store.add_comparisons(comparisons)
-    ahead = working(FakeQueue(*(comparison.id for comparison in comparisons)), "ahead=2")
-    assert store.test_run(comparisons[0].answers[0].id) is None, "nobody is there"
+    queue = Queue(store)
+    ahead = working(queue, "ahead=2")
+    assert queue.next("ada") == comparisons[0].id and not is_tested(store, comparisons[1]), "nobody is known to be there"
     ahead.seen("ada")
-    for comparison in comparisons[:2]:
-        assert until(lambda: all(store.test_run(answer.id) for answer in comparison.answers))  # noqa: B023
+    for comparison in comparisons[1:3]:
+        assert until(lambda: is_tested(store, comparison))  # noqa: B023
         assert [store.test_run(answer.id)[0]["status"] for answer in comparison.answers] == ["passed", "failed"]
-    assert store.test_run(comparisons[2].answers[0].id) is None, "it is not among the next two"
+    assert not is_tested(store, comparisons[3]), "it is not among the next two"
+    store.judge(a_judgment(comparisons[0]))
+    queue.judged("ada", comparisons[0].id)
+    assert queue.next("ada") == comparisons[1].id
+    ahead.seen("ada")
+    assert until(lambda: is_tested(store, comparisons[3]))
+
+
+class SlowSandbox:
+    """A sandbox whose tests wait until they may go on; order says whose were run."""
+
+    isolation = Isolation("a stand-in", True, True, True, True)
+
+    def __init__(self):
+        self.go_on, self.order = threading.Event(), []
+
+    def run(self, code: str, name: str, tests: tuple):
+        self.order.append(code)
+        assert self.go_on.wait(30)
+        yield TestResult("passed", name, "3")
+
+
+def test_tests_of_what_someone_looks_at_go_before_those_of_what_comes_later(store):
+    sandbox = SlowSandbox()
+    runner = TestRunner(sandbox, store, False)
+    task = a_task()
+    store.add_tasks([task])
+    codes = [str(number) for number in range(running.AT_ONCE + 4)]
+    answers = [answer for code in codes for answer in a_comparison(texts=(code, code)).answers[:1]]
+    *running_now, late, later, promoted, shown = answers
+    for answer in running_now:
+        runner.start_tests(answer, task, later=True)
+    assert until(lambda: len(sandbox.order) == running.AT_ONCE)
+    runs = [runner.start_tests(answer, task, later=True) for answer in (late, later, promoted)]
+    runs.append(runner.start_tests(shown, task))
+    assert runner.start_tests(promoted, task) is runs[2]
+    sandbox.go_on.set()
+    assert until(lambda: all(run.over for run in runs))
+    place = {code: number for number, code in enumerate(sandbox.order)}
+    assert max(place[shown.code], place[promoted.code]) < min(place[late.code], place[later.code])
+    runner.close()
 
 
 def test_tests_call_the_function_that_the_code_defines(store, server, runner):
     with_tasks(store, "a")
-    filled(store, server, "named")
-    [comparison] = store.comparisons_of("a")
-    run = runner.start_tests(comparison.answers[0], store.task("a"))
-    assert until(lambda: run.over) and run.passed == 1
-    assert run.results[0]["call"] == "plus(1, 2)"
+    for number, solution in enumerate(STANDING_IN.values()):
+        server.replies[str(number)] = lambda _, solution=solution: [f"```python\n{solution}\n```"]
+        source = model_named(f"ollama:{number}", settings_for(server)).source
+        [writing] = write_answers(source, str(number), store.task("a"), Sampling(0, 9, ""), count=1)
+        answer = answer_of(store.task("a"), writing.wait(30).request, "", writing.text, None)
+        run = runner.start_tests(answer, store.task("a"))
+        assert until(lambda: run.over) and run.passed == 1  # noqa: B023
+        assert run.results[0]["call"] == "plus(1, 2)"
 
 
 def test_answers_are_made_until_enough_comparisons_are_ready(store, server, working):
     with_tasks(store, *"abcdefgh")
-    queue = FakeQueue()
+    queue = Queue(store)
     ahead = working(queue, "ahead=3", "generator=ollama:varied", "answers=3")
-    assert not until(lambda: queue.ids, 0.1), "nobody is there"
+    assert not until(lambda: queue.remaining("ada"), 0.1), "nobody is there"
     ahead.seen("ada")
-    assert until(lambda: len(queue.ids) == 3)
-    assert not until(lambda: len(queue.ids) > 3, 0.1) and len(server.requests) == 9
-    assert until(lambda: all(store.test_run(answer.id) for answer in store.comparison(queue.ids[0]).answers))
-    queue.ids.pop(0)
+    assert until(lambda: queue.remaining("ada") == 3)
+    assert not until(lambda: queue.remaining("ada") > 3, 0.1) and len(server.requests) == 9
+    first = store.comparison(queue.next("ada"))
+    assert until(lambda: is_tested(store, store.comparison(queue.peek("ada", 1)[0])))
+    store.judge(a_judgment(first))
+    queue.judged("ada", first.id)
     ahead.seen("ada")
-    assert until(lambda: len(queue.ids) == 3)
+    assert until(lambda: queue.remaining("ada") == 3)
     ahead.seen("bob")
-    assert until(lambda: len(queue.ids) == 6), "two people share what is left"
+    assert until(lambda: queue.remaining("bob") == 6), "two people share what is left"
     assert [comparison.task for comparison in store.comparisons()] == list("abcdefg")
 
 
@@ -401,20 +151,20 @@ def test_a_failing_source_is_said_once_and_asked_again_later(store, server, work
     monkeypatch.setattr(ahead_module, "PATIENCE", QUICK)
     with_tasks(store, "a", "b")
     server.refuse = lambda _: (404, {})
-    queue = FakeQueue()
+    queue = Queue(store)
     ahead = working(queue, "ahead=2", "generator=ollama:varied")
     ahead.seen("ada")
     assert until(lambda: len(server.requests) >= 6), "it is asked again"
     message = "No answers are made ahead: Ollama has no model 'varied'. Download it with: ollama pull varied"
     assert ahead.status() == message and ahead.pause > 0.01
     server.refuse = lambda _: None
-    assert until(lambda: len(queue.ids) == 2) and until(lambda: ahead.status() == "")
+    assert until(lambda: queue.remaining("ada") == 2) and until(lambda: ahead.status() == "")
     assert capsys.readouterr().err.count(message) == 1
 
 
 def test_it_stops_at_once_also_while_a_server_is_silent(store, server, working):
     with_tasks(store, "a")
-    ahead = working(FakeQueue(), "generator=ollama:silent")
+    ahead = working(Queue(store), "generator=ollama:silent")
     ahead.seen("ada")
     assert until(lambda: server.requests)
     ahead.stop()
@@ -423,8 +173,4 @@ def test_it_stops_at_once_also_while_a_server_is_silent(store, server, working):
 
 def test_a_generator_that_cannot_be_is_refused_before_it_starts(store, runner, server):
     with pytest.raises(UserError, match="olama:x: no such file; did you mean ollama"):
-        Ahead(store, FakeQueue(), runner, settings_for(server, "generator=olama:x"))
-
-
-def test_an_error_of_one_request_says_whether_others_can_succeed():
-    assert not SourceError("x").is_final and not SourceError("x").is_retryable
+        Ahead(store, Queue(store), runner, settings_for(server, "generator=olama:x"))

@@ -24,7 +24,7 @@ def test_without_its_insertions_a_comparison_of_prose_is_the_first_text_and_with
     html = compare(first, second, code=False)
     if first == second:
         assert "identical" in html
-    else:
+    elif "share too little" not in html:
         assert without(html, "ins") == visible(first) and without(html, "del") == visible(second)
 
 
@@ -68,8 +68,18 @@ def test_equal_lines_far_from_a_change_are_folded_but_there():
     assert "<summary>37 equal lines</summary>" in html and "line 5" in html
 
 
+def test_a_line_is_compared_with_the_one_that_it_became():
+    html = compare("a = 1\nreturn a + b", "a = 1\nif a > 3:\n    print(a)\nreturn a - b", code=True)
+    assert "return a <del>+</del> b" in html and "return a <ins>-</ins> b" in html
+
+
+def test_answers_that_share_no_words_are_not_struck_out():
+    html = compare("Yes, of course.", "I would rather not", code=False)
+    assert "share too little" in html and "<del>" not in html
+
+
 def test_each_of_several_answers_is_compared_with_the_first():
-    two, three = differences(["one", "one", "two"], code=False)
+    two, three = differences(["one word", "one word", "two word"], code=False)
     assert "identical" in two and "<ins>" in three
 
 
@@ -84,4 +94,4 @@ def test_answers_that_differ_in_line_ends_only_are_identical():
 ], ids=["lines", "one word", "no spaces", "few words"])  # fmt: skip
 def test_long_texts_are_compared_up_to_a_limit_that_is_said(first, second, code):
     html = compare(first, second, code)
-    assert ("Compared up to character" in html) == (max(len(first), len(second)) > MOST_CHARACTERS)
+    assert "share too little, or are too long" in html or ("up to character" in html) == (len(first) > MOST_CHARACTERS)

@@ -87,7 +87,7 @@ def with_comparisons(store, *texts: tuple[str, ...]):
 
 def test_a_judge_that_agrees_with_itself_gives_ranks_and_a_reason(store, server):
     [comparison] = with_comparisons(store, ("long answer", "short"))
-    assert judge_all(judging(store, server, "short"), None, 2) == "1 verdicts added, 1 of them the same in both orders"
+    assert judge_all(judging(store, server, "short"), None, 2) == "1 verdict added, 1 the same in both orders"
     [found] = store.verdicts(comparison.id)
     assert (found.judge, found.ranks) == ("ollama:short", (2, 1))
     assert shown_reason(found.reason, ["left", "right"]) == "right is shorter than left."
@@ -100,7 +100,7 @@ def test_a_judge_that_agrees_with_itself_gives_ranks_and_a_reason(store, server)
 
 def test_a_judge_that_prefers_a_position_gives_a_tie_with_both_reasons(store, server):
     [comparison] = with_comparisons(store, ("one", "two"))
-    assert "1 verdicts added, 0 of them the same" in judge_all(judging(store, server, "first"), None, 2)
+    assert "1 verdict added, 0 the same" in judge_all(judging(store, server, "first"), None, 2)
     [found] = store.verdicts(comparison.id)
     assert found.ranks == (1, 1)
     assert shown_reason(found.reason, ["left", "right"]) == (
@@ -131,8 +131,8 @@ def test_what_both_orders_agree_on_is_kept_and_nothing_else_of_two(orders):
 
 def test_a_verdict_that_is_there_is_not_asked_for_again_unless_the_rubric_is_another(store, server):
     with_comparisons(store, ("one", "two!"), ("three", "four"))
-    assert "1 verdicts added" in judge_all(judging(store, server, "short"), 1, 2)
-    assert "1 verdicts added" in judge_all(judging(store, server, "short"), None, 2)
+    assert "1 verdict added" in judge_all(judging(store, server, "short"), 1, 2)
+    assert "1 verdict added" in judge_all(judging(store, server, "short"), None, 2)
     assert len(server.requests) == 4
     assert judge_all(judging(store, server, "short"), None, 2) == "every comparison has a verdict of this judge"
     assert "2 verdicts added" in judge_all(judging(store, server, "short", "Prefer prose."), None, 2)
@@ -141,7 +141,7 @@ def test_a_verdict_that_is_there_is_not_asked_for_again_unless_the_rubric_is_ano
 
 def test_an_unreadable_reply_is_counted_and_asked_for_again_next_time(store, server):
     [comparison] = with_comparisons(store, ("one", "two"))
-    line = "0 verdicts added, 0 of them the same in both orders; 1 replies without a readable verdict"
+    line = "0 verdicts added, 0 the same in both orders; 1 reply without a readable verdict"
     assert judge_all(judging(store, server, "vague"), None, 2) == line
     assert store.verdicts(comparison.id) == [] and len(server.requests) == 1
     assert judge_all(judging(store, server, "vague"), None, 2) == line
@@ -149,7 +149,7 @@ def test_an_unreadable_reply_is_counted_and_asked_for_again_next_time(store, ser
 
 def test_a_missing_judge_ends_the_command(store, server):
     with_comparisons(store, ("one", "two"))
-    with pytest.raises(UserError, match=r"Download it with: ollama pull absent 0 verdicts were saved"):
+    with pytest.raises(UserError, match=r"Download it with: ollama pull absent\n0 verdicts saved"):
         judge_all(judging(store, server, "absent"), None, 2)
 
 
@@ -226,9 +226,11 @@ def test_the_command_judges_with_a_rubric_of_a_file(tmp_path, server, capsys):
     rubric.write_text("Prefer short ones.")
     with closing(open_store(address)) as store:
         with_comparisons(store, ("one", "two!"), ("three", "four"))
-    main(["judge", "--n", "1", "--rubric", str(rubric), f"store={address}", f"ollama_host={server.url}", "judge=ollama:short"])
-    assert capsys.readouterr().out.strip() == f"{address}: 1 verdicts added, 1 of them the same in both orders"
-    assert "Prefer short ones." in server.requests[0]["messages"][0]["content"]
+    main(["judge", "--n", "1", "--rubric", str(rubric), f"store={address}", f"ollama_host={server.url}", "judge=ollama:short",
+          "guidelines=Be fair."])  # fmt: skip
+    assert capsys.readouterr().out.strip() == f"{address}: 1 verdict added, 1 the same in both orders"
+    asked = server.requests[0]["messages"][0]["content"]
+    assert "Prefer short ones." in asked and "Be fair." in asked
 
 
 def test_the_command_says_what_is_wrong_before_it_opens_the_store(tmp_path, capsys):

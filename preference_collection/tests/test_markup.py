@@ -48,7 +48,7 @@ def test_any_text_is_rendered_with_known_elements_only_and_no_unseen_character(t
 def test_any_code_in_any_language_is_shown_whole(code, language, fold_lines):
     page = Page(code_block(code, language, fold_lines))
     assert_safe(page)
-    lines = visible(code.replace("\r\n", "\n").replace("\r", "␍"))
+    lines = visible(code.replace("\r\n", "\n"))
     without_summary = re.sub(r"Show [\d,]+ more lines", "", page.text)
     assert without_summary == lines + "\n"
 
@@ -109,8 +109,8 @@ def test_definitions_of_references_are_not_hidden():
 
 
 @pytest.mark.parametrize("text, seen", [
-    ("\x1b[31mred", "␛[31mred"), ("a\u202eb", "aU+202Eb"), ("a\u200bb", "aU+200Bb"), ("\ud800", "U+D800"),
-    ("\U000e0041", "U+E0041"), ("a\rb", "a␍b"), ("&#x202e;", "U+202E"), ("a\0b", "a␀b"),
+    ("\x1b[31mred", "U+001B[31mred"), ("a\u202eb", "aU+202Eb"), ("a\u200bb", "aU+200Bb"), ("\ud800", "U+D800"),
+    ("\U000e0041", "U+E0041"), ("a\rb", "aU+000Db"), ("&#x202e;", "U+202E"), ("a\0b", "aU+0000b"),
 ])  # fmt: skip
 def test_characters_that_are_not_seen_are_named(text, seen):
     assert Page(rendered(text, 40)).text.strip() == seen

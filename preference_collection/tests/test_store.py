@@ -10,28 +10,24 @@ from dataclasses import replace
 from math import factorial
 from pathlib import Path
 
-import duckdb
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_collection.store.model import (
     CHOICES,
-    Answer,
-    Comparison,
     Judgment,
     Query,
     Task,
     Verdict,
     Votes,
+    new_id,
     ranks_of_scores,
     shown_order,
 )
-from preference_collection.store.schema import MIGRATIONS, now
-from preference_collection.store.statistics import Progress, agreement_of
+from preference_collection.store.statistics import Progress
 from preference_collection.store.store import open_store
 from preference_collection.tests.conftest import a_comparison, a_judgment, a_task
-from preference_training.core.errors import UserError
 from preference_training.data.rows.records import Turn
 
 ROOT = Path(__file__).parent.parent.parent
@@ -80,35 +76,41 @@ def test_conversations_are_stored_unchanged_with_up_to_five_answers(store):
     assert store.comparisons_of("chat") == [comparison]
 
 
+@pytest.fixture(scope="module")
+def memory():
+    """A store in memory, for many examples."""
+    with closing(open_store(":memory:")) as opened:
+        yield opened
+
+
 @settings(max_examples=25, deadline=None)
 @given(text=TEXTS, comment=TEXTS, labeler=TEXTS, reasons=st.lists(TEXTS, max_size=3))
-def test_any_text_is_stored_unchanged(text, comment, labeler, reasons):
-    with closing(open_store(":memory:")) as store:
-        task = a_task("p" + text, title=text, prompt=(Turn("user", text),))
-        store.add_tasks([task])
-        comparison = a_comparison(task.id, (text, text + "\0```'\""), prompt=text)
-        store.add_comparisons([comparison])
-        said = judged(store, comparison, 1, labeler, comment=comment, reasons=tuple(reasons), seconds=1.5, edited=text)
-        assert store.task(task.id) == task
-        assert store.comparisons_of(task.id) == [comparison]
-        assert store.standing(comparison.id) == [said] == [store.last_judgment(labeler)]
+def test_any_text_is_stored_unchanged(memory, text, comment, labeler, reasons):
+    task = a_task(new_id() + text, title=text, prompt=(Turn("user", text),))
+    memory.add_tasks([task])
+    comparison = a_comparison(task.id, (text, text + "\0```'\""), new_id() + text, prompt=text)
+    memory.add_comparisons([comparison])
+    said = judged(memory, comparison, 1, labeler, comment=comment, reasons=tuple(reasons), seconds=1.5, edited=text)
+    assert memory.task(task.id) == task
+    assert memory.comparisons_of(task.id) == [comparison]
+    assert memory.standing(comparison.id) == [said] == [memory.last_judgment(labeler)]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.data(), st.integers(2, 5))
-def test_any_judgment_is_stored_unchanged(data, n):
-    scores = data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n))
-    ranks = ranks_of_scores(scores)
+def test_any_judgment_is_stored_unchanged(memory, data, n):
+    ranks = ranks_of_scores(data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n)))
     said = ranks if max(ranks) > 1 else data.draw(st.sampled_from(CHOICES[1:]))
     more = {"order": tuple(data.draw(st.permutations(range(n)))), "settles": said != "skip" and data.draw(st.booleans())}
     if text := data.draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=3)):
         more |= {"edited": text, "edited_from": data.draw(st.none() | st.integers(0, n - 1))}
-    with closing(open_store(":memory:")) as store:
-        [comparison] = with_comparisons(store, "a", texts="abcde"[:n])
-        judgment = judged(store, comparison, said, **more)
-        assert store.standing(comparison.id) == [judgment]
-        [row] = store.judgments()
-        assert (row.judgment, row.comparison, row.task) == (judgment, comparison, a_task("a"))
+    memory.add_tasks([a_task()])
+    comparison = a_comparison(texts="abcde"[:n])
+    memory.add_comparisons([comparison])
+    judgment = judged(memory, comparison, said, **more)
+    assert memory.standing(comparison.id) == [judgment]
+    row = list(memory.judgments())[-1]
+    assert (row.judgment, row.comparison, row.task) == (judgment, comparison, a_task())
 
 
 def test_an_existing_task_is_not_changed(store):
@@ -181,6 +183,15 @@ def test_a_key_pressed_twice_counts_once(store):
     assert store.progress("ada").judgments == 0
 
 
+def test_an_id_of_another_judgment_is_refused(store):
+    one, other = with_comparisons(store, "a", "b")
+    said = judged(store, one)
+    for changed in ({"labeler": "bob"}, {"comparison": other.id}):
+        with pytest.raises(ValueError, match=f"the id {said.id} belongs to another judgment"):
+            store.judge(replace(said, **changed))
+    assert store.standing(one.id) == [said] and store.standing(other.id) == []
+
+
 INVALID = [
     ({"choice": "both"}, "has the choice 'both', expected one of ranked, tie, bad, skip"),
     ({"order": (0, 2)}, r"has the order \(0, 2\), expected each of 0 to 1 once"),
@@ -245,29 +256,6 @@ def test_a_judgment_that_settles_is_named_with_all_of_its_comparison_until_it_is
     assert [row.settled for row in store.judgments()] == [last.id, last.id, None, last.id]
     store.undo("eve")
     assert {row.settled for row in store.judgments()} == {None}
-
-
-# ---- agreement -------------------------------------------------------------------------------------------------------------
-
-
-def test_agreement_is_krippendorffs_alpha():
-    # Two labelers, four units, (a a) (a a) (b b) (a b): 8 values, 5 a and 3 b. D_o = 2/8: the one unit that disagrees has
-    # (4 - 1 - 1) / 1 = 2. D_e = (64 - 25 - 9) / (8 * 7) = 30/56. alpha = 1 - (1/4) / (30/56) = 1 - 7/15.
-    found = agreement_of(["aa", "aa", "bb", "ab"])
-    assert (found.judged, found.compared, found.agreed) == (4, 4, 3)
-    assert found.alpha == pytest.approx(8 / 15)
-    # Three labelers of one pair, two of a kind: one of three comparisons agrees.
-    assert agreement_of(["aab"]).agreed == 1
-    assert agreement_of(["aaa", "a"]).alpha is None and agreement_of([]).compared == 0
-
-
-def test_agreement_ignores_skips_and_single_judgments(store):
-    one, two, three = with_comparisons(store, "a", "b", "c")
-    for comparison, choices in ((one, (0, 0, "skip")), (two, ("tie", 1)), (three, (0,))):
-        for labeler, said in zip(("ada", "bob", "eve"), choices, strict=False):
-            judged(store, comparison, said, labeler)
-    found = store.agreement()
-    assert (found.judged, found.compared, found.agreed) == (2, 2, 1)
 
 
 # ---- the list of tasks ------------------------------------------------------------------------------------------------------
@@ -428,154 +416,3 @@ def test_a_process_killed_while_writing_loses_nothing_that_it_confirmed(tmp_path
         # It may have written one more than it could confirm.
         assert set(said) <= found and len(found) <= len(said) + 1
         judged(store, store.comparison("pair"))
-
-
-# ---- what is no store -------------------------------------------------------------------------------------------------------
-
-
-def refused(address, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        open_store(str(address), **options)
-    return str(caught.value)
-
-
-def test_a_file_that_is_not_a_duckdb_file_is_refused(tmp_path):
-    path = tmp_path / "notes.txt"
-    path.write_text("Some notes.\n" * 2000)
-    assert refused(path) == f"store: {path} is not a DuckDB file. Expected a store of this app, or a new file name."
-    assert path.read_text().startswith("Some notes."), "and it is left alone"
-
-
-def test_a_store_open_in_another_process_is_refused(tmp_path):
-    path = tmp_path / "collection.duckdb"
-    hold = "import sys, duckdb; c = duckdb.connect(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", hold, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        message = refused(path)
-        assert message.startswith(f"store: {path} is open in another process, and only one can open it. Close the other.")
-        assert str(process.pid) in message
-        process.stdin.close()
-    open_store(str(path)).close()
-
-
-def test_a_store_of_a_newer_app_is_refused(store):
-    store.connection.execute("INSERT INTO schema_versions VALUES (99, now()::TIMESTAMP)")
-    store.close()
-    known = len(MIGRATIONS)
-    assert refused(store.address) == (
-        f"store: {store.address} has schema 99, written by a newer app; this one supports {known}. Update this app."
-    )
-
-
-def test_an_unrelated_database_is_refused(tmp_path):
-    path = tmp_path / "other.duckdb"
-    with duckdb.connect(str(path)) as connection:
-        connection.execute("CREATE TABLE leetcode_problems (id INTEGER)")
-    message = refused(path)
-    assert "contains other tables (leetcode_problems)" in message and f"import {path}" in message
-    with duckdb.connect(str(path)) as connection:
-        assert connection.execute("SHOW TABLES").fetchall() == [("leetcode_problems",)]
-
-
-def test_a_directory_and_a_missing_file_give_one_message_each(tmp_path):
-    assert f"store: {tmp_path} cannot be opened" in refused(tmp_path)
-    absent = tmp_path / "absent.duckdb"
-    assert refused(absent, read_only=True) == f"store: {absent}: no such file. Expected an existing store."
-
-
-# What a store of schema 2 holds, by table; schema 1 has the first four.
-OLDER_ROWS = """
-INSERT INTO problems VALUES (1, 'a', 'The a', 'easy', 'Say "a" \\ é', 'f', '[{"args": [], "expected": 1}]', now()::TIMESTAMP);
-INSERT INTO generations VALUES
-    ('g2', 'a', 'tiny', 'Say "a"', '{"seed": 7}', 'one', 'x = 1', now()::TIMESTAMP),
-    ('g1', 'a', 'large', 'Say "a"', '{}', 'two', NULL, now()::TIMESTAMP);
-INSERT INTO pairs VALUES (2, 'p', 'a', 'g2', 'g1', now()::TIMESTAMP);
-INSERT INTO preferences VALUES
-    (3, 'j1', 'p', 'first', 'first', 'ada', 1.5, ['faster'], 'so', now()::TIMESTAMP, NULL),
-    (4, 'j2', 'p', 'second', 'second', 'bob', NULL, [], '', now()::TIMESTAMP, NULL),
-    (5, 'j3', 'p', 'second', 'tie', 'eve', NULL, [], '', now()::TIMESTAMP, NULL),
-    (6, 'j4', 'p', 'first', 'skip', 'kim', NULL, [], '', now()::TIMESTAMP, NULL),
-    (7, 'j5', 'p', 'first', 'second', 'ada', NULL, [], '', now()::TIMESTAMP, NULL),
-    (8, 'undo', 'p', NULL, NULL, 'ada', NULL, [], NULL, now()::TIMESTAMP, 'j5');
-"""
-LATER_ROWS = """
-INSERT INTO test_runs VALUES ('g2', '[{"status": "passed"}]', now()::TIMESTAMP);
-INSERT INTO scores VALUES ('p', 'policy', -0.5, now()::TIMESTAMP);
-"""
-
-
-def older_store(path: str, version: int) -> None:
-    """A store of schema 1 or 2 with content."""
-    with duckdb.connect(path) as connection:
-        connection.execute("CREATE TABLE schema_versions (version INTEGER NOT NULL, moment TIMESTAMP NOT NULL)")
-        for number, statements in enumerate(MIGRATIONS[:version], start=1):
-            for statement in statements:
-                connection.execute(statement)
-            connection.execute("INSERT INTO schema_versions VALUES (?, ?)", [number, now()])
-        connection.execute(OLDER_ROWS + (LATER_ROWS if version > 1 else ""))
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_store_of_each_earlier_version_is_migrated_with_its_content(tmp_path, version):
-    path = str(tmp_path / "older.duckdb")
-    older_store(path, version)
-    assert f"has schema {version}, this app needs {len(MIGRATIONS)}" in refused(path, read_only=True)
-    with closing(open_store(path)) as store:
-        versions = store.connection.execute("SELECT version FROM schema_versions ORDER BY 1").fetchall()
-        assert versions == [(number,) for number in range(1, len(MIGRATIONS) + 1)]
-        tests = ({"args": [], "expected": 1},)
-        assert store.task("a") == Task("a", "The a", "easy", 'Say "a" \\ é', "f", tests, "code")
-        answers = (
-            Answer("g2", "tiny", 'Say "a"', {"seed": 7}, "one", "x = 1"),
-            Answer("g1", "large", 'Say "a"', {}, "two", None),
-        )
-        assert store.comparisons_of("a") == [Comparison("p", "a", answers)] and store.answers_of("a") == list(answers)
-        assert store.standing("p") == [
-            Judgment("j1", "p", "ada", "ranked", (0, 1), (1, 2), 1.5, ("faster",), "so"),
-            Judgment("j2", "p", "bob", "ranked", (1, 0), (2, 1)),
-            Judgment("j3", "p", "eve", "tie", (1, 0)),
-            Judgment("j4", "p", "kim", "skip", (0, 1)),
-        ]
-        assert store.test_run("g2") == ([{"status": "passed"}] if version > 1 else None)
-        assert store.browse(Query())[0][0].margin == (-0.5 if version > 1 else None)
-        # New rows are numbered behind the old ones, and what was judged can be undone.
-        store.judge(Judgment("j6", "p", "ada", "bad", (0, 1)))
-        assert [judgment.id for judgment in store.standing("p")] == ["j2", "j3", "j4", "j6"]
-        assert store.undo("ada") == "p" == store.undo("ada") and store.undo("ada") is None
-
-
-def test_a_read_only_store_can_be_read_but_not_written(store):
-    [comparison] = with_comparisons(store, "a")
-    store.close()
-    with closing(open_store(store.address, read_only=True)) as reader:
-        assert ids(reader) == ["a"]
-        with pytest.raises(UserError, match="is open read-only"):
-            judged(reader, comparison)
-
-
-def test_motherduck_without_a_token_gives_one_message_and_opens_no_browser(monkeypatch):
-    for name in ("motherduck_token", "MOTHERDUCK_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    message = "store: md:mine is a MotherDuck address, but motherduck_token is not set. Set it to your token."
-    assert refused("md:mine") == message
-
-
-def test_a_motherduck_address_is_opened_by_its_kind(monkeypatch):
-    asked = []
-
-    def connect(address, **options):
-        asked.append((address, options))
-        return Connection()
-
-    class Connection:
-        def execute(self, *statement):
-            asked.append(statement)
-            raise duckdb.IOException("no network")
-
-    monkeypatch.setenv("motherduck_token", "secret")
-    monkeypatch.setattr(duckdb, "connect", connect)
-    assert refused("md:_share/birds/0a9a02-6e") == (
-        "store: md:_share/birds/0a9a02-6e cannot be opened: no network. Expected a DuckDB file or a MotherDuck address."
-    )
-    assert asked == [("md:", {}), ("ATTACH ? AS shared", ["md:_share/birds/0a9a02-6e"])]

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -12,10 +13,10 @@ from preference_collection.generation.sources import sources_of
 from preference_collection.sandbox.running import TestRun
 from preference_collection.settings import load_settings
 from preference_collection.store.model import Comparison, Task, Verdict, new_id, shown_order
+from preference_collection.store.queue import Queue
 from preference_collection.store.store import open_store
 from preference_collection.tests.conftest import a_comparison, a_task
 from preference_collection.web import server
-from preference_collection.web.interim_queue import Queue
 from preference_collection.web.security import HEADERS
 from preference_collection.web.server import build_app
 from preference_collection.web.shared import Shared
@@ -72,7 +73,10 @@ def shown_in(page: str) -> str | None:
 # ---- sign-in ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/label", "/label/pair-a", "/task/a", "/tasks", "/export", "/text/pair-a/0"])
+PAGES = ("/label", "/label/pair-a", "/task/a", "/tasks", "/export", "/agreement", "/progress", "/text/pair-a/0", "/nowhere")
+
+
+@pytest.mark.parametrize("path", PAGES)
 def test_nothing_is_read_before_sign_in(store, path):
     filled(store, "a")
     answer = client_of(store).get(path)
@@ -202,12 +206,18 @@ def test_verdicts_of_models_are_told_after_the_judgment_and_never_before(store):
     filled(store, "a", "b")
     order = shown_order("Ada", "pair-a", 2)
     ranks = tuple(1 if index == order[1] else 2 for index in range(2))
-    store.add_verdicts([Verdict("pair-a", "judge-9", ranks, "it is short", {})])
+    reason = f"{{answer {order[1]}}} is short, {{answer {order[0]}}} is not"
+    store.add_verdicts([Verdict("pair-a", "judge-9", ranks, reason, {})])
     client = signed_in(store)
     before = client.get("/label").text + client.get("/label/pair-a").text + client.get("/tasks").text
-    assert "judge-9" not in before and "it is short" not in before
+    assert "judge-9" not in before and "is short" not in before
     [verdict] = client.post("/api/judge", json=a_choice("pair-a")).json()["verdicts"]
-    assert verdict == {"judge": "judge-9", "words": "answer 2 is better", "number": 2, "reason": "it is short"}
+    assert verdict == {
+        "judge": "judge-9",
+        "words": "answer 2 is better",
+        "number": 2,
+        "reason": "answer 2 is short, answer 1 is not",
+    }
 
 
 @pytest.mark.parametrize(
@@ -242,6 +252,37 @@ def test_a_read_only_store_is_viewed_and_not_judged(store):
     answer = client.post("/api/judge", json=a_choice("pair-a"))
     assert answer.status_code == 409 and "open read-only" in answer.json()["error"]
     reading.close()
+
+
+def test_two_labelers_get_different_comparisons_and_signing_out_frees_one(store):
+    filled(store, "a", "b")
+    ada, bob = signed_in(store), signed_in(store, "Bob")
+    bob.shared.queue = ada.shared.queue
+    assert [shown_in(client.get("/label").text) for client in (ada, bob)] == ["pair-a", "pair-b"]
+    assert shown_in(ada.get("/label").text) == "pair-a"
+    ada.post("/sign-out")
+    assert bob.post("/api/next", json={"comparison": "pair-b"}).json()["next"]["id"] == "pair-a"
+
+
+def test_differences_are_of_the_answers_in_the_order_shown(store):
+    filled(store, "a", texts=("x = 1", "x = 2"))
+    client = signed_in(store)
+    html = client.get("/api/differences/pair-a").json()["html"]
+    first, second = (("x = 1", "x = 2")[index] for index in shown_order("Ada", "pair-a", 2))
+    assert f"removed line: </span>{first}" in html and f"added line: </span>{second}" in html
+    assert "From left to right" in html
+
+
+def test_what_comes_next_is_read_before_it_is_asked_for(store, monkeypatch):
+    filled(store, "a", "b", "c")
+    client = signed_in(store)
+    client.shared.ahead = SimpleNamespace(seen=lambda _: None, status=lambda: "")
+    assert shown_in(client.get("/label").text) == "pair-a"
+    client.shared.close()  # waits for what was begun
+    monkeypatch.setattr(type(store), "comparison", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(type(store), "task", lambda *_: pytest.fail("read again"))
+    client.shared.ahead = None
+    assert client.post("/api/judge", json=a_choice("pair-a")).json()["next"]["id"] == "pair-b"
 
 
 # ---- tests of code ----------------------------------------------------------------------------------------------------------

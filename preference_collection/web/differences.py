@@ -5,21 +5,23 @@ spoken.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from markupsafe import Markup
 from rapidfuzz.distance import LCSseq
 
-from preference_collection.web.characters import shown
+from preference_collection.web.characters import one_kind_of_line, shown
 
 # Longer texts are compared up to here: time and memory grow with the product of both lengths. Unit: characters, words or lines.
 MOST_CHARACTERS, MOST_PARTS = 100_000, 20_000
 # Lines of code that share fewer of their words are another line, not a changed one.
 ALIKE = 0.5
-# Larger blocks of changed lines do not pair up, and their words are not compared. Unit: lines.
-MOST_LINES = 500
+# In larger blocks of changed lines nobody looks for pairs, and their words are not compared. Unit: lines.
+MOST_LINES = 40
+# Prose that shares fewer of its words is not compared: all of it would be struck out.
+IN_COMMON = 0.1
 # Fewer equal words between two changes would make a patchwork. They count as changed.
 ISLAND = 3
 # Of more equal lines, these are shown at both ends, and the rest is folded.
@@ -46,11 +48,13 @@ def differences(texts: Sequence[str], code: bool) -> list[Markup]:
 
 def compare(first: str, second: str, code: bool) -> Markup:
     """What changes from the first text to the second, as HTML. Identical texts are said to be."""
-    first, second = (text.replace("\r\n", "\n") for text in (first, second))
+    first, second = one_kind_of_line(first), one_kind_of_line(second)
     if first == second:
         return Markup('<p class="summary">The answers are identical.</p>')
     heads = [text[:MOST_CHARACTERS] for text in (first, second)]
     changes, body = (_code_changes if code else _prose_changes)(*heads)
+    if not code and shared(changes) < IN_COMMON * max(len(first), len(second)):
+        return Markup('<p class="summary">The answers share too little, or are too long, to compare their words.</p>')
     cut = max(len(first), len(second)) - MOST_CHARACTERS
     note = f" Compared up to character {MOST_CHARACTERS:,}; {cut:,} follow." if cut > 0 else ""
     summary = Markup('<p class="summary">{}{}</p>').format(_summary(changes, "line" if code else "word"), note)
@@ -162,15 +166,29 @@ def _changed_lines(change: Change) -> Markup:
     """Removed lines, then added ones; a line and its changed form show which words changed."""
     before = [shown(line) for line in change.before]
     after = [shown(line) for line in change.after]
-    pairs = zip(change.before, change.after, strict=False) if max(len(before), len(after)) <= MOST_LINES else ()
-    for at, (old, new) in enumerate(pairs):
-        inside = changes_of(CODE_WORD.findall(old), CODE_WORD.findall(new))
-        equal = sum(len("".join(part.before)) for part in inside if part.same)
-        if equal >= ALIKE * max(len(old), len(new)):
-            before[at] = _words(inside, "del", lambda part: part.before)
-            after[at] = _words(inside, "ins", lambda part: part.after)
+    for old, new, inside in _alike(change) if max(len(before), len(after)) <= MOST_LINES else ():
+        before[old] = _words(inside, "del", lambda part: part.before)
+        after[new] = _words(inside, "ins", lambda part: part.after)
     lines = [_line("-", "removed", html) for html in before] + [_line("+", "added", html) for html in after]
     return Markup().join(lines)
+
+
+def _alike(change: Change) -> Iterator[tuple[int, int, list[Change]]]:
+    """Lines and their changed forms, in order: the index of each, and the words that changed. The first alike counts."""
+    begin = 0
+    for at, old in enumerate(change.before):
+        for place in range(begin, len(change.after)):
+            new = change.after[place]
+            inside = changes_of(CODE_WORD.findall(old), CODE_WORD.findall(new))
+            if shared(inside) >= ALIKE * max(1, len(old.strip()), len(new.strip())):
+                yield at, place, inside
+                begin = place + 1
+                break
+
+
+def shared(changes: Sequence[Change]) -> int:
+    """How much two texts have in common. Unit: characters without whitespace."""
+    return sum(len("".join(part).strip()) for change in changes if change.same for part in change.before)
 
 
 def _words(changes: Sequence[Change], name: str, side: Callable[[Change], Sequence[str]]) -> Markup:

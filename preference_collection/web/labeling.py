@@ -1,5 +1,7 @@
 """Labeling: the comparison to judge, judging it, undoing, passing on. An answer to each brings the next comparison."""
 
+from functools import partial
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -18,24 +20,23 @@ def next_of(shared: Shared, labeler: str, after: str | None = None) -> dict:
     after: a comparison that they leave, which comes last.
     """
     id = shared.queue.next(labeler, skip=after)
-    comparison = shared.store.comparison(id) if id else None
+    comparison = shared.comparison(id) if id else None
     if comparison is None:
         return {"id": "", "html": _nothing_left(shared), "address": "/label", "progress": progress(shared, labeler)}
-    return view_of(shared, labeler, comparison)
+    return view_of(shared, labeler, comparison, is_new=True)
 
 
-def view_of(shared: Shared, labeler: str, comparison: Comparison, again: Judgment | None = None) -> dict:
+def view_of(shared: Shared, labeler: str, comparison: Comparison, again: Judgment | None = None, is_new: bool = False) -> dict:
     """A comparison for the page: its id, HTML, address, and the progress."""
-    if shared.ahead:
-        shared.ahead.seen(labeler)
-    shown = pages.show_comparison(shared, labeler, comparison, again)
+    shared.seen(labeler, partial(pages.prepare, shared))
+    shown = pages.show_comparison(shared, labeler, comparison, again, is_new)
     fragment = html("comparison.html", shown=shown, read_only=shared.store.read_only)
     return {"id": comparison.id, "html": fragment, "address": f"/label/{comparison.id}", "progress": progress(shared, labeler)}
 
 
 def progress(shared: Shared, labeler: str) -> str:
     """The progress of a labeler in words."""
-    return pages.progress_words(shared.store.progress(labeler).mine, shared.queue.remaining(labeler))
+    return pages.progress_words(shared.queue.done(labeler), shared.queue.remaining(labeler))
 
 
 def _nothing_left(shared: Shared) -> str:
@@ -67,7 +68,7 @@ def label(request: Request) -> Response:
 def label_one(request: Request) -> Response:
     """GET /label/{comparison}: one of them."""
     shared = shared_of(request)
-    comparison = shared.store.comparison(request.path_params["comparison"])
+    comparison = shared.comparison(request.path_params["comparison"])
     if comparison is None:
         raise missing("comparison")
     return _desk(request, view_of(shared, labeler_of(request), comparison))
@@ -76,7 +77,7 @@ def label_one(request: Request) -> Response:
 def label_task(request: Request) -> Response:
     """GET /task/{task}: its newest comparison, or what asks a model for answers."""
     shared, labeler = shared_of(request), labeler_of(request)
-    task = shared.store.task(request.path_params["task"])
+    task = shared.task(request.path_params["task"])
     if task is None:
         raise missing("task")
     comparisons = shared.store.comparisons_of(task.id)
@@ -92,7 +93,7 @@ def label_task(request: Request) -> Response:
 def differences(request: Request) -> Response:
     """GET /api/differences/{comparison}: each answer compared with the one shown first, as HTML."""
     shared, labeler = shared_of(request), labeler_of(request)
-    comparison = shared.store.comparison(request.path_params["comparison"])
+    comparison = shared.comparison(request.path_params["comparison"])
     if comparison is None:
         raise missing("comparison")
     answers = [comparison.answers[index] for index in pages.shown_order(labeler, comparison.id, len(comparison.answers))]
@@ -103,7 +104,7 @@ def differences(request: Request) -> Response:
 
 def text(request: Request) -> Response:
     """GET /text/{comparison}/{index}: an answer as plain text, whole."""
-    comparison = shared_of(request).store.comparison(request.path_params["comparison"])
+    comparison = shared_of(request).comparison(request.path_params["comparison"])
     index = request.path_params["index"]
     if comparison is None or index >= len(comparison.answers):
         raise missing("answer")
@@ -135,7 +136,7 @@ def undo(request: Request, data: dict) -> dict:
         return {"undone": None}
     shared.queue.undone(labeler, undone)
     again = last if last and last.comparison == undone else None
-    view = view_of(shared, labeler, shared.store.comparison(undone), again)
+    view = view_of(shared, labeler, shared.comparison(undone), again)
     return {"undone": undone, "html": view["html"], "next": view}
 
 
@@ -149,10 +150,10 @@ def pass_on(request: Request, data: dict) -> dict:
 def tests(request: Request) -> Response:
     """GET /api/tests/{comparison}: the badges of its answers in the order shown, and whether all tests are over."""
     shared, labeler = shared_of(request), labeler_of(request)
-    comparison = shared.store.comparison(request.path_params["comparison"])
+    comparison = shared.comparison(request.path_params["comparison"])
     if comparison is None:
         raise missing("comparison")
-    task = shared.store.task(comparison.task)
+    task = shared.task(comparison.task)
     runs = pages.runs_of(shared, comparison, task)
     order = pages.shown_order(labeler, comparison.id, len(runs))
     over = all(run is None or run.over for run in runs)

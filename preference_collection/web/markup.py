@@ -17,7 +17,7 @@ from markdown_it.common.normalize_url import normalizeLink
 from markdown_it.token import Token
 from markupsafe import Markup, escape
 
-from preference_collection.web.characters import shown
+from preference_collection.web.characters import one_kind_of_line, shown
 from preference_collection.web.highlighting import highlighted_lines
 
 # Markdown is rendered up to this length, and plain text follows up to the second. Unit: characters.
@@ -68,14 +68,14 @@ def rendered(text: str, fold_lines: int, whole: str | None = None) -> Markup:
     """Markdown as HTML, folded after `fold_lines` lines; 0 does not fold. `whole` is the address of the text as a file, for
     what is longer than a page can hold.
     """
-    text = _one_kind_of_line(text)
+    text = one_kind_of_line(text)
     head = _head(text)
     return Markup(f'<div class="rendered">{_rendered(head, fold_lines)}{_rest(text, len(head), whole)}</div>')
 
 
 def code_block(code: str, language: str, fold_lines: int, whole: str | None = None) -> Markup:
     """Code as HTML, highlighted and with line numbers, folded after `fold_lines` lines; 0 does not fold."""
-    code = _one_kind_of_line(code)
+    code = one_kind_of_line(code)
     head = _head(code)
     block = _code(head, language, "numbered")
     return Markup(f'<div class="rendered">{_folded([block], fold_lines)}{_rest(code, len(head), whole)}</div>')
@@ -85,11 +85,6 @@ def code_block(code: str, language: str, fold_lines: int, whole: str | None = No
 def _rendered(text: str, fold_lines: int) -> str:
     blocks, note = _blocks(text)
     return note + _folded(blocks, fold_lines)
-
-
-def _one_kind_of_line(text: str) -> str:
-    """A text whose lines end with a newline. A carriage return elsewhere, which overwrites a line on a terminal, is shown."""
-    return text.replace("\r\n", "\n").replace("\r", "␍").replace("\0", "␀")
 
 
 def _head(text: str) -> str:

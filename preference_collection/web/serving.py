@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import signal
 import socket
 from collections.abc import Sequence
 
@@ -14,14 +15,17 @@ from preference_collection.generation.sources import sources_of
 from preference_collection.sandbox.running import TestRunner
 from preference_collection.sandbox.sandbox import open_sandbox
 from preference_collection.settings import limits_of
+from preference_collection.store.queue import Queue
 from preference_collection.store.store import Store, open_store
-from preference_collection.web.interim_queue import Queue
 from preference_collection.web.server import build_app
 from preference_collection.web.shared import Shared
+from preference_collection.web.team import guidelines_of
 from preference_training.core.errors import UserError
 
 # How long requests may go on after Ctrl-C. Unit: seconds.
 PATIENCE_SECONDS = 3
+# Connections that may wait to be accepted.
+BACKLOG = 2048
 _MISSING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
@@ -36,11 +40,15 @@ def serve(settings: DictConfig, password: str) -> None:
             closing.callback(each.close)
         store = closing.enter_context(contextlib.closing(open_store(settings.store, settings.read_only)))
         shared = open_shared(settings, store, password)
+        closing.callback(shared.runner.close)
+        shared.ahead = Ahead(store, shared.queue, shared.runner, settings)
+        for each in sockets:
+            each.listen(BACKLOG)
         port = sockets[0].getsockname()[1]
         print(f"{address_of(settings.address, port)}  store {settings.store}; Ctrl-C stops", flush=True)
         print(shared.runner.sandbox.isolation.line(), flush=True)
-        shared.ahead = Ahead(store, shared.queue, shared.runner, settings)
         closing.callback(shared.ahead.start().stop)
+        closing.callback(shared.close)
         run(shared, sockets)
 
 
@@ -50,7 +58,7 @@ def open_shared(settings: DictConfig, store: Store, password: str) -> Shared:
         add_samples(store)
     queue = Queue(store, settings.overlap, settings.order, settings.lease_minutes * 60)
     runner = TestRunner(open_sandbox(limits_of(settings)), store, settings.run_unisolated)
-    return Shared(settings, store, queue, runner, sources_of(settings), password)
+    return Shared(settings, store, queue, runner, sources_of(settings), password, guidelines_of(settings))
 
 
 def address_of(address: str, port: int) -> str:
@@ -60,7 +68,7 @@ def address_of(address: str, port: int) -> str:
 
 
 def listen(address: str, port: int) -> list[socket.socket]:
-    """Sockets on all addresses of a name, of which some may be missing (IPv6), but not in use.
+    """Sockets bound to all addresses of a name, of which some may be missing (IPv6), but not in use.
 
     Raises UserError if there is none, or one is in use.
     """
@@ -102,5 +110,7 @@ def run(shared: Shared, sockets: list[socket.socket]) -> None:
         build_app(shared), log_level="warning", access_log=False, server_header=False, lifespan="on",
         timeout_graceful_shutdown=PATIENCE_SECONDS, timeout_keep_alive=65,
     )  # fmt: skip
+    # uvicorn finishes what is in progress, and then raises the signal again: SIGTERM too must let the store close.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets)

@@ -73,10 +73,37 @@ def insert_config_file(arguments: list[str]) -> list[str]:
 
 
 def name_file(message: str) -> str:
-    """A message that begins with a key, preceded by the user's file that sets it, if one does."""
+    """A message that begins with a key, as the user's file that sets it would have it, if one does: preceded by its name."""
     key = re.match(r"[\w.]*", message)
     file = _FILE_OF.get(key[0]) if key else None
-    return f"{file}: {message}" if file else message
+    return f"{file}: {as_in_file(message)}" if file else message
+
+
+# An override in a message, with or without quotes; several may follow each other.
+_OVERRIDE = re.compile(r"(?<![\w.+/=-])(?:'\+*([a-z][\w.]*)=([^']*)'|\+*([a-z][\w.]*)=(?=[^\s.,;=]))")
+
+
+def as_in_file(message: str) -> str:
+    """A message in which overrides are lines of a file: lr=1e-5 becomes lr: 1e-5. Commands stay as they are."""
+
+    def line(found: re.Match[str]) -> str:
+        name = found[1] or found[3]
+        if name not in (*GROUPS, *OPTIONAL_GROUPS) and name not in known_keys() and not in_open_section(name):
+            return found[0]
+        return f"{name}: {found[2] or ''}"
+
+    def rewritten(text: str) -> str:
+        # What an option of another tool is here may be several overrides.
+        text = re.sub(r"(?<=\w|\]|\})( )(?=\+*[a-z][\w.]*=)", _between_overrides, text)
+        return _OVERRIDE.sub(line, text)
+
+    return "\n".join(text if "python " in text else rewritten(text) for text in message.splitlines())
+
+
+def _between_overrides(space: re.Match[str]) -> str:
+    """What is between two overrides in a file: a comma where the word before the space is one."""
+    before = space.string[: space.start()].rpartition(" ")[2]
+    return ", " if re.fullmatch(r"\+*[a-z][\w.]*=\S+", before) else " "
 
 
 def take_flag(arguments: list[str], names: tuple[str, ...]) -> tuple[str | None, list[str]]:
@@ -124,6 +151,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _overrides(values: dict[str, Any], file: Path) -> Iterable[str]:
+    wrong: list[str] = []
     for key, value in _leaves(values):
         if key in (*GROUPS, *OPTIONAL_GROUPS):
             if value is not None:
@@ -133,7 +161,9 @@ def _overrides(values: dict[str, Any], file: Path) -> Iterable[str]:
         elif key in known_keys():
             yield f"{key}={_text(value, file, key)}"
         else:
-            raise UserError(f"{file}: {unknown_key(key, value=value)}")
+            wrong.append(f"{file}: {as_in_file(unknown_key(key, value=value))}")
+    if wrong:
+        raise UserError("\n".join(wrong))
 
 
 def _leaves(values: dict[str, Any], above: str = "") -> Iterable[tuple[str, Any]]:

@@ -5,6 +5,7 @@
 Its keys are those of the command line (`model`, `loss.beta`, `adapter`); its paths are absolute.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ PATHS = (
 def write_rerun(config: RunConfig, run_dir: Path) -> None:
     """Write rerun.yaml. Raises OSError."""
     values = OmegaConf.to_yaml(OmegaConf.create(rerun_values(config.origin.overrides)))
-    (run_dir / RERUN).write_text(HEAD.format(directory=run_dir.absolute()) + values, encoding="utf-8")
+    (run_dir / RERUN).write_text(HEAD.format(directory=normal(run_dir)) + values, encoding="utf-8")
 
 
 def rerun_values(overrides: Iterable[str]) -> dict[str, Any]:
@@ -63,4 +64,10 @@ def _absolute(value: Any, key: str) -> Any:
     file, colon, name = value.rpartition(":") if ".py:" in value else (value, "", "")
     path = Path(file).expanduser()
     found = path.exists() or ("*" in file and path.parent.exists())
-    return f"{path.absolute()}{colon}{name}" if found or key == "local_dirs" else value
+    return f"{normal(path)}{colon}{name}" if found or key == "local_dirs" else value
+
+
+def normal(path: Path) -> Path:
+    """A path as an absolute one without `..` and doubled slashes; links stay, unless `..` follows one."""
+    plain = Path(os.path.normpath(path.absolute()))
+    return plain if not path.exists() or (plain.exists() and plain.samefile(path)) else path.resolve()

@@ -18,6 +18,12 @@ def new_run_dir(local_dirs: str | Iterable[str], exp_name: str) -> str:
     return str(first_existing(local_dirs) / f"{name}_{moment}")
 
 
+def check_resume(resume: str | None) -> None:
+    """Raise UserError where `resume` names no directory; what is in it is checked with the libraries that read it."""
+    if resume not in (None, "auto") and not (path := Path(resume).resolve()).is_dir():
+        raise UserError(f"resume: {path}: no such directory. Expected a run directory or a checkpoint (step-N), or auto.")
+
+
 def remove_empty(run_dir: Path) -> None:
     """Remove the directory that Hydra has made for a run that never started, and its parent if that is empty too."""
     for directory in (run_dir, run_dir.parent):

@@ -6,8 +6,10 @@ An entry is a name or a path, or a dict with either and further keys. It is vali
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -18,6 +20,7 @@ from preference_training.core.errors import UserError, nearest
 from preference_training.data.files import is_data_file
 from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, Dataset, find_dataset
 from preference_training.data.rows.field_maps import FieldMap
+from preference_training.data.rows.nearest_entry import with_nearest
 from preference_training.data.rows.records import (
     LISTS_OF_VALUES,
     ROLES,
@@ -28,6 +31,7 @@ from preference_training.data.rows.records import (
     prompt_text,
     type_name,
 )
+from preference_training.data.rows.values import has_field, listed_names
 from preference_training.data.sources.filters import Where, where_error
 from preference_training.data.sources.locations import check_location, is_location
 from preference_training.data.sources.storage import expanded
@@ -100,9 +104,11 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
     unknown names and keys, invalid values, and missing files.
     """
     defaults = defaults or {}
-    given = {("path" if is_path(entry) else "name"): entry} if isinstance(entry, str) else entry
+    given = {"name": entry} if isinstance(entry, str) else entry
     if not isinstance(given, dict) or len({"name", "path"} & given.keys()) != 1:
         raise UserError(f"datasets: found {entry!r}, expected a name, a path, or a dict with either name or path.")
+    if is_path(str(given.get("name", ""))):
+        given = {("path" if key == "name" else key): value for key, value in given.items()}
     general = {key: defaults.get(key) for key in GENERAL_KEYS if defaults.get(key) is not None}
     general |= {key: given[key] for key in GENERAL_KEYS if given.get(key) is not None}
     rest = {key: value for key, value in given.items() if key not in (*GENERAL_KEYS, "name", "path")}
@@ -175,6 +181,8 @@ def _unused_path_keys(path: str, given: dict) -> list[str]:
 
 # The keys of a field map that say where responses are, besides chosen and rejected; of several the first counts.
 ANSWER_KEYS = ("text", "messages", "responses", "answers", "response")
+# Of a field map, what names no columns, or is looked at elsewhere.
+NO_COLUMNS = ("implicit_prompt", "where", "top_k", "roles")
 
 
 def _are_names(value) -> bool:
@@ -345,9 +353,47 @@ def check_examples(entries: Iterable[Entry], loss: Loss, name: str, cache_dir: s
         if (own := entry.user_data) is None:
             continue
         has_token_ids = entry.tokenized_file is not None
-        of = own.field_map if has_token_ids else own.found_map("train", cache_dir)
-        if problem := _lacks(of, has_token_ids, loss):
+        rows = [] if has_token_ids else own.first_rows("train", cache_dir)
+        of = own.field_map if has_token_ids else own.field_map.found_in(rows)
+        if problem := rows and _missing_column(own.field_map, rows):
+            raise UserError(f"datasets: {entry.name}: {problem}")
+        if problem := _lacks(of, has_token_ids, loss) or (rows and _no_answers(of, rows, loss)):
             raise UserError(f"datasets: {entry.name}: loss={name} {problem}")
+
+
+def _missing_column(given: FieldMap, rows: Sequence[dict]) -> str | None:
+    """The first key of a user's field map that names what none of the rows has, as a sentence; None where all have some."""
+    usual = FieldMap()
+    for item in fields(FieldMap):
+        value = getattr(given, item.name)
+        if value == getattr(usual, item.name) or item.name in NO_COLUMNS:
+            continue
+        for name in filter(None, value if isinstance(value, list | dict) else [value]):
+            if not any(has_field(row, name) for row in rows):
+                columns = list(dict.fromkeys(str(column) for row in rows for column in row))
+                near = get_close_matches(name.lower(), columns, n=1)
+                hint = f"; did you mean {near[0]}?" if near else "."
+                return (
+                    f"{item.name}: no row has a column {name!r}, the columns are {', '.join(columns)}{hint} Change "
+                    f"{item.name} in the field map, or leave it out, so that it is looked for."
+                )
+    return None
+
+
+def _no_answers(of: FieldMap, rows: Sequence[dict], loss: Loss) -> str | None:
+    """What rows in which nothing is compared, and nothing found, lack for a loss that compares; None where that is not so."""
+    answers = {name for name in listed_names(of.rejected) for name in (of.chosen, name)}
+    if loss.examples not in ("pairs", "rankings") or any(getattr(of, key) for key in ANSWER_KEYS):
+        return None
+    nearest = with_nearest("", rows[0])
+    if any(has_field(row, name) for row in rows for name in answers) or not re.search(r"\b(text|response): ", nearest):
+        return None
+    columns = dict.fromkeys(str(column) for row in rows for column in row)
+    return (
+        f"compares answers, and the rows have the columns {', '.join(columns)}, none of them known to hold chosen or rejected "
+        "ones. Expected chosen and rejected, or a map of the fields: datasets=[{path: ..., chosen: COLUMN, rejected: COLUMN}]. "
+        "Texts or single answers alone are what loss=sft learns."
+    )
 
 
 def _lacks(of: FieldMap, has_token_ids: bool, loss: Loss) -> str | None:

@@ -12,6 +12,7 @@ import logging
 import queue
 import re
 import threading
+import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +25,7 @@ from preference_training.core.errors import UserError, first_line
 from preference_training.core.processes import in_worker
 from preference_training.distributed.sharding import check_divisible
 from preference_training.modeling.loading import build_untrained, load_model
-from preference_training.modeling.logprobs import ScoringHead, response_scores
+from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.proof import (
     TOLERANCES,
     ErrorScale,
@@ -33,8 +34,9 @@ from preference_training.modeling.prefix_sharing.proof import (
     logps_and_gradients,
     random_tries,
 )
+from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
-from preference_training.modeling.state import compute_device, copied_dtype, weights_hash
+from preference_training.modeling.state import compute_device, copied_dtype, print_loaded, weights_hash
 from preference_training.modeling.tokenizer import load_tokenizer
 
 # ---- choosing it for a model----------------------------------------------------------------------------------------------
@@ -124,7 +126,9 @@ def load_split(config, tokenizer) -> tuple[nn.Module, str]:
     Raises UserError where the package cannot split it, or where the split model computes something else.
     """
     devices = split_devices(config.trainer)
+    began = time.perf_counter()
     source = load_model(config.model, tokenizer, config.cache_dir)
+    print_loaded(source, began)
     share_prefixes(source, _sharing_mode(config.prefix_sharing, devices))
     refusal = f"trainer=TensorParallelTrainer: the package tensor_parallel cannot split {type(source).__name__}:"
     try:

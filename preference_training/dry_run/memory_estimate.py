@@ -173,15 +173,11 @@ def fake_step(placement: Placement, loss: Loss, live_reference: bool, counter: S
     elif loss.needs_reference:
         reference = lambda pack: torch.zeros(len(pack.response_lengths))  # noqa: E731
     counter.kind = "activations"
-    step = TrainingStep(placement, Models(policy, reference, _without_numbers(loss)), RunState(), total_steps=0)
-    updater = step.updater
-    inner = updater.optimizer.inner if updater.has_masters else updater.optimizer
-    if hasattr(inner, "fill_qmap"):
-        # The code book of 8-bit optimizers is computed from real values.
-        with unset_fake_temporarily():
-            inner.fill_qmap()
+    # The code book of 8-bit optimizers is computed from real values, when they are built.
+    with unset_fake_temporarily():
+        step = TrainingStep(placement, Models(policy, reference, _without_numbers(loss)), RunState(), total_steps=0)
     # A real scaler would test whether gradients are finite.
-    updater.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    step.updater.scaler = torch.amp.GradScaler("cpu", enabled=False)
     return step
 
 

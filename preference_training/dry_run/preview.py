@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice, pairwise, zip_longest
 
 import numpy
 import psutil
@@ -61,13 +61,14 @@ def preview(prepared: PreparedRun, placement_class: type[Placement], batches_wit
     config, tokenizer, loss, data = prepared.config, prepared.tokenizer, prepared.loss, prepared.data
     names = [entry.name for entry in prepared.entries]
     facts = tuple(collect_facts(split.table) for split in data)
-    for title, split, found in zip(("train", "held out"), data, facts, strict=True):
-        print(f"\n{title}", *describe_data(names, split.reports, found, paired=loss.examples == "pairs"), sep="\n")
+    paired = loss.examples == "pairs"
+    print("\ntrain", *describe_data(names, data[0].reports, facts[0], paired, held_out_lines(prepared)), sep="\n")
+    print("\nheld out", *describe_data(names, data[1].reports, facts[1], paired), sep="\n")
     common = numpy.intersect1d(*(found.prompt_hashes for found in facts))
     # If there are any, preparation has said so, with an example.
     print(*["\nprompts in both splits: 0"] * (len(common) == 0), "\nquality", sep="\n")
     failed = check_quality(prepared, facts)
-    print("\nexamples")
+    print("\nexamples", "  the first ones to train on; rows that are skipped or held out are not among them", sep="\n")
     train = data[0].table
     print(*describe_examples([train[k] for k in range(min(3, len(train)))], loss.examples, tokenizer, wants_color()), sep="\n")
     if loss.needs_reference and (two_models_notice := config.two_models_notice):
@@ -148,18 +149,20 @@ def preview_ranks(prepared: PreparedRun, placement_class: type[Sharded], batches
 # ---- data -----------------------------------------------------------------------------------------------------------------
 
 
-def describe_data(names: Sequence[str], reports: Sequence[DataReport], facts: Facts, paired: bool) -> list[str]:
-    """Lines about one split: rows read, prompts kept, and lengths."""
+def describe_data(
+    names: Sequence[str], reports: Sequence[DataReport], facts: Facts, paired: bool, held_out: Sequence[str] = ()
+) -> list[str]:
+    """Lines about one split: rows read, prompts kept, and lengths. held_out: a line, or "", on what each entry holds out."""
     lines = []
-    for name, report in zip(names, reports, strict=True):
-        rows = f"{report.rows_read:,} rows read, " if report.rows_read else ""
-        lines.append(f"  {name}: {rows}{report.num_prompts:,} prompts kept")
+    for name, report, apart in zip_longest(names, reports, held_out, fillvalue=""):
+        rows = f"{number_of(report.rows_read, 'row')} read, " if report.rows_read else ""
+        lines.append(f"  {name}: {rows}{number_of(report.num_prompts, 'prompt')} kept")
+        lines += [f"    {apart}"] * bool(apart)
         lines += [f"    {count:,} {what}" for count, what in report.counts()]
         lines += [f"    {message}" for message in (*report.remarks(), *report.bad_row_lines())]
-    what = "pairs" if paired else "examples"
-    lines.append(
-        f"  {facts.prompts:,} prompts, {facts.responses:,} responses, {facts.examples:,} {what}, {facts.tokens:,} tokens"
-    )
+    counts = {"prompt": facts.prompts, "response": facts.responses, "pair" if paired else "example": facts.examples}
+    counts["token"] = facts.tokens
+    lines.append("  " + ", ".join(number_of(count, what) for what, count in counts.items()))
     if not facts.prompts:
         return lines
     for label, lengths in (("prompts", facts.prompt_lengths), ("responses", facts.response_lengths)):
@@ -170,6 +173,22 @@ def describe_data(names: Sequence[str], reports: Sequence[DataReport], facts: Fa
     if paired:
         lines.append(f"  duplicate pairs: {facts.votes.duplicates:,}; pairs in both directions: {facts.votes.contradictory:,}")
     return lines
+
+
+def held_out_lines(prepared: PreparedRun) -> list[str]:
+    """A line on what each entry of `datasets` holds out of the rows that it trains on; "" where nothing."""
+    pairs = zip(prepared.entries, prepared.data[-1].reports, strict=True)
+    return [
+        f"{number_of(report.num_prompts, 'prompt')} more held out (held_out_share={entry.held_out_share:g})"
+        if entry.uses_held_out_share
+        else ""
+        for entry, report in pairs
+    ]
+
+
+def number_of(count: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def histogram(values: numpy.ndarray, rows: int = 8, width: int = 40) -> list[str]:

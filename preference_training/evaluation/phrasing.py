@@ -2,6 +2,8 @@
 
 # With fewer prompts, even an interval is too uncertain to support a decision.
 MIN_PROMPTS = 10
+# What is to be done then.
+MORE_HELD_OUT = "Raise held_out_share, or n_eval_examples."
 
 
 def too_few(prompts: int, what: str) -> str | None:

@@ -353,7 +353,7 @@ def _undo_quantization(config, name: str) -> None:
     elif method in ("awq", "gptq"):
         raise UserError(
             f"model.name_or_path: the weights of {name} are quantized ({method}), and cannot be trained. Name the model "
-            "that they were made of; adapter=qlora quantizes it in memory."
+            "that they were made of; +adapter=qlora quantizes it in memory."
         )
 
 

@@ -14,23 +14,19 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.process_group import reshard, to_local
 from preference_training.losses.base import Loss, TokenLogps
 from preference_training.modeling.adapters import has_adapter, reference_mode
 from preference_training.modeling.prefix_sharing.longest_row import forget_longest_row, frequency_groups, frequency_limits
+from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead, score_tokens
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
 from preference_training.modeling.state import spans_devices
 from preference_training.modeling.value_head import has_value_head
-
-# The most float32 logits in memory at once. Unit: bytes.
-MAX_LOGITS_BYTES = 2**29
 
 # What is computed of all responses in one forward of the trie.
 ByTrie = Callable[[nn.Module, PackedBatch], Tensor]
@@ -193,46 +189,6 @@ def _head_index(model: nn.Module, positions: Tensor) -> Tensor:
     return positions.cpu() if spans_devices(model) else positions
 
 
-def score_tokens(logits: Tensor, ids: Tensor, collision: bool = False) -> Tensor:
-    """Log-prob of each token under its logits [S, V], in float32: [S, 1]; with `collision` also log sum_v p_v^2: [S, 2]."""
-    logits = logits.float()
-    logps = -F.cross_entropy(logits, ids, reduction="none")
-    if not collision:
-        return logps[:, None]
-    return torch.stack([logps, (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)], dim=1)
-
-
-class ScoringHead(nn.Linear):
-    """A language-model head that, given the tokens to score, returns `score_tokens` of them instead of logits.
-
-    A model's head becomes one by a change of class (`head.__class__ = ScoringHead`), which leaves weights, names and ties as
-    they are. Logits are computed in chunks of at most MAX_LOGITS_BYTES and, where there are several chunks, recomputed in the
-    backward pass, so that their memory does not grow with the batch.
-    """
-
-    scored_ids: Tensor | None = None
-    collision: bool = False
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [1, S, H] to `score_tokens` [1, S, K] of `scored_ids` [S]; to logits where there are none."""
-        if self.scored_ids is None:
-            return super().forward(hidden)
-        size = max(1, MAX_LOGITS_BYTES // (4 * self.out_features))
-        # In a model that spans devices, the head is not on the device of the inputs.
-        ids = self.scored_ids.to(hidden.device)
-        if len(ids) <= size:
-            values = [self._score(hidden[0], ids, self.collision)]
-        else:
-            chunks = zip(hidden[0].split(size), ids.split(size), strict=True)
-            # An argument, not the attribute: the backward pass recomputes a chunk when that may have changed.
-            values = [checkpoint(self._score, states, ids, self.collision, use_reentrant=False) for states, ids in chunks]
-        # A copy: FSDP registers a hook on the model's output, which a view modified in place would lose.
-        return torch.cat(values)[None].clone()
-
-    def _score(self, states: Tensor, ids: Tensor, collision: bool) -> Tensor:
-        return score_tokens(F.linear(states, self.weight, self.bias), ids, collision)
-
-
 # ---- padded rows ----------------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +273,30 @@ class LiveReference:
         for mine, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
             mine = to_local(mine)
             mine.lerp_(to_local(theirs).to(mine), share)
+
+
+class RememberedReference:
+    """A reference that does not move, and computes the log-probs of the batches of an evaluation once: a float per response.
+
+    `restart` begins an evaluation, all of which have the same batches in the same order. Every rank has as many of them, so
+    that all compute, or none.
+    """
+
+    def __init__(self, reference: Callable[[PackedBatch], Tensor]):
+        self.reference = reference
+        self.of_batches: list[Tensor] = []
+        self.next = 0
+
+    def restart(self) -> None:
+        """Begin an evaluation."""
+        self.next = 0
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        """Log-prob of each response of the next batch: [R] float32, on the batch's device."""
+        if self.next == len(self.of_batches):
+            self.of_batches.append(self.reference(batch).cpu())
+        self.next += 1
+        return self.of_batches[self.next - 1].to(batch.response_rows.device)
 
 
 class CachedReference:

@@ -38,7 +38,8 @@ from preference_training.core.values import hash_values
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.modeling.adapters import INITIAL_ADAPTER
 from preference_training.modeling.loading import CONFIG_METADATA
-from preference_training.modeling.logprobs import CachedReference, LiveReference, ScoringHead
+from preference_training.modeling.logprobs import CachedReference, LiveReference
+from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead
 from preference_training.modeling.state import compute_device, weights_hash
 
 # Examples that are split over the ranks at once.
@@ -201,6 +202,8 @@ def _load(path: Path, ranks: Ranks) -> CachedReference | None:
 def _compute_and_save(reference: LiveReference, plan: ReferencePlan, path: Path, ranks: Ranks) -> CachedReference:
     if ranks.is_rank_zero and path.exists():
         print(f"reference: {path} is damaged and will be recomputed", flush=True)
+    if ranks.is_rank_zero:
+        print(f"reference: computing the log-probs of the responses to {len(plan.prompts):,} prompts, once", flush=True)
     computed = compute_logps(reference, plan, ranks)
     if ranks.is_rank_zero:
         _write(path, _to_tensors(computed))

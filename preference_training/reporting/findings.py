@@ -24,18 +24,19 @@ from preference_training.core.metric_names import (
 from preference_training.core.values import UNREADABLE
 from preference_training.data.tokenization import RESPONSE_CUT
 from preference_training.evaluation.improvement import Improvement, held_out_improvement, training_improvement
-from preference_training.evaluation.phrasing import MIN_PROMPTS, too_few, with_interval
+from preference_training.evaluation.phrasing import MIN_PROMPTS, MORE_HELD_OUT, too_few, with_interval
 from preference_training.losses.registry import evaluation_depends_on_run
 from preference_training.reporting.observations import finite_values
 from preference_training.reporting.run_record import RunRecord
+from preference_training.training.defaults import FAR, far_from_usual
 from preference_training.training.monitors import warmup_warning
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES = ("error", "warning", "note")
 # What only the run itself can see, and has put into events.jsonl.
 SEEN_BY_RUN = {"unchanged weights": "error", "collapse": "warning", "accuracy": "warning"}
-# Of what is usual, the share below which a learning rate is the likely reason.
-FAR_BELOW = 0.1
+# The kind of what a run has said before its first step.
+FEW_PROMPTS = "few prompts"
 # A gradient norm below float32's rounding of 1 (2^-24): what remains of it is rounding error.
 VANISHED = 2**-24
 # Share of responses that are cut, and so lose their end-of-sequence token, above which a model hardly learns to end; above the
@@ -75,6 +76,8 @@ def findings(run: RunRecord) -> list[Finding]:
     found = {finding.kind: finding for finding in _seen_by_run(run)}
     for check in CHECKS:
         found |= {finding.kind: finding for finding in _readable(check, run)}
+    if any(finding.severity != "note" for finding in found.values()):
+        found |= {finding.kind: finding for finding in _readable(_high_lr, run)}
     return sorted(found.values(), key=lambda finding: SEVERITIES.index(finding.severity))
 
 
@@ -139,9 +142,22 @@ def _what_to_do(run: RunRecord) -> str:
         return "Its learning rate never rose to lr: set warmup_share=0.1."
     lr, usual = run.settings.get("lr"), run.about.get("usual_lr")
     # Steps of SGD are not of the size of lr.
-    if isinstance(lr, float) and isinstance(usual, float) and lr < FAR_BELOW * usual and run.settings.get("optimizer") != "SGD":
+    if isinstance(lr, float) and isinstance(usual, float) and lr < usual / FAR and run.settings.get("optimizer") != "SGD":
         return f"lr={lr:g} is far below what is usual for such a loss and model, {usual:g} (docs/defaults.md): raise it."
     return f"Is lr={lr} too low, the run too short, or do the examples say nothing to learn?"
+
+
+def _high_lr(run: RunRecord) -> Iterator[Finding]:
+    """A learning rate far above what is usual, in a run of which other findings say that it went badly."""
+    settings, lr, usual = run.settings, run.settings["lr"], run.about["usual_lr"]
+    from_scratch = settings.get("model.name_or_path") is None and settings.get("model.archive") is None
+    if lr > usual and (far := far_from_usual(lr, usual)) and not from_scratch and settings.get("optimizer") != "SGD":
+        yield Finding(
+            "learning rate",
+            "warning",
+            f"lr={lr:g} is {far} what is usual for such a loss and model, {usual:g} (docs/defaults.md), which may be why: "
+            "lower it.",
+        )
 
 
 def is_complete(run: RunRecord) -> bool:
@@ -229,7 +245,7 @@ def _few_prompts(run: RunRecord) -> Iterator[Finding]:
     if f"{EVAL_ACCURACY}{LOW}" in last:
         low, high = (last[f"{EVAL_ACCURACY}{end}"] for end in (LOW, HIGH))
         accuracy = f". A reward accuracy of {last[EVAL_ACCURACY]:.3g} may be anything from {low:.2g} to {high:.2g}"
-    yield Finding("few prompts", "note", f"{warning}{accuracy}. Raise held_out_share, or n_eval_examples.")
+    yield Finding(FEW_PROMPTS, "note", f"{warning}{accuracy}. {MORE_HELD_OUT}")
 
 
 def _decides(run: RunRecord) -> bool:

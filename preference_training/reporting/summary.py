@@ -26,7 +26,7 @@ from preference_training.core.metric_names import (
 from preference_training.data.files import is_data_file
 from preference_training.data.registry import dataset_entries
 from preference_training.losses.registry import find_loss, model_head, parts_of
-from preference_training.reporting.findings import Finding, findings
+from preference_training.reporting.findings import FEW_PROMPTS, Finding, findings
 from preference_training.reporting.observations import finite_values
 from preference_training.reporting.run_record import RunRecord
 from preference_training.tracking.run_files import CHECKPOINT, JOB, LATEST, LOCK, PRUNED, REPORT, json_object
@@ -56,7 +56,9 @@ def conclude(run_dir: Path, with_next_steps: bool = True) -> Conclusion:
     run = RunRecord.read(run_dir)
     found = findings(run)
     done = " · ".join(part for part in (*trained(run), duration_text(seconds(run))) if part)
-    lines = ["", f"{done}: {run.progress}", *held_out_lines(run), *(finding.line for finding in found)]
+    # Said when the data was prepared.
+    new = [finding.line for finding in found if finding.kind != FEW_PROMPTS]
+    lines = ["", f"{done}: {run.progress}", *held_out_lines(run), *new]
     return Conclusion(found, [*lines, *(next_steps(run) if with_next_steps else ())])
 
 

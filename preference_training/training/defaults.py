@@ -138,12 +138,45 @@ def fit_lr(config: RunConfig, learns: Learns, count_parameters: Callable[[], int
     """
     if config.lr is not None:
         return config
-    parameters, has_adapter = count_parameters(), config.model.lora.r is not None
-    lr = usual_lr(learns, parameters, has_adapter)
-    what = "a LoRA adapter" if has_adapter else "all weights"
-    size = f"{parameters / 1e9:.1f}B" if parameters >= SMALL else f"{parameters / 1e6:.0f}M"
-    line = f"lr: {lr:g}, usual for loss={config.loss.name} on {what} of a model of {size} parameters (docs/defaults.md)"
+    parameters = count_parameters()
+    lr = usual_lr(learns, parameters, config.model.lora.r is not None)
+    line = f"lr: {lr:g}, usual for {_kind_of_training(config, parameters)} (docs/defaults.md)"
     return _chosen(config.changed({"lr": lr}), "lr", line)
+
+
+def unusual_lr(config: RunConfig, learns: Learns, count_parameters: Callable[[], int]) -> str | None:
+    """The warning for a learning rate of the user's that is FAR from what is usual; None for any other.
+
+    None also where nothing is usual: for a model from scratch, and for SGD, whose steps are not of the size of lr.
+    """
+    is_given = any(text.lstrip("+").startswith("lr=") for text in config.origin.overrides)
+    from_scratch = config.model.name_or_path is None and config.model.archive is None
+    if not is_given or from_scratch or config.optimizer == "SGD":
+        return None
+    parameters = count_parameters()
+    usual = usual_lr(learns, parameters, config.model.lora.r is not None)
+    if (far := far_from_usual(config.lr, usual)) is None:
+        return None
+    what = _kind_of_training(config, parameters)
+    consequence = "such runs often break the model. Lower it" if config.lr > usual else "such runs hardly learn. Raise it"
+    return f"warning: lr={config.lr:g} is {far} what is usual for {what}, {usual:g} (docs/defaults.md): {consequence}."
+
+
+# How many times above or below what is usual a learning rate is far from it.
+FAR = 10
+
+
+def far_from_usual(lr: float, usual: float) -> str | None:
+    """How far a learning rate is from the usual one, as the words before "what is usual"; None for one that is near."""
+    # Rounded, since 10 times 5e-6 is a little less than 5e-5.
+    ratio = float(f"{lr / usual:.6g}")
+    return f"{ratio:,.3g} times" if ratio >= FAR else f"1/{1 / ratio:,.3g} of" if ratio <= 1 / FAR else None
+
+
+def _kind_of_training(config: RunConfig, parameters: int) -> str:
+    what = "a LoRA adapter" if config.model.lora.r is not None else "all weights"
+    size = f"{parameters / 1e9:.1f}B" if parameters >= SMALL else f"{parameters / 1e6:.0f}M"
+    return f"loss={config.loss.name} on {what} of a model of {size} parameters"
 
 
 # ---- what depends on the number of steps ------------------------------------------------------------------------------------

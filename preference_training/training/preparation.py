@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy
 import torch
 
+from preference_training.batching.micro_batches import evaluation_prompts
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.resume import check_same_config, checkpoint_to_resume, find_run
@@ -23,6 +24,7 @@ from preference_training.data.preparation import Prepared, count_identical_pairs
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rendering.choice import choose_templates
 from preference_training.data.rendering.settings import VERSION, VERSIONS, TokenSettings
+from preference_training.evaluation.phrasing import MORE_HELD_OUT, too_few
 from preference_training.evaluation.pruning import build_pruner
 from preference_training.evaluation.task_suites import check_harness
 from preference_training.losses.base import Loss
@@ -32,7 +34,7 @@ from preference_training.modeling.loading import build_untrained, check_model
 from preference_training.modeling.sources.checks import check_sources
 from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
-from preference_training.training.defaults import fit_lr, fit_steps, settle_dtypes
+from preference_training.training.defaults import fit_lr, fit_steps, settle_dtypes, unusual_lr
 from preference_training.training.optimization import check_optimizer, precision_notices
 
 # In a checkpoint, as transformers names it.
@@ -78,28 +80,35 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     check_live(config, loss)
     if config.contamination_files and not config.dry_run:
         print("contamination_files: read by dry_run=true alone, which compares them with the training data", flush=True)
+    # What takes seconds is checked before a model is converted or its tokenizer read.
+    earlier = resumed_run(config, run_dir)
+    entries = read_entries(config)
+    check_examples(entries, loss, config.loss.name, config.cache_dir)
     config = with_converted_model(config)
     check_sources(config.model, config.cache_dir)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     lines = [line] if not config.eval_only and (line := adapter_notice(config)) else []
     lines += check_model(config.model, tokenizer, config.cache_dir)
-    config = fit_lr(config, loss.learns, partial(count_parameters, config, tokenizer))
+    count = partial(count_parameters, config, tokenizer)
+    if not config.eval_only:
+        lines += [line] if (line := unusual_lr(config, loss.learns, count)) else []
+    config = fit_lr(config, loss.learns, count)
     lines += [] if config.eval_only else precision_notices(config)
     limits = model_limits(config, tokenizer)
-    entries = read_entries(config)
-    check_examples(entries, loss, config.loss.name, config.cache_dir)
-    earlier = find_run(config.resume, run_dir, config.exp_name)
     config, entries = fit_templates(config, entries, tokenizer, earlier)
     if notice := other_template_notice(config, entries, tokenizer):
         lines.append(notice)
     print(*config.chosen.values(), *lines, sep="\n", end="\n" * bool(config.chosen or lines), flush=True)
-    check_resumed(config, earlier)
+    if earlier is not None and not config.eval_only:
+        check_same_config(earlier, config.as_dict())
     check_limits(config, entries, tokenizer, limits)
     # Before the processes join: those that wait for the data have no time-out then.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
     data = prepare_data(config, entries, tokenizer, loss, splits, data_version(earlier))
     check_rows(config, tokenizer, limits, [split.table for split in data])
     if "train" in splits:
+        if few := few_held_out(config, data[-1].table):
+            print(few, flush=True)
         said, schedule = config.chosen, run_schedule(config, data[0].table)
         config = fit_steps(config, schedule.total_examples, schedule.total_steps)
         for line in [line for key, line in config.chosen.items() if key not in said]:
@@ -149,12 +158,15 @@ def fit_templates(
     return replace(config, datasets=[each | {"template": one} for each, one in zip(given, templates, strict=True)]), entries
 
 
-def check_resumed(config: RunConfig, earlier: Checkpoint | None) -> None:
-    """Raise UserError where a run cannot be resumed as configured, or there is none where `resume` says."""
+def resumed_run(config: RunConfig, run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint of the run that is resumed, by its state; None for a new run.
+
+    Raises UserError where there is none at the path that `resume` names.
+    """
+    earlier = find_run(config.resume, run_dir, config.exp_name)
     if config.resume not in (None, "auto") and earlier is None:
         checkpoint_to_resume(config.resume, Path(), config.exp_name)
-    if earlier is not None and not config.eval_only:
-        check_same_config(earlier, config.as_dict())
+    return earlier
 
 
 def run_schedule(config: RunConfig, prompts: PromptTable) -> Schedule:
@@ -250,6 +262,13 @@ def prepare_data(
         if found := overlap(train_split.table, held_out.table):
             print(found.line(tokenizer), flush=True)
     return tuple(splits)
+
+
+def few_held_out(config: RunConfig, held_out: PromptTable) -> str | None:
+    """The warning for too few held-out prompts to decide anything by; None for enough, or none at all."""
+    prompts = evaluation_prompts(held_out, config.n_eval_examples, config.seed)
+    text = too_few(len(prompts), "held-out metrics") if len(prompts) else None
+    return text and f"warning: {text}. {MORE_HELD_OUT}"
 
 
 def remarks_on(split: str, table: PromptTable, loss: Loss) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.schedule import Schedule
 from preference_training.checkpointing.resume import checkpoint_to_resume
-from preference_training.configuration.run_dirs import writable
+from preference_training.configuration.run_dirs import remove_empty, writable
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.signals import StoppedError, StopRequests
 from preference_training.data.preparation import Prepared
@@ -59,6 +59,9 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
     # Rank 0 looks for a checkpoint, and all ranks follow it.
     found = checkpoint_to_resume(config.resume, run_dir, config.exp_name) if ranks.is_rank_zero else None
     checkpoint, run_dir = ranks.broadcast((found, found.path.parent if found else run_dir))
+    if run_dir != prepared.run_dir:
+        # Made for a new run: while it lay there, it would be the newest of its name.
+        remove_empty(prepared.run_dir)
     last_lines: Sequence[str] = ()
     with ExitStack() as opened:
         # Left last: everything is written then.

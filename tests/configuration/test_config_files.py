@@ -152,7 +152,9 @@ def test_the_projects_own_configuration_is_left_to_hydra():
     [
         ("lrr: 1", "my_run.yaml: lrr: no such key; did you mean lr?"),
         ("loss: {betta: 1}", "my_run.yaml: loss.betta: no such key; did you mean loss.beta?"),
-        ("learning_rate: 0.1", "my_run.yaml: learning_rate: in this project: lr=0.1"),
+        ("learning_rate: 0.1", "my_run.yaml: learning_rate: in this project: lr: 0.1"),
+        ("dpo_beta: 0.2", "my_run.yaml: dpo_beta: in this project: loss: dpo, loss.beta: 0.2"),
+        ("use_lora: true", "my_run.yaml: use_lora: in this project: adapter: lora"),
         ("lr: 1\nlr: 2", "my_run.yaml, line 2: found duplicate key lr. Expected YAML: a key and a value on each line."),
         ("a: b: c", "my_run.yaml, line 1: mapping values are not allowed here. Expected YAML: a key and a value on each line."),
         ("[1]", "my_run.yaml: expected keys with values, such as lr: 1e-5."),
@@ -162,11 +164,37 @@ def test_a_mistake_is_said_with_the_file_and_the_key(text, told):
     assert refusal(text) == told
 
 
+def test_all_wrong_keys_of_a_file_are_said_at_once():
+    assert refusal("lrr: 1\nloss: {name: dpo, betta: 1}\nepochs: 2\nseed: 1") == (
+        "my_run.yaml: lrr: no such key; did you mean lr?\n"
+        "my_run.yaml: loss.betta: no such key; did you mean loss.beta?\n"
+        "my_run.yaml: epochs: in this project: n_epochs: 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "in_file"),
+    [
+        ("lr: found x. Set warmup_share=0.1, or +adapter=lora.", "lr: found x. Set warmup_share: 0.1, or adapter: lora."),
+        ("lr: It belongs to loss=dpo, ipo.", "lr: It belongs to loss: dpo, ipo."),
+        ("lr: 'datasets=[{path: a.jsonl}]'", "lr: datasets: [{path: a.jsonl}]"),
+        # No overrides, and commands.
+        ("lr: a=1, 2*b=3, --lr=4 and lr==5", "lr: a=1, 2*b=3, --lr=4 and lr==5"),
+        ("lr: python train.py lr=1", "lr: python train.py lr=1"),
+    ],
+)
+def test_a_message_about_a_key_of_a_file_shows_overrides_as_the_file_has_them(told, in_file):
+    write("lr: 1")
+    prepare_arguments(["--config-name", "my_run"])
+    assert name_file(told) == f"my_run.yaml: {in_file}"
+    assert name_file(told.replace("lr:", "seed:", 1)) == told.replace("lr:", "seed:", 1)
+
+
 def test_a_value_that_cannot_work_is_said_with_the_file(compose):
     write("batch_size: 0\nmodel: qwen\n")
     with pytest.raises(UserError) as error:
         prepare_arguments(["--config-name", "my_run"])
-    assert name_file(str(error.value)).startswith("my_run.yaml: model=qwen: there is no such model")
+    assert name_file(str(error.value)).startswith("my_run.yaml: model: qwen: there is no such model")
     assert name_file("batch_size: found 0") == "my_run.yaml: batch_size: found 0"
     assert name_file("seed: found x") == "seed: found x"
 

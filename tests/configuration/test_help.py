@@ -12,7 +12,7 @@ from preference_training.configuration.composition import CONFIG_DIR, GROUPS, OP
 from tests.support.files import ROOT
 
 HELP = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "hydra" / "help" / "train.yaml"))["template"]
-KEYS = re.findall(r"^  ([a-z_.]+)=", HELP, re.M)
+KEYS = re.findall(r"^  \+?([a-z_.]+)=", HELP, re.M)
 
 
 def train(*arguments, **environment):
@@ -26,7 +26,7 @@ def test_the_help_describes_some_twenty_keys_each_in_a_line():
     assert max(map(len, HELP.splitlines())) <= 128
 
 
-@pytest.mark.parametrize("line", re.findall(r"^  (?:python train.py )?((?:[a-z_.]+=[\w./-]+ ?)+)(?= {2}|$)", HELP, re.M))
+@pytest.mark.parametrize("line", re.findall(r"^  (?:python train.py )?((?:\+?[a-z_.]+=[\w./-]+ ?)+)(?= {2}|$)", HELP, re.M))
 def test_every_example_of_the_help_composes(line):
     words = [word for word in line.split() if word != "model=NAME" and "resume" not in word]
     compose_overrides(*words)

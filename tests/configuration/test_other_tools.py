@@ -78,11 +78,11 @@ def test_the_names_that_people_bring_are_answered_in_a_line(name):
         ("loss_type=sigmoid", "loss_type: in this project: loss=dpo"),
         ("stage=rm", "stage: in this project: loss=reward"),
         ("optim=adamw_torch", "optim: in this project: optimizer=AdamW"),
-        ("load_in_4bit=true", "load_in_4bit: in this project: adapter=qlora"),
+        ("load_in_4bit=true", "load_in_4bit: in this project: +adapter=qlora"),
         ("load_in_4bit=false", "load_in_4bit: leave it out"),
-        ("lora_target=q_proj,v_proj", "lora_target: in this project: adapter=lora model.lora.target_modules=[q_proj,v_proj]"),
-        ("lora_target=all", "lora_target: in this project: adapter=lora model.lora.target_modules=null"),
-        ("finetuning_type=full", "finetuning_type: without adapter=lora all weights are trained"),
+        ("lora_target=q_proj,v_proj", "lora_target: in this project: +adapter=lora model.lora.target_modules=[q_proj,v_proj]"),
+        ("lora_target=all", "lora_target: in this project: +adapter=lora model.lora.target_modules=null"),
+        ("finetuning_type=full", "finetuning_type: without +adapter=lora all weights are trained"),
         (
             "save_steps=500",
             "save_steps: in this project: save_every=500; it counts examples, not steps: steps times batch_size",
@@ -123,9 +123,9 @@ def test_several_are_answered_together_with_the_whole_command():
 @pytest.mark.parametrize(
     ("given", "together"),
     [
-        (["loss=dpo", "+adapter=lora", "lora_r=8", "beta=0.2"], "adapter=lora model.lora.r=8 loss=dpo loss.beta=0.2"),
-        (["load_in_4bit=true", "lora_r=8"], "adapter=qlora model.lora.r=8"),
-        (["lora_r=8", "load_in_4bit=true"], "model.lora.r=8 adapter=qlora"),
+        (["loss=dpo", "+adapter=lora", "lora_r=8", "beta=0.2"], "+adapter=lora model.lora.r=8 loss=dpo loss.beta=0.2"),
+        (["load_in_4bit=true", "lora_r=8"], "+adapter=qlora model.lora.r=8"),
+        (["lora_r=8", "load_in_4bit=true"], "model.lora.r=8 +adapter=qlora"),
     ],
 )
 def test_the_whole_command_sets_each_key_once_and_can_be_typed(given, together, plain):

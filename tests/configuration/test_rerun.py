@@ -50,6 +50,11 @@ def test_a_file_has_the_keys_and_values_of_the_command_line(overrides, values, h
         ("model.chat_template=judge.jinja", "{here}/judge.jinja"),
         ("local_dirs=[runs]", ["{here}/runs"]),
         ("exp_name=model", "model"),
+        ("datasets=model/../mine.jsonl", "{here}/mine.jsonl"),
+        ("datasets=[{path:./model//../mine.jsonl}]", [{"path": "{here}/mine.jsonl"}]),
+        ("datasets=model/../loader.py:mine", "{here}/loader.py:mine"),
+        ("datasets='model/../*.jsonl'", "{here}/*.jsonl"),
+        ("local_dirs=[model/../runs]", ["{here}/runs"]),
     ],
 )
 def test_paths_are_absolute(override, value, here):
@@ -66,3 +71,13 @@ def test_a_run_writes_what_it_was_started_with_and_how_to_repeat_it(here, compos
     text = (here / "rerun.yaml").read_text()
     assert f"python train.py --config-name rerun --config-dir {here}\n" in text
     assert OmegaConf.to_container(OmegaConf.create(text)) == {"loss": "dpo", "lr": 3e-4, "datasets": "toy"}
+
+
+def test_a_path_through_a_link_leads_to_the_same_file(here):
+    (here / "elsewhere" / "inner").mkdir(parents=True)
+    (here / "elsewhere" / "mine.jsonl").touch()
+    (here / "link").symlink_to(here / "elsewhere" / "inner")
+    # Without the link this would be mine.jsonl of the working directory.
+    assert rerun_values(["datasets=link/../mine.jsonl"]) == {"datasets": f"{here}/elsewhere/mine.jsonl"}
+    # A link that no `..` follows stays one.
+    assert rerun_values(["model=link"]) == {"model": f"{here}/link"}

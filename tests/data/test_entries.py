@@ -281,13 +281,50 @@ MARGINS = "Expected a column of margins, margin: COLUMN, or responses with score
     ],
 )
 def test_a_loss_that_the_fields_of_a_file_cannot_serve_is_refused(tmp_path, loss, keys, told, compose):
-    path = str(write(tmp_path / "rows.jsonl", triplets(1)))
+    columns = {name: "1" for value in keys.values() for name in (value if isinstance(value, list) else [value])}
+    path = str(write(tmp_path / "rows.jsonl", [row | columns for row in triplets(1)]))
     built = build_loss(**compose(f"loss={loss}").loss.given())
     if told is None:
         return check_examples([read_entry({"path": path} | keys)], built, loss)
     with pytest.raises(UserError) as refused:
         check_examples([read_entry({"path": path} | keys)], built, loss)
     assert str(refused.value) == f"datasets: {path}: loss={loss} {told}"
+
+
+COLUMNS = "the columns are prompt, chosen, rejected"
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"chosen": "foo"}, f"chosen: no row has a column 'foo', {COLUMNS}. Change chosen in the field map"),
+        (
+            {"rejected": ["rejected", "rejectd"]},
+            f"'rejectd', {COLUMNS}; did you mean rejected? Change rejected in the field map",
+        ),
+        ({"prompt": "prompt.text"}, f"prompt: no row has a column 'prompt.text', {COLUMNS}; did you mean prompt?"),
+        ({"system": "sys"}, f"system: no row has a column 'sys', {COLUMNS}. Change system"),
+    ],
+)
+def test_a_field_map_that_names_a_column_which_no_row_has_is_refused_with_the_columns_there_are(tmp_path, keys, told, compose):
+    path = str(write(tmp_path / "rows.jsonl", triplets(2)))
+    dpo = build_loss(**compose("loss=dpo").loss.given())
+    for key in ("path", "name"):
+        with pytest.raises(UserError) as refused:
+            check_examples([read_entry({key: path} | keys)], dpo, "dpo")
+        assert str(refused.value).startswith(f"datasets: {path}: ") and told in str(refused.value)
+        assert "Fix the row" not in str(refused.value)
+    check_examples([read_entry({"path": path, "chosen": "rejected", "rejected": "chosen"})], dpo, "dpo")
+
+
+@pytest.mark.parametrize("row", [{"foo": "Some text."}, {"foo": "Some text.", "bar": "Another one."}])
+def test_rows_in_which_nothing_can_be_compared_get_no_hint_that_a_loss_of_pairs_would_refuse(tmp_path, row, compose):
+    path = str(write(tmp_path / "rows.jsonl", [row]))
+    with pytest.raises(UserError, match=f"the columns {', '.join(row)}, none of them known to hold chosen") as refused:
+        check_examples([read_entry(path)], build_loss(**compose("loss=dpo").loss.given()), "dpo")
+    assert "text: foo" not in str(refused.value)
+    # What learns single texts is told how to read them, with the row.
+    check_examples([read_entry(path)], build_loss(**compose("loss=sft").loss.given()), "sft")
 
 
 @pytest.mark.parametrize(

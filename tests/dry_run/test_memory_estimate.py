@@ -33,7 +33,9 @@ def weight_bytes(config, tokenizer) -> int:
     return sum(weight.numel() for weight in build_untrained(config.model, tokenizer).parameters()) * FLOAT32
 
 
-@pytest.mark.parametrize("override", ["optimizer=AdamW", "optimizer=RMSprop", "activation_checkpointing=true"])
+@pytest.mark.parametrize(
+    "override", ["optimizer=AdamW", "optimizer=RMSprop", "optimizer=AdamW8bit", "activation_checkpointing=true"]
+)
 def test_the_estimate_on_fake_tensors_is_what_a_real_step_allocates(compose, override):
     config = compose("loss=dpo", "model.from_config.hidden_size=64", override)
     tokenizer = load_tokenizer(config.model)

@@ -53,6 +53,18 @@ except UserError as error:
     assert out.splitlines() == ["step 8", "step 16", "step 24", f"end {tmp_path / 'run'} True", "refused True"]
 
 
+def test_beside_a_run_that_is_continued_lies_no_empty_directory_that_would_be_taken_for_the_newest(run_script):
+    out = run_script("""
+class Looks:
+    def on_step(self, metrics):
+        print(metrics["counters/examples"], [path == run.run_dir for path in run.run_dir.parent.glob("again_*")])
+
+run = train(compose(*TINY, "n_steps=1", "exp_name=again"), quiet=True)
+train(compose(*TINY, "n_steps=2", "exp_name=again", "resume=auto"), [Looks()], quiet=True)
+""")
+    assert out.splitlines() == ["16 [True]"]
+
+
 def test_the_findings_of_a_run_are_returned_and_a_callbacks_error_passes_through(run_script):
     out = run_script("""
 run = train(compose(*TINY, "n_steps=9", "warmup_steps=150", "lr=5e-7"), quiet=True)

@@ -16,7 +16,8 @@ from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling import reference_cache
-from preference_training.modeling.logprobs import LiveReference, ScoringHead
+from preference_training.modeling.logprobs import LiveReference
+from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cache_key, cache_path, cached_reference
 from tests.support.files import GOLDEN

@@ -9,7 +9,8 @@ from preference_training.batching.packing import iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.launching import collective_backend
 from preference_training.modeling.loading import disable_dropout
-from preference_training.modeling.logprobs import ScoringHead, _head_index, response_scores
+from preference_training.modeling.logprobs import _head_index, response_scores
+from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import tree_attention_forward
 from preference_training.modeling.state import compute_device, frozen_copy

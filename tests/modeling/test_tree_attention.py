@@ -15,10 +15,11 @@ from preference_training.batching.tries import TrieLayout, build_trie
 from preference_training.core.errors import UserError
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
-from preference_training.modeling import logprobs
-from preference_training.modeling.logprobs import ScoringHead, response_scores, trie_scores
+from preference_training.modeling.logprobs import response_scores, trie_scores
+from preference_training.modeling.prefix_sharing import scoring_head
 from preference_training.modeling.prefix_sharing.block_attention import attention_by_blocks
 from preference_training.modeling.prefix_sharing.rules import Rules
+from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import (
     TREE_ATTENTION,
@@ -237,7 +238,7 @@ def test_a_head_in_chunks_gives_the_values_and_gradients_of_a_whole_one(monkeypa
     assert type(model.lm_head) is ScoringHead
     batch = pack_examples(list(iterate_examples(prompts_of(SHAPES))))
     whole, whole_gradients = gradients(trie_scores, model, batch)
-    monkeypatch.setattr(logprobs, "MAX_LOGITS_BYTES", 4 * 97 * 10)  # ten tokens at once
+    monkeypatch.setattr(scoring_head, "MAX_LOGITS_BYTES", 8 * 97 * 10)  # ten tokens at once
     packs, pack_gradients = gradients(trie_scores, model, batch)
     torch.testing.assert_close(packs, whole)
     for one, other in zip(pack_gradients, whole_gradients, strict=True):
@@ -248,9 +249,11 @@ def test_no_more_logits_exist_at_once_than_a_chunk_holds(monkeypatch):
     model = make("llama")
     share_prefixes(model, "on")
     largest = []
-    usual = logprobs.score_tokens
-    monkeypatch.setattr(logprobs, "MAX_LOGITS_BYTES", 4 * 97 * 10)
-    monkeypatch.setattr(logprobs, "score_tokens", lambda logits, *rest: (largest.append(len(logits)), usual(logits, *rest))[1])
+    usual = scoring_head.score_tokens
+    monkeypatch.setattr(scoring_head, "MAX_LOGITS_BYTES", 8 * 97 * 10)
+    monkeypatch.setattr(
+        scoring_head, "score_tokens", lambda logits, *rest: (largest.append(len(logits)), usual(logits, *rest))[1]
+    )
     trie_scores(model, pack_examples(list(iterate_examples(prompts_of(SHAPES))))).sum().backward()
     assert max(largest) == 10
 

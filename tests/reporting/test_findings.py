@@ -193,6 +193,25 @@ def test_a_filter_that_keeps_next_to_nothing_is_said():
     assert kinds(steps(rows, **{"beta_DPO/kept_fraction": 0.2})) == set()
 
 
+@pytest.mark.parametrize(
+    ("lr", "more", "said"),
+    [
+        (1e-4, {}, True),
+        (4e-6, {}, False),
+        (1e-4, {"optimizer": "SGD"}, False),
+        # From scratch.
+        (1e-4, {"model": {}}, False),
+    ],
+)
+def test_a_learning_rate_far_above_the_usual_one_is_said_of_a_run_that_went_badly_alone(lr, more, said):
+    config, about = {"lr": lr, "model": {"name_or_path": "a/b"}} | more, {"usual_lr": 5e-7}
+    learned = [evaluation(0, LN2), *steps(falling(LN2, 0.3, 20)), evaluation(80, 0.3, **changed(-0.4, -0.3))]
+    assert kinds(learned, config=config, about=about) == set()
+    worse = [*learned[:-1], evaluation(80, 0.9, **changed(0.1, 0.3))]
+    assert ("learning rate" in kinds(worse, config=config, about=about)) == said
+    assert "worse than before" in kinds(worse, config=config, about=about)
+
+
 # ---- held-out examples ------------------------------------------------------------------------------------------------------
 
 ACCURACY = "rewards_eval/accuracies"
@@ -210,6 +229,14 @@ def test_a_perfect_accuracy_of_three_prompts_is_said_to_decide_nothing():
     )
     assert "A reward accuracy of 1 may be anything from 0.29 to 1" in found.text
     assert kinds([*rows[:-1], rows[-1] | {"counters/held_out_prompts": 10}]) == set()
+
+
+def test_what_was_said_before_the_first_step_is_not_said_again_at_the_end(tmp_path):
+    rows = [*steps(falling(LN2, 0.4, 20)), evaluation(80, 0.4, prompts=3, **accuracy(1.0, 0.2924, 1.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = conclude(tmp_path)
+    assert [finding.kind for finding in found.findings] == ["few prompts"]
+    assert not any("too few" in line for line in found.lines)
 
 
 @pytest.mark.parametrize(("low", "high", "said"), [(0.1, 0.4, True), (0.45, 0.6, False), (0.6, 0.9, False)])

@@ -12,7 +12,15 @@ from preference_training.configuration.composition import group_choices, usual_v
 from preference_training.core.errors import UserError
 from preference_training.core.values import dotted
 from preference_training.losses.registry import build_loss, losses
-from preference_training.training.defaults import RATES, evaluation_interval, fit_dtypes, fit_lr, fit_steps, kept_from
+from preference_training.training.defaults import (
+    RATES,
+    evaluation_interval,
+    fit_dtypes,
+    fit_lr,
+    fit_steps,
+    kept_from,
+    unusual_lr,
+)
 from preference_training.training.optimization import schedule, warmup_steps
 
 NEW = ("model=pretrained", "model.name_or_path=some/model")
@@ -53,6 +61,31 @@ def test_the_learning_rate_is_that_of_the_kind_of_training(loss, adapter, parame
     found = fit_lr(config, learns, lambda: parameters)
     assert found.lr == lr == found.as_composed["lr"]
     assert found.chosen["lr"].startswith(f"lr: {lr:g}, usual for loss={loss} on ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        # Usual are 5e-5 for this adapter, and 5e-6 for all weights.
+        (("+adapter=lora", "lr=1e-2"), "lr=0.01 is 200 times what is usual for loss=dpo on a LoRA adapter of a model of 135M"),
+        (("lr=5e-5",), "lr=5e-05 is 10 times what is usual for loss=dpo on all weights of a model of 135M parameters, 5e-06"),
+        (("lr=5e-7",), "lr=5e-07 is 1/10 of what is usual"),
+        (("lr=4.9e-5",), None),
+        (("lr=5.1e-7",), None),
+        ((), None),
+        # Steps of SGD are of another size.
+        (("lr=1", "optimizer=SGD"), None),
+    ],
+)
+def test_a_learning_rate_far_from_the_usual_one_is_warned_of(overrides, told, compose):
+    config = compose(*NEW, "loss=dpo", *overrides)
+    said = unusual_lr(config, "log-ratios", lambda: 135e6)
+    assert (said is None) if told is None else said.startswith(f"warning: {told}")
+
+
+@pytest.mark.parametrize("overrides", [("model=tiny", "lr=1"), ("model=pythia28", "loss=sft")])
+def test_a_model_from_scratch_and_the_learning_rates_of_presets_are_not_warned_of(overrides, compose):
+    assert unusual_lr(compose(*overrides), "responses", lambda: 2.8e9) is None
 
 
 def test_every_loss_has_a_learning_rate(compose):

@@ -9,7 +9,13 @@ from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.tokenizer import byte_level_tokenizer
-from preference_training.training.preparation import adapter_notice, other_template_notice, remarks_on, report_split
+from preference_training.training.preparation import (
+    adapter_notice,
+    few_held_out,
+    other_template_notice,
+    remarks_on,
+    report_split,
+)
 
 KTO = build_loss("kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)
 
@@ -33,6 +39,23 @@ def test_labels_of_one_kind_alone_are_warned_of(label, found, lacking):
 def test_it_is_said_that_nothing_is_evaluated_where_nothing_is_held_out():
     [said] = remarks_on("test", PromptTable.of([]), build_loss("dpo", beta=0.1))
     assert said.strip().startswith("nothing is held out, so nothing is evaluated: ")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "overrides", "said"),
+    [
+        (9, (), "9 prompts"),
+        (10, (), None),
+        # Of ten prompts, three examples are evaluated.
+        (10, ("n_eval_examples=3",), "3 prompts"),
+        (1, (), "1 prompt"),
+        (0, (), None),
+    ],
+)
+def test_too_few_held_out_prompts_are_warned_of_before_anything_is_loaded(prompts, overrides, said):
+    text = few_held_out(configured("model=tiny", *overrides), labeled(*[1.0] * prompts))
+    expected = f"warning: held-out metrics: {said}, too few to decide anything by; expected at least 10. Raise held_out_share"
+    assert (text is None) if said is None else text.startswith(expected)
 
 
 def test_one_prompt_and_one_response_are_said_in_the_singular(capsys):

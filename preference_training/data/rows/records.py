@@ -164,7 +164,7 @@ class DataReport:
         yield from ((count, f"skipped: {reason}") for reason, count in self.left_out.items())
         yield from ((count, what) for what, count in self.changed.items())
         if self.num_bad_rows:
-            yield self.num_bad_rows, "bad rows skipped"
+            yield self.num_bad_rows, f"bad row{'s' * (self.num_bad_rows != 1)} skipped"
 
     def remarks(self) -> list[str]:
         """Lines without a count: columns that were not read, and settings without effect."""

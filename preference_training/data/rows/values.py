@@ -72,6 +72,15 @@ def field_value(row: dict, name: str):
     return value
 
 
+def has_field(row: dict, name: str) -> bool:
+    """Whether a row has a field, which may be nested."""
+    try:
+        field_value(row, name)
+    except RowError:
+        return False
+    return True
+
+
 def listed_names(names: str | list) -> list:
     """One column or several, as a list."""
     return names if isinstance(names, list) else [names]

@@ -71,8 +71,12 @@ class UserData:
 
     def found_map(self, split: str, cache_dir: str | None) -> FoundMap:
         """The field map, with what it does not say as found in the first rows of a split."""
+        return self.field_map.found_in(self.first_rows(split, cache_dir))
+
+    def first_rows(self, split: str, cache_dir: str | None) -> list[dict]:
+        """The rows of a split from which its format is found; those that cannot be read are left out."""
         rows = self._source(split, cache_dir).rows(DataReport(skip_bad_rows=True))
-        return self.field_map.found_in(row for _, row in islice(rows, FIRST_ROWS))
+        return [row for _, row in islice(rows, FIRST_ROWS)]
 
     def source_of(self, rows: Sequence[int], split: str) -> str:
         """The name of the record of some rows, for messages."""

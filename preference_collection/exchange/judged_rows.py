@@ -145,7 +145,8 @@ def _record(judged: Judged, labeler: str) -> dict:
         ([i, j] for i in range(n) for j in range(n) if ranks and ranks[i] < ranks[j] and responses[i] != responses[j]),
     )
     best, worst = (ranks.index(1), ranks.index(max(ranks))) if pairs else (None, None)
-    target = said.edited or (responses[best if best is not None else 0] if said.choice != "bad" else None)
+    edited = "" if response_error(said.edited) else said.edited
+    target = edited or (responses[best if best is not None else 0] if said.choice != "bad" else None)
     row = {
         "prompt": given_prompt(judged), "responses": responses, "pairs": pairs, "sft_target": target,
         "labels": _labels(said.choice, ranks, n), "ranks": list(ranks) if pairs else None,

@@ -206,6 +206,11 @@ class Queue:
             self._end_leases()
             return self._waiting.number(labeler)
 
+    def done(self, labeler: str) -> int:
+        """How many comparisons a labeler has judged or skipped."""
+        with self._lock:
+            return len(self._waiting.seen.get(labeler, ()))
+
     def _candidates(self, labeler: str) -> Iterator[str]:
         """What a labeler may judge, the best first. What they went on from comes last, the longest ago first."""
         passed = self._passed.get(labeler, {})

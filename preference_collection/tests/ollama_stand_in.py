@@ -34,6 +34,8 @@ class StandIn:
         self.status = 200
         self.refuse: Callable[[dict], tuple[int, dict] | None] = lambda _: None
         self.url = ""
+        # Stops listening; requests that were accepted are answered.
+        self.leave: Callable[[], None] = lambda: None
 
     def models(self) -> list[dict]:
         """The entries of /api/tags."""
@@ -50,6 +52,7 @@ def ollama_stand_in(replies: dict[str, Callable[[dict], list]]):
     stand_in = StandIn(replies)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"stand_in": stand_in}))
     stand_in.url = f"http://127.0.0.1:{server.server_address[1]}"
+    stand_in.leave = lambda: (server.shutdown(), server.socket.close())
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,14 @@ def test_sql_statements_are_constants():
         if isinstance(node, ast.Assign):
             values = [value.value for value in ast.walk(node.value) if isinstance(value, ast.FormattedValue)]
             assert all(isinstance(value, ast.Name) and value.id in constants for value in values)
+
+
+def test_an_installed_package_has_the_files_that_are_no_modules():
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    given = {path for name, forms in tables.items() for form in forms for path in (ROOT / name.replace(".", "/")).glob(form)}
+    apart = {"tests", "tests_whole", "__pycache__"}
+    files = {path for path in PACKAGE.rglob("*") if path.is_file() and not apart & set(path.parts) and path.suffix != ".py"}
+    assert files - given == set(PACKAGE.glob("requirements*.txt"))
 
 
 # ---- settings ---------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
 """The page over HTTP: sign-in, judging, undoing, passing on, tests, and what hostile answers may not do."""
 
+import json
 import re
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from preference_collection.generation.sources import sources_of
@@ -21,6 +25,7 @@ from preference_collection.web.server import build_app
 from preference_collection.web.shared import Shared
 
 ORIGIN = {"Origin": "http://localhost"}
+SENT = {"Content-Type": "application/json"}
 
 
 @dataclass
@@ -36,9 +41,9 @@ class Runs:
 def client_of(store, password="", runs=None, **changed) -> TestClient:
     """A browser at the page of a store."""
     overrides = [f"{key}={value}" for key, value in changed.items()]
-    settings = load_settings([f"store={store.address}", *overrides])
-    queue = Queue(store, settings.overlap, settings.order, settings.lease_minutes * 60)
-    shared = Shared(settings, store, queue, Runs(runs or {}), sources_of(settings), password)
+    loaded = load_settings([f"store={store.address}", *overrides])
+    queue = Queue(store, loaded.overlap, loaded.order, loaded.lease_minutes * 60)
+    shared = Shared(loaded, store, queue, Runs(runs or {}), sources_of(loaded), password)
     client = TestClient(build_app(shared), "http://localhost", follow_redirects=False, headers=ORIGIN)
     client.shared = shared
     return client
@@ -72,7 +77,10 @@ def shown_in(page: str) -> str | None:
 # ---- sign-in ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/label", "/label/pair-a", "/task/a", "/tasks", "/export", "/text/pair-a/0"])
+PAGES = ("/label", "/label/pair-a", "/task/a", "/tasks", "/export", "/agreement", "/progress", "/text/pair-a/0", "/nowhere")
+
+
+@pytest.mark.parametrize("path", PAGES)
 def test_nothing_is_read_before_sign_in(store, path):
     filled(store, "a")
     answer = client_of(store).get(path)
@@ -202,12 +210,18 @@ def test_verdicts_of_models_are_told_after_the_judgment_and_never_before(store):
     filled(store, "a", "b")
     order = shown_order("Ada", "pair-a", 2)
     ranks = tuple(1 if index == order[1] else 2 for index in range(2))
-    store.add_verdicts([Verdict("pair-a", "judge-9", ranks, "it is short", {})])
+    reason = f"{{answer {order[1]}}} is short, {{answer {order[0]}}} is not"
+    store.add_verdicts([Verdict("pair-a", "judge-9", ranks, reason, {})])
     client = signed_in(store)
     before = client.get("/label").text + client.get("/label/pair-a").text + client.get("/tasks").text
-    assert "judge-9" not in before and "it is short" not in before
+    assert "judge-9" not in before and "is short" not in before
     [verdict] = client.post("/api/judge", json=a_choice("pair-a")).json()["verdicts"]
-    assert verdict == {"judge": "judge-9", "words": "answer 2 is better", "number": 2, "reason": "it is short"}
+    assert verdict == {
+        "judge": "judge-9",
+        "words": "answer 2 is better",
+        "number": 2,
+        "reason": "answer 2 is short, answer 1 is not",
+    }
 
 
 @pytest.mark.parametrize(
@@ -242,6 +256,72 @@ def test_a_read_only_store_is_viewed_and_not_judged(store):
     answer = client.post("/api/judge", json=a_choice("pair-a"))
     assert answer.status_code == 409 and "open read-only" in answer.json()["error"]
     reading.close()
+
+
+def test_two_labelers_get_different_comparisons_and_signing_out_frees_one(store):
+    filled(store, "a", "b")
+    ada, bob = signed_in(store), signed_in(store, "Bob")
+    bob.shared.queue = ada.shared.queue
+    assert [shown_in(client.get("/label").text) for client in (ada, bob)] == ["pair-a", "pair-b"]
+    assert shown_in(ada.get("/label").text) == "pair-a"
+    ada.post("/sign-out")
+    assert bob.post("/api/next", json={"comparison": "pair-b"}).json()["next"]["id"] == "pair-a"
+
+
+def test_differences_are_of_the_answers_in_the_order_shown(store):
+    filled(store, "a", texts=("x = 1", "x = 2"))
+    client = signed_in(store)
+    html = client.get("/api/differences/pair-a").json()["html"]
+    first, second = (("x = 1", "x = 2")[index] for index in shown_order("Ada", "pair-a", 2))
+    assert f"removed line: </span>{first}" in html and f"added line: </span>{second}" in html
+    assert "From left to right" in html
+
+
+def test_what_comes_next_is_read_before_it_is_asked_for(store, monkeypatch):
+    filled(store, "a", "b", "c")
+    client = signed_in(store)
+    client.shared.ahead = SimpleNamespace(seen=lambda _: None, status=lambda: "")
+    assert shown_in(client.get("/label").text) == "pair-a"
+    client.shared.close()  # waits for what was begun
+    monkeypatch.setattr(type(store), "comparison", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(type(store), "task", lambda *_: pytest.fail("read again"))
+    client.shared.ahead = None
+    assert client.post("/api/judge", json=a_choice("pair-a")).json()["next"]["id"] == "pair-b"
+
+
+def test_who_has_nothing_left_is_told_what_comes(store):
+    store.add_tasks([a_task("a")])
+    client = signed_in(store)
+    assert "Nothing to judge yet" in client.get("/label").text and "Press g" in client.get("/label").text
+    client = signed_in(store, generator="ollama:tiny")
+    client.shared.ahead = SimpleNamespace(seen=lambda _: None, status=lambda: "Ollama is away.")
+    page = client.get("/label").text
+    assert "data-waits" in page and "ollama:tiny is asked for more answers." in page and "Ollama is away." in page
+    store.add_comparisons([a_comparison("a", id="pair-a")])
+    client.shared.queue.added(["pair-a"])
+    assert client.post("/api/next", json={"comparison": ""}).json()["next"]["id"] == "pair-a"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda one: st.lists(one, max_size=3), max_leaves=4
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    changed=st.dictionaries(
+        st.sampled_from(sorted([*a_choice("pair-a"), "reasons", "edited", "edited_from"])), JSON, min_size=1
+    )
+)
+def test_whatever_is_sent_is_refused_or_is_a_judgment(store, changed):
+    if store.task("a") is None:
+        filled(store, "a")
+    before = len(list(store.judgments()))
+    answer = signed_in(store).post("/api/judge", content=json.dumps(a_choice("pair-a") | changed), headers=SENT)
+    kept = list(store.judgments())
+    assert answer.status_code in (200, 400, 409)
+    assert len(kept) == (1 if answer.status_code == 200 else before)
+    assert all(each.judgment.labeler == "Ada" and each.comparison.id == "pair-a" for each in kept)
 
 
 # ---- tests of code ----------------------------------------------------------------------------------------------------------

@@ -53,6 +53,11 @@ class Server:
         self.process.kill()
         self.process.wait()
 
+    def cpu_seconds(self) -> float:
+        """CPU time that it has used so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def said(self) -> str:
         """What it has printed."""
         return (self.folder / "server.log").read_text()

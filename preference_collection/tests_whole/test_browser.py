@@ -1,50 +1,270 @@
-"""The whole loop in a browser: generate, run tests, choose by key, undo, export, train, and use the trained model.
+"""The page in Chromium: judging by keys alone, everything in sight at three sizes, and the whole loop to a trained model.
 
-Chromium and its driver come from the system (Debian: chromium, chromium-driver). Screenshots at two widths, light and dark, go
-to SCREENSHOTS, or nowhere where that is not set.
+Pictures go to SCREENSHOTS, or nowhere where that is not set.
 """
 
+import json
 import os
-import re
-import shutil
-import socket
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
-from selenium import webdriver
-from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException, TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 
+from preference_collection.exchange.importing import CONVERSATIONS
 from preference_collection.tests.ollama_stand_in import Silence, ollama_stand_in
+from preference_collection.tests_whole.chromium import (
+    SCHEMES,
+    SIZES,
+    accessible,
+    ask,
+    faint,
+    foreign_requests,
+    open_chromium,
+    overflow,
+    press,
+    show,
+    text_of,
+    unseen,
+    wait_for,
+    wait_until,
+)
+from preference_collection.tests_whole.serving import ROOT, Server, app, command
 
-ROOT = Path(__file__).parent.parent.parent
-# Timeout of every wait; machines may be busy. Unit: seconds.
-WAIT = 180
-
-GOOD = """Here:
-```python
-def ferry_pairs(weights, limit):
+GOOD = """def ferry_pairs(weights, limit):
     waiting, crossings = sorted(weights), 0
     while waiting:
         if len(waiting) > 1 and waiting[0] + waiting[-1] <= limit:
             waiting.pop(0)
         waiting.pop()
         crossings += 1
-    return crossings
-```"""
-WRONG = """```python
-def ferry_pairs(weights, limit):
+    return crossings"""
+WRONG = """def ferry_pairs(weights, limit):
     while len(weights) == 1:
         pass
-    return (len(weights) + 1) // 2
-```"""
+    return (len(weights) + 1) // 2"""
+TESTS = [
+    {"args": [[60, 40], 100], "expected": 1},
+    {"args": [[90, 80], 100], "expected": 2},
+    {"args": [[90, 80, 70, 10], 100], "expected": 3},
+]
+# Nothing of it may act.
+HOSTILE = (
+    "<script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">\x1b[31m \u202e " + "x" * 50_000
+)
+
+SHOWN = "document.querySelector('main.comparison').dataset.comparison"
+TESTED = "document.querySelector('main.comparison').dataset.polled !== 'yes'"
+SAID = "document.getElementById('said').innerText"
+BAR_ENDS = "document.querySelector('.foot').getBoundingClientRect().bottom"
+# All that a judgment needs.
+NEEDED = "#progress, h1, .answer h2, .tests .passed, .choices button, #said"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    driver = open_chromium()
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(autouse=True)
+def at_the_usual_size(browser):
+    show(browser, 1280, 800, "light")
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """A store with a pair of solutions, and the sample of conversations."""
+    rows = tmp_path / "rows.jsonl"
+    row = {
+        "title": "Ferry pairs",
+        "description": "The **fewest** crossings.",
+        "function_name": "ferry_pairs",
+        "difficulty": "easy",
+    }
+    rows.write_text(json.dumps(row | {"tests": TESTS, "version1": GOOD, "version2": WRONG}) + "\n")
+    for file in (rows, CONVERSATIONS):
+        command("import", str(file), f"store={tmp_path / 'collection.duckdb'}")
+    return tmp_path
+
+
+def sign_in(browser, url: str, name: str = "Ada", password: str = "") -> None:
+    """Sign in by keys alone: the name has the focus."""
+    browser.delete_all_cookies()
+    browser.get(url)
+    press(browser, name, *[Keys.TAB, password] * bool(password), Keys.ENTER)
+    wait_until(browser, "document.body.dataset.labeler || document.querySelector('.fault')")
+
+
+def open_task(browser, url: str, title: str) -> None:
+    """Open a task from the list."""
+    browser.get(f"{url}/tasks")
+    browser.find_element(By.LINK_TEXT, title).click()
+    wait_until(browser, f"document.querySelector('h1').innerText.startsWith({json.dumps(title)}) && {TESTED}")
+    wait_until(browser, "document.body.dataset.state === 'ready'")
+
+
+def next_after(browser, *keys: str) -> None:
+    """Press keys, and wait for another comparison."""
+    before = ask(browser, SHOWN)
+    press(browser, *keys)
+    wait_until(browser, f"{SHOWN} !== {json.dumps(before)} && document.body.dataset.state === 'ready'")
+
+
+def photograph(browser, name: str) -> None:
+    if folder := os.environ.get("SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        browser.save_screenshot(str(Path(folder) / f"{name}.png"))
+
+
+def test_everything_that_a_pick_needs_is_in_the_window_at_all_sizes_in_both_color_schemes(browser, filled):
+    with app(filled) as server:
+        sign_in(browser, server.url)
+        for title, name in (("Ferry pairs", "code"), ("Why the sky is blue", "text"), ("Two trains", "ranking")):
+            open_task(browser, server.url, title)
+            for width, height in SIZES:
+                for colors in SCHEMES:
+                    show(browser, width, height, colors)
+                    where = f"{name} {width} {colors}"
+                    assert overflow(browser) <= 0, where
+                    assert unseen(browser, NEEDED) == [], where
+                    assert abs(ask(browser, BAR_ENDS) - height) < 1, where
+                    assert faint(browser) == [], where
+                    photograph(browser, f"{name}-{width}-{colors}")
+        assert foreign_requests(browser, server.url) == []
+
+
+def test_other_pages_fit_and_contrast_too(browser, filled):
+    with app(filled) as server:
+        sign_in(browser, server.url)
+        for page in ("tasks", "agreement", "progress", "export"):
+            browser.get(f"{server.url}/{page}")
+            for width, height in SIZES:
+                for colors in SCHEMES:
+                    show(browser, width, height, colors)
+                    assert overflow(browser) <= 0 and faint(browser) == [], (page, width, colors)
+            photograph(browser, page)
+
+
+def test_pairs_and_rankings_are_judged_by_keys_alone(browser, filled):
+    with app(filled, "guidelines=Prefer *correct* answers.") as server:
+        sign_in(browser, server.url)
+        open_task(browser, server.url, "Ferry pairs")
+        pair = ask(browser, SHOWN)
+        assert "3 of 3 passed" in text_of(browser) and "1 of 3 passed" in text_of(browser)
+        press(browser, "?")
+        wait_for(browser, "Prefer correct answers.")
+        press(browser, Keys.ESCAPE)
+        press(browser, "d")
+        wait_until(browser, "document.querySelector('.differences ins') && document.querySelector('.differences del')")
+        photograph(browser, "differences")
+        press(browser, "d")
+        # In a text field, a key is a letter.
+        press(browser, "c")
+        press(browser, "12=sbu", Keys.ENTER)
+        assert ask(browser, SHOWN) == pair
+        next_after(browser, "1")
+        assert "left is better" in ask(browser, SAID)
+        next_after(browser, "u")
+        assert ask(browser, SHOWN) == pair and ask(browser, "document.getElementById('comment').value") == "12=sbu"
+        for key in ("2", "=", "b", "s"):
+            open_task(browser, server.url, "Ferry pairs")
+            next_after(browser, key)
+        open_task(browser, server.url, "Two trains")
+        press(browser, "3", "1", "4")
+        next_after(browser, "2")
+        before = ask(browser, SHOWN)
+        press(browser, "n")
+        wait_until(browser, f"{SHOWN} !== {json.dumps(before)}")
+        browser.get(f"{server.url}/progress")
+        wait_for(browser, "Ada judged 2 comparisons")
+
+
+def test_a_better_answer_is_written_and_kept_with_the_judgment(browser, filled):
+    with app(filled) as server:
+        sign_in(browser, server.url)
+        open_task(browser, server.url, "Why the sky is blue")
+        press(browser, "e")
+        wait_until(browser, "document.querySelector('dialog.edit').open")
+        press(browser, "1")
+        wait_until(browser, "document.getElementById('edited').value !== ''")
+        press(browser, "In short: ")
+        press(browser, Keys.CONTROL, Keys.ENTER)
+        wait_until(browser, "!document.querySelector('dialog.edit').open")
+        next_after(browser, "1")
+        command_line = [f"store={filled / 'collection.duckdb'}"]
+        browser.get(f"{server.url}/export")
+        press(browser, *[Keys.TAB] * 20)
+        browser.find_element(By.CSS_SELECTOR, "[data-does=export]").send_keys(Keys.ENTER)
+        wait_for(browser, "1 preference")
+    command("export", str(filled / "records.jsonl"), *command_line)
+    assert "In short: " in (filled / "records.jsonl").read_text()
+
+
+def test_a_screen_reader_finds_names_for_everything(browser, filled):
+    with app(filled) as server:
+        sign_in(browser, server.url)
+        open_task(browser, server.url, "Ferry pairs")
+        found = accessible(browser)
+        for role, name in found:
+            assert name or role not in ("button", "link", "textbox", "heading", "region", "navigation"), (role, name)
+        roles = [role for role, _ in found]
+        assert {"main", "navigation", "status", "banner"} <= set(roles)
+        headings = [name for role, name in found if role == "heading"]
+        assert headings[0].startswith("Ferry pairs") and len(headings) >= 3
+        buttons = " ".join(name for role, name in found if role == "button")
+        for word in ("left", "right", "tie", "both bad", "skip", "undo", "next", "guidelines"):
+            assert word in buttons
+        assert ask(browser, "document.activeElement.tagName") in ("H1", "BODY")
+        next_after(browser, "1")
+        assert ask(browser, "document.activeElement.tagName") == "H1", "the next task is what is read next"
+        assert ask(browser, "document.getElementById('said').getAttribute('aria-live')") == "polite"
+
+
+def test_hostile_answers_are_text(browser, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": f"Hello {HOSTILE}", "responses": [HOSTILE, f"```html\n{HOSTILE}\n```"]}) + "\n")
+    command("import", str(rows), f"store={tmp_path / 'collection.duckdb'}")
+    with app(tmp_path) as server:
+        sign_in(browser, server.url)
+        wait_until(browser, SHOWN)
+        press(browser, "f")
+        assert "owned" not in browser.title and "<script>" in text_of(browser) and "U+202E" in text_of(browser)
+        assert overflow(browser) <= 0
+        assert ask(browser, "document.querySelectorAll('main img, main script').length") == 0
+        assert foreign_requests(browser, server.url) == []
+
+
+def test_a_judgment_survives_a_server_that_is_away(browser, filled):
+    server = Server(filled)
+    try:
+        sign_in(browser, server.url)
+        open_task(browser, server.url, "Ferry pairs")
+        server.kill()
+        press(browser, "1")
+        wait_until(browser, f"{SAID}.includes('sent again') || {SAID}.includes('kept')")
+        server.start()
+        wait_until(browser, f"{SAID}.includes('Saved')")
+        browser.get(f"{server.url}/progress")
+        wait_for(browser, "Ada judged 1 comparison")
+        server.stop()
+    finally:
+        server.kill()
+
+
+def test_nothing_is_readable_before_the_password(browser, filled):
+    with app(filled, COLLECT_PASSWORD="sesame") as server:
+        sign_in(browser, server.url, password="open")
+        wait_for(browser, "Wrong password.")
+        assert "Ferry" not in browser.page_source and "sky" not in browser.page_source
+        sign_in(browser, server.url, password="sesame")
+        wait_until(browser, SHOWN)
+
+
+# ---- the whole loop ---------------------------------------------------------------------------------------------------------
 
 
 class Replies:
@@ -55,7 +275,7 @@ class Replies:
 
     def __call__(self, request):
         self.count += 1
-        text = GOOD if self.count % 2 else WRONG
+        text = f"Here:\n```python\n{GOOD if self.count % 2 else WRONG}\n```"
         return [text[:30], Silence(), text[30:]]
 
 
@@ -65,243 +285,89 @@ def stand_in():
         yield server
 
 
-@contextmanager
-def app(folder: Path, *overrides: str, **environment: str):
-    """Serve the app; yields its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "preference_collection", "serve", f"store={folder / 'collection.duckdb'}", f"port={port}"]
-    command += [f"export={folder / 'export'}", *overrides]
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **environment})
-        try:
-            url = f"http://localhost:{port}"
-            for _ in range(600):
-                try:
-                    urlopen(f"{url}/_stcore/health").read()
-                    break
-                except OSError:
-                    assert process.poll() is None, (folder / "server.log").read_text()
-                    time.sleep(0.1)
-            yield url
-        finally:
-            process.terminate()
-            process.wait()
-            said = (folder / "server.log").read_text()
-            assert "Traceback" not in said, said
+def generate(browser, model: str) -> None:
+    """Ask a model for answers, by keys."""
+    press(browser, "g")
+    wait_until(browser, "document.getElementById('model')")
+    field = browser.find_element(By.ID, "model")
+    field.clear()
+    field.send_keys(model)
+    browser.find_element(By.CSS_SELECTOR, "[data-does=start]").send_keys(Keys.ENTER)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome")
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900", "--disable-gpu"):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
-def text_of(browser) -> str:
-    return browser.execute_script("return document.body.innerText")
-
-
-def wait_for(browser, text: str) -> None:
-    try:
-        WebDriverWait(browser, WAIT, 0.1).until(lambda _: text in text_of(browser))
-    except TimeoutException:
-        pytest.fail(f"no {text!r} in:\n{text_of(browser)}")
-
-
-def wait_for_problem(browser, title: str) -> None:
-    shown = "return document.querySelector('[data-testid=stMain] h3')?.innerText"
-    WebDriverWait(browser, WAIT, 0.1).until(lambda _: browser.execute_script(shown) == title, title)
-    settle(browser)
-
-
-def press(browser, key: str) -> None:
-    browser.find_element(By.TAG_NAME, "body").send_keys(key)
-
-
-def settle(browser) -> None:
-    """Wait until the page is drawn, that is, until the script is not running."""
-    done = "return document.querySelector('[data-test-script-state]')?.getAttribute('data-test-script-state')"
-    WebDriverWait(browser, WAIT, 0.1).until(lambda _: browser.execute_script(done) != "running")
-    time.sleep(0.5)
-
-
-def enter(browser, url: str, name: str = "Ada", password: str = "") -> None:
-    browser.get(url)
-    wait_for(browser, "Your name")
-    fields = browser.find_elements(By.CSS_SELECTOR, "input")
-    fields[0].send_keys(name)
-    if password:
-        fields[1].send_keys(password)
-    fields[len(fields) - 1].send_keys(Keys.ENTER)
-
-
-def show(browser, width: int, colors: str) -> None:
-    browser.set_window_size(width, 1000 if width == 1280 else 1080)
-    feature = {"features": [{"name": "prefers-color-scheme", "value": colors}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
-
-
-def overflow(browser) -> int:
-    """The number of pixels by which the page is wider than the window."""
-    return browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-
-
-def photograph(browser, name: str) -> None:
-    """Check and photograph both widths, light and dark: both solutions fit, and text contrasts with its background."""
-    for width in (1280, 1920):
-        for colors in ("light", "dark"):
-            show(browser, width, colors)
-            settle(browser)
-            assert overflow(browser) <= 0
-            left, right = (browser.find_element(By.CSS_SELECTOR, f".st-key-side_{side}").rect for side in ("left", "right"))
-            assert left["width"] > 300 and left["x"] + left["width"] <= right["x"] + 1 and abs(left["y"] - right["y"]) < 2
-            background = browser.execute_script(
-                "return getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")  # fmt: skip
-            bright = sum(map(int, re.findall(r"\d+", background)[:3])) / 3
-            assert bright > 200 if colors == "light" else bright < 80
-            if folder := os.environ.get("SCREENSHOTS"):
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                browser.save_screenshot(str(Path(folder) / f"{name}-{width}-{colors}.png"))
-    show(browser, 1280, "light")
-
-
-def test_the_whole_loop(browser, stand_in, tmp_path):
+def test_the_whole_loop_from_a_model_over_a_pick_to_a_trained_model(browser, stand_in, tmp_path):
     stand_in.go_on.clear()
     runs = tmp_path / "runs"
-    with app(tmp_path, f"ollama_host={stand_in.url}", "slow_seconds=0.5", "max_tokens=24", f"checkpoints=[{runs}]") as url:
-        enter(browser, url)
-        wait_for(browser, "Ferry pairs")
-        wait_for(browser, "g · generate")
-        choose(browser, "model-Ollama", "tiny-coder:1b")
-        press(browser, "g")
-        wait_for(browser, "No output for ")  # the silence is said
-        assert "def ferry" in text_of(browser) or "```python" in text_of(browser), "both are seen as they come"
+    with app(tmp_path, f"ollama_host={stand_in.url}", "slow_seconds=0.5", "max_tokens=24", f"checkpoints=[{runs}]") as server:
+        sign_in(browser, server.url)
+        open_task_without_answers(browser, server.url, "Ferry pairs")
+        generate(browser, "tiny-coder:1b")
+        wait_for(browser, "No output for ")
         stand_in.go_on.set()
         wait_for(browser, "6 of 6 passed")
-        wait_for(browser, "✗ 6")
-        wait_for(browser, "Failures")
-        photograph(browser, "pair")
-        click(browser, ".st-key-view button", "difference")
-        wait_for(browser, "+++ right")
-        assert re.search(r"[-+]    while len\(weights\) == 1:", text_of(browser))
-        click(browser, ".st-key-view button", "side by side")
-        # Choose left by key: the next problem opens. Undo returns to this one.
-        press(browser, "1")
-        wait_for_problem(browser, "The longest rise of the tide")
-        assert "Your judgments: 1 of" in text_of(browser)
-        press(browser, "u")
-        wait_for_problem(browser, "Ferry pairs")
-        assert "Your judgments: 0 of" in text_of(browser)
-        wait_for(browser, "6 of 6 passed")
-        press(browser, "n")
-        wait_for_problem(browser, "The longest rise of the tide")
-        open_problem(browser, "Ferry pairs")
-        for key, said in (("=", "tie"), ("s", "skip"), ("2", "right")):
-            press(browser, key)
-            wait_for_problem(browser, "The longest rise of the tide")
-            open_problem(browser, "Ferry pairs")
-            wait_for(browser, f"Your choice: {said}")
-            assert "Your judgments: 1 of" in text_of(browser)
-        # In a text field, a key is a letter.
-        field = browser.find_element(By.CSS_SELECTOR, "[class*='st-key-comment'] input")
-        field.send_keys("12=su")
-        assert "Your choice: right" in text_of(browser) and field.get_attribute("value") == "12=su"
-        export(browser)
+        wait_until(browser, TESTED)
+        next_after(browser, "1")
+        browser.get(f"{server.url}/export")
+        browser.find_element(By.CSS_SELECTOR, "[data-does=export]").send_keys(Keys.ENTER)
+        wait_for(browser, "1 preference")
         train(tmp_path, runs)
-        browser.refresh()
-        enter(browser, url)
-        wait_for(browser, "g · generate")
-        choose(browser, "source", "checkpoints")
-        model = "return document.querySelector('.st-key-model-checkpoints input')?.value"
-        WebDriverWait(browser, WAIT, 0.1).until(lambda _: "dpo/LATEST" in (browser.execute_script(model) or ""))
-        # The model is too small to write code; only that it generates text is checked.
+        open_task_without_answers(browser, server.url, "The longest rise of the tide")
         press(browser, "g")
+        wait_until(browser, "document.getElementById('source')")
+        browser.find_element(By.ID, "source").send_keys("checkpoints")
+        wait_until(browser, "document.getElementById('model').value.includes('dpo/LATEST')")
+        browser.find_element(By.CSS_SELECTOR, "[data-does=start]").send_keys(Keys.ENTER)
+        # The model is too small to write code; only that it generates text is checked.
         wait_for(browser, "Unusable: the reply")
 
 
-def click(browser, selector: str, text: str = "") -> None:
-    """Click the element with a selector and text, retrying if the page is redrawn meanwhile."""
-
-    def clicked(_) -> bool:
-        found = [element for element in browser.find_elements(By.CSS_SELECTOR, selector) if text in element.text]
-        found[0].click()
-        return True
-
-    errors = (StaleElementReferenceException, ElementClickInterceptedException, IndexError)
-    WebDriverWait(browser, WAIT, 0.1, errors).until(clicked, f"{selector} {text}")
-    settle(browser)
-
-
-def open_problem(browser, title: str) -> None:
-    click(browser, "[data-testid=stSidebar] [role=radiogroup] label", title)
-    wait_for_problem(browser, title)
-
-
-def choose(browser, key: str, value: str) -> None:
-    browser.find_element(By.CSS_SELECTOR, f".st-key-{key} input").send_keys(value, Keys.ENTER)
-    settle(browser)
-
-
-def export(browser) -> None:
-    click(browser, "[data-testid=stSidebar] details summary", "Export")
-    click(browser, ".st-key-export button")
-    wait_for(browser, "1 preferences, 0 ties, 0 skips")
+def open_task_without_answers(browser, url: str, title: str) -> None:
+    """Open a task that has no answers; the page offers to generate some."""
+    browser.get(f"{url}/tasks")
+    browser.find_element(By.LINK_TEXT, title).click()
+    wait_until(browser, "document.querySelector('main.empty')")
+    wait_until(browser, "document.body.dataset.state === 'ready'")
+    press(browser, Keys.ESCAPE)
 
 
 def train(folder: Path, runs: Path) -> None:
     """Train the tiny model with SFT and DPO on the export, like `make collect-train`, for a few steps."""
-    command = [sys.executable, "scripts/collect_train.py", "--exported", "--directory", str(runs / "collect")]
-    command += [f"collect.export={folder / 'export'}", f"local_dirs=[{folder}]", "wandb.enabled=false", "batch_size=1"]
-    command += ["eval_batch_size=1", "sample_during_eval=false", "do_first_eval=false"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    line = [sys.executable, "scripts/collect_train.py", "--exported", "--directory", str(runs / "collect")]
+    line += [f"collect.export={folder / 'export'}", f"local_dirs=[{folder}]", "wandb.enabled=false", "batch_size=1"]
+    line += ["eval_batch_size=1", "sample_during_eval=false", "do_first_eval=false"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert f"Trained: {runs / 'collect' / 'dpo' / 'LATEST'}" in done.stdout
 
 
 def test_an_unusable_reply_is_shown_and_can_be_generated_again(browser, stand_in, tmp_path):
-    with app(tmp_path, f"ollama_host={stand_in.url}") as url:
-        enter(browser, url)
-        wait_for(browser, "g · generate")
-        choose(browser, "model-Ollama", "chatty:1b")
-        press(browser, "g")
-        # Buttons are drawn after the text, which may be read in between.
-        for text in ("Unusable: the reply contains no code.", "Generate again", "Keep anyway"):
+    with app(tmp_path, f"ollama_host={stand_in.url}") as server:
+        sign_in(browser, server.url)
+        open_task_without_answers(browser, server.url, "Ferry pairs")
+        generate(browser, "chatty:1b")
+        for text in ("Unusable: the reply contains no code.", "generate again", "keep anyway"):
             wait_for(browser, text)
 
 
 def test_a_missing_model_shows_the_download_command_and_a_silent_one_can_be_stopped(browser, stand_in, tmp_path):
     stand_in.go_on.clear()
-    with app(tmp_path, f"ollama_host={stand_in.url}") as url:
-        enter(browser, url)
-        wait_for(browser, "g · generate")
-        choose(browser, "model-Ollama", "absent:1b")
-        press(browser, "g")
+    with app(tmp_path, f"ollama_host={stand_in.url}") as server:
+        sign_in(browser, server.url)
+        open_task_without_answers(browser, server.url, "Ferry pairs")
+        generate(browser, "absent:1b")
         wait_for(browser, "Ollama has no model 'absent:1b'. Download it with:")
         wait_for(browser, "ollama pull absent:1b")
-        click(browser, ".st-key-discard button")
-        choose(browser, "model-Ollama", "tiny-coder:1b")
-        press(browser, "g")
+        press(browser, "x")
+        generate(browser, "tiny-coder:1b")
         wait_for(browser, "writing, 30 characters")
-        click(browser, ".st-key-stop button")
+        press(browser, "x")
         wait_for(browser, "Unusable: the reply was stopped.")
+    stand_in.go_on.set()
 
 
 def test_an_unreachable_server_is_reported_on_the_page(browser, tmp_path):
-    with app(tmp_path, "ollama_host=http://127.0.0.1:9") as url:
-        enter(browser, url)
+    with app(tmp_path, "ollama_host=http://127.0.0.1:9") as server:
+        sign_in(browser, server.url)
+        open_task_without_answers(browser, server.url, "Ferry pairs")
+        press(browser, "g")
         wait_for(browser, "cannot be reached. Start it, or set its address.")
-
-
-def test_nothing_is_readable_before_the_password(browser, stand_in, tmp_path):
-    with app(tmp_path, f"ollama_host={stand_in.url}", COLLECT_PASSWORD="sesame") as url:
-        enter(browser, url, password="open")
-        wait_for(browser, "Wrong password.")
-        source = browser.page_source
-        assert "Ferry" not in source and "tiny-coder" not in source
-        enter(browser, url, password="sesame")
-        wait_for(browser, "Ferry pairs")

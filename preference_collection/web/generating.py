@@ -116,7 +116,7 @@ def steer(request: Request, data: dict) -> dict:
 
 
 def _task(shared: Shared, id: str) -> Task:
-    task = shared.store.task(id)
+    task = shared.task(id)
     if task is None:
         raise missing("task")
     return task

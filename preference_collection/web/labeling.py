@@ -1,15 +1,18 @@
 """Labeling: the comparison to judge, judging it, undoing, passing on. An answer to each brings the next comparison."""
 
+from functools import partial
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from preference_collection.generation.writing import as_text
 from preference_collection.store.model import Comparison, Judgment
 from preference_collection.web import pages
 from preference_collection.web.differences import differences as compared
 from preference_collection.web.shared import Shared, html, labeler_of, missing, page, shared_of
 from preference_training.core.errors import UserError
 
-LONGEST_ID, LONGEST_COMMENT = 64, 2000
+LONGEST_ID, LONGEST_COMMENT, LONGEST_SECONDS, MOST_REASONS = 64, 2000, 10**9, 100
 
 
 def next_of(shared: Shared, labeler: str, after: str | None = None) -> dict:
@@ -18,36 +21,39 @@ def next_of(shared: Shared, labeler: str, after: str | None = None) -> dict:
     after: a comparison that they leave, which comes last.
     """
     id = shared.queue.next(labeler, skip=after)
-    comparison = shared.store.comparison(id) if id else None
+    comparison = shared.comparison(id) if id else None
     if comparison is None:
-        return {"id": "", "html": _nothing_left(shared), "address": "/label", "progress": progress(shared, labeler)}
-    return view_of(shared, labeler, comparison)
+        return {"id": "", "html": _nothing_left(shared, labeler), "address": "/label", "progress": progress(shared, labeler)}
+    return view_of(shared, labeler, comparison, is_new=True)
 
 
-def view_of(shared: Shared, labeler: str, comparison: Comparison, again: Judgment | None = None) -> dict:
+def view_of(shared: Shared, labeler: str, comparison: Comparison, again: Judgment | None = None, is_new: bool = False) -> dict:
     """A comparison for the page: its id, HTML, address, and the progress."""
-    if shared.ahead:
-        shared.ahead.seen(labeler)
-    shown = pages.show_comparison(shared, labeler, comparison, again)
+    shared.seen(labeler, partial(pages.prepare, shared))
+    shown = pages.show_comparison(shared, labeler, comparison, again, is_new)
     fragment = html("comparison.html", shown=shown, read_only=shared.store.read_only)
     return {"id": comparison.id, "html": fragment, "address": f"/label/{comparison.id}", "progress": progress(shared, labeler)}
 
 
 def progress(shared: Shared, labeler: str) -> str:
     """The progress of a labeler in words."""
-    return pages.progress_words(shared.store.progress(labeler).mine, shared.queue.remaining(labeler))
+    return pages.progress_words(shared.queue.done(labeler), shared.queue.remaining(labeler))
 
 
-def _nothing_left(shared: Shared) -> str:
+def _nothing_left(shared: Shared, labeler: str) -> str:
     waiting = shared.store.tasks_without_comparison(1)
-    lines = ["Thank you. You have judged every comparison that waits for a judgment of yours."]
-    if waiting:
+    done = shared.queue.done(labeler)
+    makes = bool(waiting and shared.ahead and shared.settings.generator)
+    lines = ["You have judged every comparison that waits for you. Thank you." if done else "No comparison waits for you."]
+    if makes:
+        lines.append(f"{shared.settings.generator} is asked for more answers. They appear here by themselves.")
+    elif waiting:
         lines.append(f"Tasks without answers are left, the next is “{waiting[0].title}”. Press g to have a model answer it.")
     if shared.ahead and shared.ahead.status():
         lines.append(shared.ahead.status())
     return html(
-        "empty.html", title="Nothing left to judge", lines=lines, shown=None, task=waiting[0] if waiting else None, opens=False,
-        read_only=shared.store.read_only,
+        "empty.html", title="Nothing left to judge" if done else "Nothing to judge yet", lines=lines, shown=None,
+        task=waiting[0] if waiting else None, opens=False, waits=makes, read_only=shared.store.read_only,
     )  # fmt: skip
 
 
@@ -67,7 +73,7 @@ def label(request: Request) -> Response:
 def label_one(request: Request) -> Response:
     """GET /label/{comparison}: one of them."""
     shared = shared_of(request)
-    comparison = shared.store.comparison(request.path_params["comparison"])
+    comparison = shared.comparison(request.path_params["comparison"])
     if comparison is None:
         raise missing("comparison")
     return _desk(request, view_of(shared, labeler_of(request), comparison))
@@ -76,7 +82,7 @@ def label_one(request: Request) -> Response:
 def label_task(request: Request) -> Response:
     """GET /task/{task}: its newest comparison, or what asks a model for answers."""
     shared, labeler = shared_of(request), labeler_of(request)
-    task = shared.store.task(request.path_params["task"])
+    task = shared.task(request.path_params["task"])
     if task is None:
         raise missing("task")
     comparisons = shared.store.comparisons_of(task.id)
@@ -84,7 +90,7 @@ def label_task(request: Request) -> Response:
         return _desk(request, view_of(shared, labeler, comparisons[0]))
     fragment = html(
         "empty.html", title=task.title, lines=["This task has no answers yet."], shown=pages.show_task(shared, task), task=task,
-        opens=not shared.store.read_only, read_only=shared.store.read_only,
+        opens=not shared.store.read_only, waits=False, read_only=shared.store.read_only,
     )  # fmt: skip
     return _desk(request, {"html": fragment, "progress": progress(shared, labeler)})
 
@@ -92,7 +98,7 @@ def label_task(request: Request) -> Response:
 def differences(request: Request) -> Response:
     """GET /api/differences/{comparison}: each answer compared with the one shown first, as HTML."""
     shared, labeler = shared_of(request), labeler_of(request)
-    comparison = shared.store.comparison(request.path_params["comparison"])
+    comparison = shared.comparison(request.path_params["comparison"])
     if comparison is None:
         raise missing("comparison")
     answers = [comparison.answers[index] for index in pages.shown_order(labeler, comparison.id, len(comparison.answers))]
@@ -103,7 +109,7 @@ def differences(request: Request) -> Response:
 
 def text(request: Request) -> Response:
     """GET /text/{comparison}/{index}: an answer as plain text, whole."""
-    comparison = shared_of(request).store.comparison(request.path_params["comparison"])
+    comparison = shared_of(request).comparison(request.path_params["comparison"])
     index = request.path_params["index"]
     if comparison is None or index >= len(comparison.answers):
         raise missing("answer")
@@ -135,7 +141,7 @@ def undo(request: Request, data: dict) -> dict:
         return {"undone": None}
     shared.queue.undone(labeler, undone)
     again = last if last and last.comparison == undone else None
-    view = view_of(shared, labeler, shared.store.comparison(undone), again)
+    view = view_of(shared, labeler, shared.comparison(undone), again)
     return {"undone": undone, "html": view["html"], "next": view}
 
 
@@ -149,10 +155,10 @@ def pass_on(request: Request, data: dict) -> dict:
 def tests(request: Request) -> Response:
     """GET /api/tests/{comparison}: the badges of its answers in the order shown, and whether all tests are over."""
     shared, labeler = shared_of(request), labeler_of(request)
-    comparison = shared.store.comparison(request.path_params["comparison"])
+    comparison = shared.comparison(request.path_params["comparison"])
     if comparison is None:
         raise missing("comparison")
-    task = shared.store.task(comparison.task)
+    task = shared.task(comparison.task)
     runs = pages.runs_of(shared, comparison, task)
     order = pages.shown_order(labeler, comparison.id, len(runs))
     over = all(run is None or run.over for run in runs)
@@ -171,8 +177,8 @@ def judgment_of(data: dict, labeler: str) -> Judgment:
     if not 0 < len(values["id"]) <= LONGEST_ID:
         raise ValueError(f"id has {len(values['id'])} characters, expected 1 to {LONGEST_ID}")
     seconds, edited_from = data.get("seconds"), data.get("edited_from")
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float | None):
-        raise ValueError("seconds is no number")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float | None) or (seconds or 0) > LONGEST_SECONDS:
+        raise ValueError("seconds is no number of seconds")
     if isinstance(edited_from, bool) or not isinstance(edited_from, int | None):
         raise ValueError("edited_from is no index")
     reasons = data.get("reasons") or []
@@ -180,8 +186,8 @@ def judgment_of(data: dict, labeler: str) -> Judgment:
         raise ValueError("reasons is no list of texts")
     return Judgment(
         **values, labeler=labeler, order=_indices(data, "order"), ranks=_indices(data, "ranks"), seconds=seconds,
-        reasons=tuple(reasons[:100]), comment=_text_of(data, "comment")[:LONGEST_COMMENT], edited=_text_of(data, "edited"),
-        edited_from=edited_from,
+        reasons=tuple(map(as_text, reasons[:MOST_REASONS])), comment=_text_of(data, "comment")[:LONGEST_COMMENT],
+        edited=_text_of(data, "edited"), edited_from=edited_from,
     )  # fmt: skip
 
 
@@ -189,8 +195,7 @@ def _text_of(data: dict, name: str) -> str:
     value = data.get(name) or ""
     if not isinstance(value, str):
         raise ValueError(f"{name} is no text")
-    # JSON can carry half a character, which no file can.
-    return value.encode("utf-8", "replace").decode()
+    return as_text(value)
 
 
 def _indices(data: dict, name: str) -> tuple[int, ...]:

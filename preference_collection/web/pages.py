@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from preference_collection.generation.judges import shown_reason
 from preference_collection.generation.writing import read_reply
 from preference_collection.sandbox.running import TestRun
 from preference_collection.store.model import Comparison, Judgment, Task, Verdict, shown_order
@@ -20,7 +21,7 @@ class Side:
     """An answer as shown: number counts from the left and is its key, index is its place in the comparison.
 
     beside and stacked are its names where answers stand side by side, and one above the other. fault is what makes it useless,
-    as the end of a sentence.
+    as the end of a sentence, called the function that its tests call if that is not the task's.
     """
 
     number: int
@@ -30,6 +31,7 @@ class Side:
     html: Markup
     tests: Markup
     fault: str | None
+    called: str
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,37 @@ def show_task(shared: Shared, task: Task, **more) -> Shown:
     return Shown(**{"id": "", "order": (), **more}, task=task, prompt=prompt, turns=turns, tests=tests)
 
 
-def show_comparison(shared: Shared, labeler: str, comparison: Comparison, again: Judgment | None = None) -> Shown:
-    """A comparison for a labeler; `again` is their undone judgment of it, whose reasons and comment are kept."""
-    task = shared.store.task(comparison.task)
+def show_comparison(
+    shared: Shared, labeler: str, comparison: Comparison, again: Judgment | None = None, is_new: bool = False
+) -> Shown:
+    """A comparison for a labeler.
+
+    again: their undone judgment of it, whose reasons and comment are kept. is_new: it comes from the queue, so that they have
+    not judged it.
+    """
+    task = shared.task(comparison.task)
     order = shown_order(labeler, comparison.id, len(comparison.answers))
     runs = runs_of(shared, comparison, task)
     sides = tuple(_side(shared, comparison, task, number, index, runs[index]) for number, index in enumerate(order, start=1))
-    standing = shared.store.standing(comparison.id)
+    standing = [] if is_new else shared.store.standing(comparison.id)
     own = next((judgment for judgment in standing if judgment.labeler == labeler), None)
     note = f"You judged: {judged_words(own, order)}. Judging again replaces it." if own else ""
     given = own or again
     return show_task(
-        shared, task, id=comparison.id, order=order, sides=sides, note=note, others=_others(shared, comparison),
+        shared, task, id=comparison.id, order=order, sides=sides, note=note,
+        others=() if is_new else _others(shared, comparison),
         polled=any(run and not run.over for run in runs), reasons=tuple(shared.settings.reasons),
         given_reasons=given.reasons if given else (), given_comment=given.comment if given else "",
     )  # fmt: skip
+
+
+def prepare(shared: Shared, id: str) -> None:
+    """Do what showing a comparison needs before it is shown, except its tests."""
+    comparison = shared.comparison(id)
+    if comparison:
+        show_task(shared, shared.task(comparison.task))
+        for index in range(len(comparison.answers)):
+            answer_html(shared, comparison, index)
 
 
 def runs_of(shared: Shared, comparison: Comparison, task: Task) -> list[TestRun | None]:
@@ -100,8 +118,8 @@ def _side(shared: Shared, comparison: Comparison, task: Task, number: int, index
     name = f"answer {number}"
     beside, stacked = (BESIDE[number - 1], STACKED[number - 1]) if two else (name, name)
     fault = read_reply(task, answer.text).fault
-    text = answer_html(shared, comparison, index)
-    return Side(number, index, beside, stacked, text, tests_of(run, task), fault)
+    text, called = answer_html(shared, comparison, index), answer.parameters.get("function_name", "")
+    return Side(number, index, beside, stacked, text, tests_of(run, task), fault, called)
 
 
 def answer_html(shared: Shared, comparison: Comparison, index: int) -> Markup:
@@ -149,7 +167,13 @@ def verdict_words(verdict: Verdict, order: tuple[int, ...]) -> dict:
     """The verdict of a model: judge, words, reason, and of two answers the number of the better one, as shown, else 0."""
     ranks = [verdict.ranks[index] for index in order]
     number = ranks.index(1) + 1 if len(ranks) == 2 and ranks[0] != ranks[1] else 0
-    return {"judge": verdict.judge, "words": ranked_words(verdict.ranks, order), "number": number, "reason": verdict.reason}
+    reason = reason_words(verdict, order)
+    return {"judge": verdict.judge, "words": ranked_words(verdict.ranks, order), "number": number, "reason": reason}
+
+
+def reason_words(verdict: Verdict, order: tuple[int, ...]) -> str:
+    """The reason of a verdict, with the answers by the numbers shown."""
+    return shown_reason(verdict.reason, [f"answer {order.index(index) + 1}" for index in range(len(order))])
 
 
 def progress_words(judged: int, left: int) -> str:

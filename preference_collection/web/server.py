@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from preference_collection.web import generating, labeling, lists
+from preference_collection.web import generating, labeling, lists, team
 from preference_collection.web.security import Guard, HeadersAdded, is_local, session_key
 from preference_collection.web.shared import HERE, Shared, page, posted, shared_of
 from preference_training.core.errors import UserError
@@ -58,6 +58,7 @@ def build_app(shared: Shared) -> HeadersAdded:
         Route("/api/generate/{task:path}", generating.panel),
         Route("/api/writing/{task:path}/{action}", posted(generating.steer), methods=["POST"]),
         Route("/api/writing/{task:path}", generating.writing),
+        *team.routes(),
         Mount("/static", StaticFiles(directory=HERE / "static")),
     ]
     key = session_key(shared.store.address, shared.password)
@@ -103,7 +104,8 @@ async def sign_in(request: Request) -> Response:
 
 
 def sign_out(request: Request) -> Response:
-    """POST /sign-out."""
+    """POST /sign-out. What the labeler has before them is free for others."""
+    shared_of(request).queue.release(request.session["labeler"])
     request.session.clear()
     return RedirectResponse("/", 303)
 

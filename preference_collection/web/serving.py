@@ -48,6 +48,7 @@ def serve(settings: DictConfig, password: str) -> None:
         print(f"{address_of(settings.address, port)}  store {settings.store}; Ctrl-C stops", flush=True)
         print(shared.runner.sandbox.isolation.line(), flush=True)
         closing.callback(shared.ahead.start().stop)
+        closing.callback(shared.close)
         run(shared, sockets)
 
 

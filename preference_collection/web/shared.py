@@ -2,7 +2,10 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -17,6 +20,7 @@ from preference_collection.generation.ahead import Ahead
 from preference_collection.generation.sources import Source
 from preference_collection.generation.writing import Writing
 from preference_collection.sandbox.running import TestRunner
+from preference_collection.store.model import Comparison, Task
 from preference_collection.store.queue import Queue
 from preference_collection.store.store import Store
 from preference_collection.web.characters import shown
@@ -31,6 +35,8 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 TEMPLATES.filters["shown"] = shown
+# Tasks and comparisons that are remembered, and the number of comparisons that are prepared for a labeler.
+REMEMBERED, PREPARED = 300, 2
 # The pages in the header.
 LINKS = (
     ("/label", "Label"),
@@ -60,6 +66,46 @@ class Shared:
     chosen: dict[str, dict] = field(default_factory=dict)
     instructions: dict[tuple[str, str], str] = field(default_factory=dict)
     ahead: Ahead | None = None
+
+    def __post_init__(self):
+        """Tasks and comparisons never change, so that those last asked for are remembered."""
+        self._remembered = {
+            "comparison": lru_cache(REMEMBERED)(partial(_found, self.store.comparison)),
+            "task": lru_cache(REMEMBERED)(partial(_found, self.store.task)),
+        }
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="next")
+
+    def comparison(self, id: str) -> Comparison | None:
+        """The comparison with an id."""
+        with suppress(LookupError):
+            return self._remembered["comparison"](id)
+        return None
+
+    def task(self, id: str) -> Task | None:
+        """The task with an id."""
+        with suppress(LookupError):
+            return self._remembered["task"](id)
+        return None
+
+    def seen(self, labeler: str, prepare: Callable[[str], object]) -> None:
+        """A labeler sees a comparison: `prepare` is called with the ids of the next ones, in the background."""
+        if self.ahead:
+            self.ahead.seen(labeler)
+            self._background.submit(lambda: [prepare(id) for id in self.queue.peek(labeler, PREPARED)])
+
+    def close(self) -> None:
+        """Stop working for what comes next, and asking models."""
+        for each in [each for writings in self.writings.values() for each in writings]:
+            each.cancel()
+        self._background.shutdown()
+
+
+def _found(find: Callable, id: str):
+    """What `find` finds. Raises LookupError if there is none, which is not remembered: it may come."""
+    found = find(id)
+    if found is None:
+        raise LookupError(id)
+    return found
 
 
 def shared_of(request: Request) -> Shared:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from markupsafe import Markup
 from omegaconf import DictConfig
@@ -11,10 +12,10 @@ from starlette.routing import Route
 
 from preference_collection.settings import guidelines_text
 from preference_collection.store.model import Judgment, Verdict, new_id, ranks_of_pick
-from preference_collection.store.statistics import Agreement
+from preference_collection.store.statistics import Agreement, LabelerProgress
 from preference_collection.web.labeling import progress
 from preference_collection.web.markup import rendered
-from preference_collection.web.pages import answer_html, judged_words, ranked_words, show_task
+from preference_collection.web.pages import answer_html, judged_words, ranked_words, reason_words, show_task
 from preference_collection.web.shared import Shared, html, labeler_of, missing, page, posted, shared_of
 
 # Disagreements on one page.
@@ -48,10 +49,11 @@ def team_progress(request: Request) -> Response:
     shared, labeler = shared_of(request), labeler_of(request)
     people = shared.store.progress_by_labeler()
     overlap = shared.settings.overlap
-    done, total = shared.store.completed(overlap), shared.store.progress().comparisons
+    done, total = shared.store.finished(overlap), shared.store.progress().comparisons
     return page(
         request, "progress.html", progress=progress(shared, labeler), done=done, total=total,
-        summary=summary_words(done, total, overlap), people=[(person, person_words(person)) for person in people],
+        summary=summary_words(done, total, overlap), people=[person_words(person) for person in people],
+        left=left_words((total - done) * overlap, people),
     )  # fmt: skip
 
 
@@ -63,17 +65,31 @@ def summary_words(done: int, total: int, overlap: int) -> str:
     return f"{done:,} of {total:,} comparisons have {needed}."
 
 
-def person_words(person) -> str:
+def person_words(person: LabelerProgress) -> str:
     """What one has judged: "Ada judged 40 comparisons, 12 s each, 3 today."."""
     parts = [f"{person.labeler} judged {person.judgments:,} comparison{'s' * (person.judgments != 1)}"]
     if person.median_seconds is not None:
         parts.append(f"{seconds_words(person.median_seconds)} each")
+    if person.skips:
+        parts.append(f"{person.skips:,} skipped")
+    if person.settled:
+        parts.append(f"settled {person.settled:,}")
     return f"{', '.join(parts)}, {f'{person.today:,}' if person.today else 'none'} today."
 
 
+def left_words(missing: int, people: Sequence[LabelerProgress]) -> str:
+    """How long the judgments that are missing take at the pace so far; empty if nobody knows."""
+    paces = [person.median_seconds for person in people if person.median_seconds is not None]
+    if not missing or not paces:
+        return ""
+    return f"At this pace, the rest takes one person {seconds_words(missing * median(paces))}."
+
+
 def seconds_words(seconds: float) -> str:
-    """A duration: "12 s", "2 min"."""
-    return f"{max(seconds, 1):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    """A duration: "12 s", "2 min", "3 h"."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:,.0f} h"
 
 
 # ---- agreement --------------------------------------------------------------------------------------------------------------
@@ -109,9 +125,9 @@ def agreement(request: Request) -> Response:
     )  # fmt: skip
 
 
-def share(agreed: int, compared: int) -> str:
-    """A share in words: "31 of 40 (78%)"."""
-    return f"{agreed:,} of {compared:,} ({agreed / compared:.0%})" if compared else "none"
+def share(found: Agreement) -> str:
+    """The share of equal opinions in words: "31 of 40 (78%)"."""
+    return "nothing" if found.share is None else f"{found.agreed:,} of {found.compared:,} ({found.share:.0%})"
 
 
 def alpha_words(found: Agreement) -> str:
@@ -169,7 +185,8 @@ def opinion_of(judgment: Judgment, count: int) -> tuple[str, str, str, str]:
 
 def verdict_of(verdict: Verdict, count: int) -> tuple[str, str, str, str]:
     """Who said what and why, of a model."""
-    return f"{verdict.judge} (a model)", ranked_words(verdict.ranks, tuple(range(count))), "", verdict.reason
+    order = tuple(range(count))
+    return f"{verdict.judge} (a model)", ranked_words(verdict.ranks, order), "", reason_words(verdict, order)
 
 
 def ways_to_settle(comparison: str, count: int) -> tuple[tuple[str, dict], ...]:

@@ -5,8 +5,10 @@ const work = document.getElementById("work");
 const said = document.getElementById("said");
 const bar = document.getElementById("bar");
 const labeler = document.body.dataset.labeler;
-const KEPT = `judgment of ${labeler}`;  // in localStorage: a judgment that the server has not confirmed
+const KEPT = `judgments of ${labeler}`;  // in localStorage: those that the server has not confirmed
 const GUARD = 200;   // a key within this time of a new comparison was meant for the one before; milliseconds
+const SLOW = 400;    // a request that takes longer is shown to be on its way; milliseconds
+const LOOK = 2000;   // between looks for a comparison where nothing is left; milliseconds
 const POLL = 300;    // between looks at running tests and replies; milliseconds
 const WAITS = [500, 1000, 2000, 4000, 8000];  // before sending again; milliseconds
 
@@ -25,12 +27,18 @@ const say = (text) => { said.textContent = text; };
 
 // ---- asking the server ------------------------------------------------------------------------------------------------------
 
-class Refused extends Error {}   // the server answered, and the answer is no
-class Away extends Error {}      // no answer, or one that may be better later
+// The server answered, and the answer is no; `later`: not for now, since somebody else is signed in, or nobody.
+class Refused extends Error {
+  constructor(message, later = false) { super(message); this.later = later; }
+}
+
+class Away extends Error {}  // no answer, or one that may be better later
 
 async function ask(address, body) {
   const options = { credentials: "same-origin", signal: AbortSignal.timeout(20000) };
-  if (body) Object.assign(options, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+  if (body) {
+    Object.assign(options, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+  }
   let answer, data;
   try {
     answer = await fetch(address, options);
@@ -38,9 +46,9 @@ async function ask(address, body) {
   } catch (error) {
     throw new Away("The server does not answer.");
   }
-  if (answer.status === 401) throw new Refused("You are signed out. Load the page again to sign in; what you judged is kept.");
+  if (answer.status === 401) throw new Refused("You are signed out. Load the page again; what you judged is kept.", true);
   if (answer.status >= 500) throw new Away(data.error || "The server failed.");
-  if (!answer.ok) throw new Refused(data.error || `The server answers ${answer.status}.`);
+  if (!answer.ok) throw new Refused(data.error || `The server answers ${answer.status}.`, answer.status === 409);
   return data;
 }
 
@@ -49,6 +57,7 @@ async function change(action) {
   if (held) return;
   held = true;
   document.body.dataset.state = "waiting";
+  const slow = setTimeout(() => document.body.classList.add("slow"), SLOW);
   try {
     await action();
   } catch (error) {
@@ -56,6 +65,8 @@ async function change(action) {
     say(error.message);
   } finally {
     held = false;
+    clearTimeout(slow);
+    document.body.classList.remove("slow");
     setTimeout(ready, Math.max(0, shownAt + GUARD - performance.now()));
   }
 }
@@ -84,9 +95,19 @@ function mount() {
   shownAt = performance.now();
   view(localStorage.getItem("view") === "stacked");
   if (main()) pollTests(main());
+  const waits = one("[data-waits]", work);
+  if (waits) setTimeout(() => look(waits), LOOK);
   // The last turn of a conversation is what the answers answer.
   const turns = one(".turns", work);
   if (turns) turns.lastElementChild.scrollIntoView({ block: "nearest", behavior: "instant" });
+}
+
+// Nothing is left, but a model is making more: look for it while this is shown and nothing else happens.
+async function look(waits) {
+  if (!waits.isConnected) return;
+  const answer = held ? null : await ask("/api/next", { labeler, comparison: "" }).catch(() => null);
+  if (!waits.isConnected || held) return;
+  if (answer && answer.next.id) show(answer.next); else setTimeout(() => look(waits), LOOK);
 }
 
 function seconds() {
@@ -126,17 +147,17 @@ function ranksOf(best) {
 function judge(choice, best = []) {
   const what = said_of(choice, best);
   const judgment = {
-    id: crypto.randomUUID ? crypto.randomUUID().replaceAll("-", "") : random_id(), labeler, comparison: main().dataset.comparison,
+    id: random_id(), labeler, comparison: main().dataset.comparison,
     choice, order: order(), ranks: choice === "ranked" ? ranksOf(best) : [], seconds: seconds(),
     reasons: all("[data-reason][aria-pressed=true]").map((button) => button.dataset.reason),
     comment: document.getElementById("comment").value.trim(),
     edited: edited ? edited.text : "", edited_from: edited && edited.number ? order()[edited.number - 1] : null,
   };
-  keep({ judgment, what });
+  keep(judgment.id, { judgment, what });
   return change(() => send(judgment, what));
 }
 
-// randomUUID exists in secure contexts only; a page served to other machines by HTTP is none.
+// crypto.randomUUID would do, but exists in secure contexts only, and a page served to other machines by HTTP is none.
 function random_id() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
@@ -150,9 +171,15 @@ function said_of(choice, best) {
   return best.length === 1 && main().dataset.count === "2" ? `${name(best[0])} is better` : best.map(name).join(" > ");
 }
 
-function keep(what) {
+// What was judged stays in the browser until the server has confirmed it.
+function kept() {
+  try { return JSON.parse(localStorage.getItem(KEPT)) || []; } catch (error) { return []; }
+}
+
+function keep(id, entry) {
+  const others = kept().filter((each) => each.judgment.id !== id);
   try {
-    if (what) localStorage.setItem(KEPT, JSON.stringify(what)); else localStorage.removeItem(KEPT);
+    localStorage.setItem(KEPT, JSON.stringify(entry ? [...others, entry] : others));
   } catch (error) { /* no storage: kept in the page alone */ }
 }
 
@@ -161,7 +188,7 @@ async function send(judgment, what) {
   for (let tries = 0; ; tries++) {
     try {
       const answer = await ask("/api/judge", judgment);
-      keep(null);
+      keep(judgment.id);
       const here = main() && main().dataset.comparison === judgment.comparison;
       const verdicts = (answer.verdicts || []).map((each) => verdict_line(each, here));
       show(answer.next);
@@ -170,7 +197,7 @@ async function send(judgment, what) {
       return;
     } catch (error) {
       if (error instanceof Refused) {
-        if (!error.message.startsWith("You are signed out")) keep(null);
+        if (!error.later) keep(judgment.id);
         throw error;
       }
       if (!(error instanceof Away)) throw error;
@@ -186,7 +213,9 @@ function verdict_line(verdict, here) {
   const line = document.createElement("span");
   line.className = "verdict";
   const words = verdict.number && here ? `${name(verdict.number)} is better` : verdict.words;
-  line.textContent = `${verdict.judge} judges: ${words}${verdict.reason ? `: ${verdict.reason}` : "."}`;
+  const two = here && main().dataset.count === "2";
+  const reason = two ? verdict.reason.replace(/answer ([12])/g, (_, number) => name(number)) : verdict.reason;
+  line.textContent = `${verdict.judge}, a model: ${words}. ${reason}`;
   return line;
 }
 
@@ -228,9 +257,10 @@ const does = {
     say(answer.undone ? "Undone. Judge it again, or press n." : "There is nothing to undo.");
   }),
   next: () => change(async () => {
-    const answer = await ask("/api/next", { labeler, comparison: main() ? main().dataset.comparison : "" });
-    show(answer.next);
-    say("Not judged; it comes again later.");
+    const left = main() ? main().dataset.comparison : "";
+    const { next } = await ask("/api/next", { labeler, comparison: left });
+    show(next);
+    say(next.id && next.id === left ? "It is the only one left." : left ? "Not judged; it comes again later." : "");
   }),
   reason: (button) => toggled(button),
   reasons: () => one(".reason").focus(),
@@ -283,7 +313,10 @@ const does = {
   },
   // On other pages: post the object in data-body to data-post, then load the page again.
   post: async (button) => {
-    try { await ask(button.dataset.post, JSON.parse(button.dataset.body)); location.reload(); } catch (error) { alert(error.message); }
+    try {
+      await ask(button.dataset.post, JSON.parse(button.dataset.body));
+      location.reload();
+    } catch (error) { alert(error.message); }
   },
 };
 
@@ -339,10 +372,16 @@ async function fill(dialog, address, body) {
     if (answer.next) { show(answer.next); say(answer.said || ""); return; }
     if (answer.closed) { dialog.close(); return; }
     const begins = !one("[data-writing]", dialog);
+    const focus = dialog.contains(document.activeElement) ? document.activeElement : null;
+    const pressed = focus && focus.dataset.does;
     dialog.innerHTML = answer.html;
-    if (begins) one("h2", dialog).focus();
+    // Replacing what had the focus must not lose it.
+    const same = pressed && one(`[data-does="${pressed}"]`, dialog);
+    if (same) same.focus(); else if (begins || focus) one("h2", dialog).focus();
+    all(".replies .text", dialog).forEach((text) => { text.scrollTop = text.scrollHeight; });
     const at = one("[data-writing]", dialog);
-    if (at && at.dataset.writing === "on") setTimeout(() => dialog.open && fill(dialog, `/api/writing/${encodeURIComponent(task_here())}`), POLL);
+    const again = () => dialog.open && fill(dialog, `/api/writing/${encodeURIComponent(task_here())}`);
+    if (at && at.dataset.writing === "on") setTimeout(again, POLL);
   } catch (error) {
     dialog.textContent = error.message;
   }
@@ -386,8 +425,13 @@ document.addEventListener("click", (event) => {
 
 document.addEventListener("keydown", (event) => {
   const at = event.target;
-  if (at.id === "comment" && (event.key === "Enter" || event.key === "Escape")) { event.preventDefault(); comment(false); return; }
-  if (at.id === "edited" && event.key === "Enter" && event.ctrlKey) { event.preventDefault(); does["keep-edit"](); return; }
+  const enters = event.key === "Enter";
+  const ends = { comment: enters || event.key === "Escape", edited: enters && (event.ctrlKey || event.metaKey) };
+  if (ends[at.id]) {
+    event.preventDefault();
+    if (at.id === "comment") comment(false); else does["keep-edit"]();
+    return;
+  }
   if (writes(at) || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "Escape" && at.classList.contains("reason")) { one("h1", work).focus({ preventScroll: true }); return; }
   if (scrolled(event)) { event.preventDefault(); return; }
@@ -401,7 +445,8 @@ document.addEventListener("keydown", (event) => {
 
 // Arrows and page keys scroll all answers together while the focus is in none of them.
 function scrolled(event) {
-  const steps = { ArrowDown: 60, ArrowUp: -60, PageDown: 0.9, PageUp: -0.9, " ": event.shiftKey ? -0.9 : 0.9, Home: -1e7, End: 1e7 };
+  const page = event.shiftKey ? -0.9 : 0.9;
+  const steps = { ArrowDown: 60, ArrowUp: -60, PageDown: 0.9, PageUp: -0.9, " ": page, Home: -1e7, End: 1e7 };
   const focus = event.target;
   const free = focus === document.body || focus.tagName === "H1" || focus === main();
   if (!(event.key in steps) || !free || !main() || one("dialog[open]")) return false;
@@ -414,14 +459,9 @@ function scrolled(event) {
 
 // ---- the beginning ----------------------------------------------------------------------------------------------------------
 
-function kept() {
-  try { return JSON.parse(localStorage.getItem(KEPT)); } catch (error) { return null; }
-}
-
 if (work) {
   mount();
   setTimeout(ready, GUARD);
-  const unsent = kept();
-  if (unsent) change(() => send(unsent.judgment, unsent.what));
+  if (kept().length) change(async () => { for (const { judgment, what } of kept()) await send(judgment, what); });
   if (one("[data-open=generate]", work)) generate();
 }

@@ -46,16 +46,16 @@ def pairs_by_score(scores: list[float]) -> list[tuple[int, int]]:
 class Row(NamedTuple):
     """One row of a file or table: responses to a prompt, and the preferences between them.
 
-    target: the index of the response that SFT learns. scores, labels: of each response. weights, margins: of each pair.
-    forms_pairs: the row holds one scored response, and pairs are formed between the rows of a prompt. more_targets: further
-    responses that SFT learns. tools: JSON text, which belongs to the prompt; "" for none. number: of the row in its file; 0 if
-    unknown.
+    target: the index of the response that SFT learns, None if all are undesirable. scores, labels: of each response. weights,
+    margins: of each pair. forms_pairs: the row holds one scored response, and pairs are formed between the rows of a prompt.
+    more_targets: further responses that SFT learns. tools: JSON text, which belongs to the prompt; "" for none. number: of the
+    row in its file; 0 if unknown.
     """
 
     prompt: Prompt
     responses: list[Response]
     pairs: list[tuple[int, int]]
-    target: int
+    target: int | None
     scores: list[float] | None = None
     labels: list[bool] | None = None
     weights: list[float] | None = None
@@ -73,7 +73,7 @@ class Row(NamedTuple):
     @property
     def targets(self) -> list[Response]:
         """The responses that SFT learns."""
-        return [self.responses[index] for index in (self.target, *self.more_targets)]
+        return [self.responses[index] for index in (self.target, *self.more_targets) if index is not None]
 
 
 def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) -> Iterator[tuple[Prompt, dict]]:
@@ -152,8 +152,9 @@ class _Group:
             responses, scores, pairs = _ranked(*given, report)
             first, *others = [index for index, score in enumerate(scores) if score == max(scores)]
             self.add(Row(prompt, responses, pairs, first, scores, more_targets=tuple(others)), report)
-        if self.targets:
-            record["sft_target"] = self.targets[-1]
+        if self.targets or self.labels:
+            # Of responses that are all undesirable, SFT learns none; a record has a target all the same.
+            record["sft_target"] = self.targets[-1] if self.targets else record["responses"][0]
             record |= {"sft_targets": self.targets} if len(self.targets) > 1 else {}
             record |= {
                 key: [of.get(response) for response in record["responses"]]
@@ -203,7 +204,7 @@ RECORD_COLUMNS = ("responses", "pairs", "sft_target", "ranks", "labels", "chosen
 def record_row(row: dict, prompts: PromptFields) -> Row:
     """A row that is a record: `responses`, `pairs` of their indices, and `sft_target`, which may be a further response.
 
-    Without a target, SFT learns the first preferred response, if any. Raises RowError.
+    Without a target, SFT learns the first preferred response, and none of those that are all undesirable. Raises RowError.
     """
     answers = parse_text_list(row.get("responses"))
     if not isinstance(answers, list) or not answers:
@@ -216,17 +217,18 @@ def record_row(row: dict, prompts: PromptFields) -> Row:
     if ranks is not None and not (isinstance(ranks, list) and len(ranks) == len(responses)):
         raise RowError(f"field 'ranks' is {ranks!r}, expected a list of {len(responses)} numbers, one for each response.")
     scores = None if ranks is None else [None if is_missing_number(rank) else -as_number(rank, "ranks") for rank in ranks]
-    target = row.get("sft_target")
-    target = (responses[0] if not pairs else None) if is_empty(target) else _response(answer_in(target, "sft_target"))
+    given = row.get("sft_target")
+    target = None if is_empty(given) else _response(answer_in(given, "sft_target"))
     record = {"responses": responses, "pairs": pairs, "sft_target": target or responses[0], "labels": labels, "scores": scores}
     if problem := item_error(("", record)):
         raise RowError(f"{problem}.")
-    target = responses[pairs[0][0]] if target is None else target
-    if target not in responses:
-        more = [[*given, None] if given is not None else None for given in (scores, labels)]
+    if target is None and (pairs or not labels or None in labels or any(labels)):
+        target = responses[pairs[0][0] if pairs else 0]
+    if target is not None and target not in responses:
+        more = [[*some, None] if some is not None else None for some in (scores, labels)]
         responses, scores, labels = [*responses, target], *more
     prompt = "" if row.get(prompts.prompt) == "" else prompts.read(row)
-    return Row(prompt, responses, pairs, responses.index(target), scores, labels)
+    return Row(prompt, responses, pairs, None if target is None else responses.index(target), scores, labels)
 
 
 def _response(answer) -> Response:

@@ -311,6 +311,8 @@ def test_judgments_of_one_prompt_are_joined_and_opposite_labels_cancel(tmp_path)
     found, report = records_in(tmp_path, picked, bad)
     assert (found["q"].pairs, found["q"].labels) == ([(0, 1)], [None, False])
     assert report.left_out == {BOTH_LABELS: 1}
+    # What one found best is learned once: the other judgment has no target.
+    assert found["q"].targets == ("a",)
 
 
 @pytest.mark.parametrize(

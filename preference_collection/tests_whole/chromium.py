@@ -13,7 +13,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.support.ui import WebDriverWait
 
 # Timeout of every wait; machines may be busy. Unit: seconds.
-WAIT = 60
+WAIT = 40
 SIZES = ((390, 844), (1280, 800), (1920, 1080))
 SCHEMES = ("light", "dark")
 

@@ -159,7 +159,7 @@ def test_pairs_and_rankings_are_judged_by_keys_alone(browser, filled):
         wait_for(browser, "Prefer correct answers.")
         press(browser, Keys.ESCAPE)
         press(browser, "d")
-        wait_until(browser, "document.querySelector('.differences ins') && document.querySelector('.differences del')")
+        wait_until(browser, "document.querySelector('.differences .added') && document.querySelector('.differences .removed')")
         photograph(browser, "differences")
         press(browser, "d")
         # In a text field, a key is a letter.

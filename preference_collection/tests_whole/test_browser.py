@@ -25,6 +25,7 @@ from preference_collection.tests_whole.chromium import (
     open_chromium,
     overflow,
     press,
+    press_with_control,
     show,
     text_of,
     unseen,
@@ -134,7 +135,7 @@ def test_everything_that_a_pick_needs_is_in_the_window_at_all_sizes_in_both_colo
                     assert abs(ask(browser, BAR_ENDS) - height) < 1, where
                     assert faint(browser) == [], where
                     photograph(browser, f"{name}-{width}-{colors}")
-        assert foreign_requests(browser, server.url) == []
+        assert foreign_requests(browser) == []
 
 
 def test_other_pages_fit_and_contrast_too(browser, filled):
@@ -192,7 +193,7 @@ def test_a_better_answer_is_written_and_kept_with_the_judgment(browser, filled):
         press(browser, "1")
         wait_until(browser, "document.getElementById('edited').value !== ''")
         press(browser, "In short: ")
-        press(browser, Keys.CONTROL, Keys.ENTER)
+        press_with_control(browser, Keys.ENTER)
         wait_until(browser, "!document.querySelector('dialog.edit').open")
         next_after(browser, "1")
         command_line = [f"store={filled / 'collection.duckdb'}"]
@@ -232,10 +233,10 @@ def test_hostile_answers_are_text(browser, tmp_path):
         sign_in(browser, server.url)
         wait_until(browser, SHOWN)
         press(browser, "f")
-        assert "owned" not in browser.title and "<script>" in text_of(browser) and "U+202E" in text_of(browser)
+        assert browser.title != "owned" and "<script>" in text_of(browser) and "U+202E" in text_of(browser)
         assert overflow(browser) <= 0
         assert ask(browser, "document.querySelectorAll('main img, main script').length") == 0
-        assert foreign_requests(browser, server.url) == []
+        assert foreign_requests(browser) == []
 
 
 def test_a_judgment_survives_a_server_that_is_away(browser, filled):

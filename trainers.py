@@ -56,6 +56,8 @@ class Trainer:
             self.before_first_step()
         else:
             self.models.start_check = None
+            if self.state.evaluation_due:
+                self.between_steps(0)
         self.pace.idle()
         for batch in self.batches.train:
             lr = self.step.updater.lr
@@ -72,7 +74,7 @@ class Trainer:
             if self.finished:
                 break
         self.monitor.report_sharing()
-        self.evaluator.evaluate()
+        self.evaluator.evaluate(may_stop=False)
         self.save(finished=True)
 
     @property
@@ -82,21 +84,29 @@ class Trainer:
         return ended or self.observers.callbacks_end_run(self.placement.ranks)
 
     def before_first_step(self) -> None:
-        """Sample the reference's responses while it is the policy, and evaluate."""
+        """Sample the reference's responses while it is the policy, and evaluate. Raises StoppedError where it is to stop."""
         if self.models.reference is not None:
             self.state.reference_answers = self.evaluator.responses()
         if self.config.do_first_eval:
             self.evaluator.evaluate()
+        if self.state.evaluation_due:
+            reason = self.observers.stop.reason or "another process of the run is to stop"
+            raise StoppedError(f"stopped before the first step: {reason}; nothing was trained", resumable=False)
 
     def between_steps(self, size: int) -> bool:
         """Evaluate, write a checkpoint, or stop, where it is time to; `size` examples were just seen. Whether it was."""
-        evaluate = self.passed(self.config.eval_every, size)
+        # Of a resumed run that was stopped during an evaluation: its checkpoint lacks the results.
+        was_due = self.state.evaluation_due
+        evaluate = was_due or self.passed(self.config.eval_every, size)
         strategy = self.config.save_strategy
         save = (strategy == "steps" and self.passed(self.config.save_every or self.config.eval_every, size)) or (
             strategy == "epoch" and self.batches.train.at_end_of_epoch
         )
         if evaluate:
             self.evaluator.evaluate()
+            self.stopping |= self.state.evaluation_due
+        if was_due and not self.stopping:
+            save, self.saved_at = True, None
         if save:
             self.save()
         if self.stopping:

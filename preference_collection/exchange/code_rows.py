@@ -172,6 +172,8 @@ def older_tests(
                 raise RowError(f"no problem has the id {id!r}")
             if not (name := function_name_in(row)):
                 raise RowError("it has no function_name")
+            if row.get("outputs") is None:
+                raise RowError("it has no outputs")
             found = cases.setdefault(id, (name, []))
             if found[0] != name:
                 raise RowError(f"its function is {name}, and that of an earlier test of the problem {found[0]}")

@@ -5,7 +5,10 @@
 
 import ast
 import json
+from contextlib import suppress
 from math import isfinite
+
+from preference_training.data.rows.records import text_error
 
 # Longer texts are no tests. Unit: characters.
 LONGEST = 100_000
@@ -61,6 +64,9 @@ def _values(text: str) -> list:
     """The values in a text, separated by commas, each perhaps with a name: those of `f(text)`."""
     if len(text) > LONGEST:
         raise ValueError(f"a value has {len(text)} characters, expected at most {LONGEST}")
+    with suppress(ValueError, RecursionError):
+        # First, since only JSON writes a character as two escapes.
+        return [plain_value(value) for value in json.loads(f"[{text}]")]
     try:
         call = ast.parse(f"f({text.strip()}\n)", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "f":
@@ -90,7 +96,8 @@ def plain_value(value):
         if not all(isinstance(key, str) for key in value):
             raise ValueError("an object has a key that is no text")
         return {key: plain_value(inner) for key, inner in value.items()}
+    if isinstance(value, str) and (problem := text_error(value)) and problem != "is empty":
+        raise ValueError(f"a text {problem}")
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and isfinite(value)):
-        json.dumps(value).encode()
         return value
     raise ValueError(f"a value is {type(value).__name__}, which JSON lacks")

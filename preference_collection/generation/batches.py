@@ -157,8 +157,9 @@ class Batch:
                 # Otherwise the pool would wait for the replies.
                 self._stop.ask()
                 raise
-        if self._progress:
-            self._progress.end()
+            finally:
+                if self._progress:
+                    self._progress.end()
         if self._fatal:
             raise self._fatal
 

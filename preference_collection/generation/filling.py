@@ -150,6 +150,7 @@ def fill(store, plan: Plan, count: int, workers: int, patience: Patience = PATIE
 
     Raises UserError if the source has no replies; what was made stays.
     """
+    check_writable(store)
     if not store.browse(Query(), 0, 1)[1]:
         raise UserError(f"generate: {store.address} has no tasks. Import some: python -m preference_collection import FILE.")
     for model in plan.models:
@@ -166,6 +167,12 @@ def fill(store, plan: Plan, count: int, workers: int, patience: Patience = PATIE
         said = f"{error}\n{number_of(filler.counts['answers'], 'answer')} saved; run the command again to continue."
         raise kind(said.strip()) from error
     return summary(filler.counts, len(tasks), batch.failures)
+
+
+def check_writable(store) -> None:
+    """Raise UserError, before any model is asked, if a store cannot keep what it says."""
+    if store.read_only:
+        raise UserError(f"store: {store.address} is open read-only. Open a store that you can write to.")
 
 
 def summary(counts: Counter, tasks: int, failures: Sequence[UserError]) -> str:

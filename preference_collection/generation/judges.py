@@ -15,6 +15,7 @@ from itertools import islice
 
 from preference_collection.generation.asking import Request
 from preference_collection.generation.batches import PATIENCE, Batch, Patience, Progress, number_of, reply_to
+from preference_collection.generation.filling import check_writable
 from preference_collection.generation.sources import Model
 from preference_collection.generation.stopping import Stop
 from preference_collection.store.model import Comparison, Task, Verdict
@@ -175,6 +176,7 @@ def rubric_with(rubric: str | None, guidelines: str | None) -> str:
 
 def judge_all(judging: Judging, count: int | None, workers: int) -> str:
     """Ask for the verdicts that are missing, at most `count`. Returns a line about them. Raises UserError as `Batch.run`."""
+    check_writable(judging.store)
     judging.judge.check()
     total = len(judging.store.comparison_ids())
     progress = Progress(total, "comparisons") if count is None else Progress(min(count, total), "comparisons")

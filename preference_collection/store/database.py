@@ -13,7 +13,7 @@ from preference_training.core.errors import UserError
 from preference_training.data.rows.records import Prompt, Turn
 
 LAST_NUMBER = """SELECT greatest((SELECT max(number) FROM judgments), (SELECT max(number) FROM comparisons),
-    (SELECT max(number) FROM answers), (SELECT max(number) FROM tasks))"""
+    (SELECT max(number) FROM answers), (SELECT max(number) FROM tasks), (SELECT max(number) FROM verdicts))"""
 
 
 @dataclass

@@ -13,13 +13,13 @@ INSERT_SCORES = """INSERT INTO scores SELECT unnest(?::VARCHAR[]), unnest(?::VAR
     unnest(?::TIMESTAMP[])"""
 INSERT_FLIPS = """INSERT INTO flip_probabilities SELECT unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::DOUBLE[]),
     unnest(?::TIMESTAMP[])"""
-INSERT_VERDICTS = """INSERT INTO verdicts SELECT unnest(?::VARCHAR[]), unnest(?::VARCHAR[]),
+INSERT_VERDICTS = """INSERT INTO verdicts SELECT unnest(?::BIGINT[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]),
     CAST(unnest(?::VARCHAR[]) AS JSON)::INTEGER[], unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::TIMESTAMP[])"""
 
 TEST_RUN = "SELECT results FROM test_runs WHERE answer = $answer ORDER BY moment DESC LIMIT 1"
 SIZES = "SELECT id, len(answers) FROM comparisons WHERE id IN (SELECT unnest(?::VARCHAR[]))"
 VERDICTS_OF = f"""SELECT comparison, judge, ranks, reason, parameters FROM ({NEWEST_VERDICTS})
-    WHERE comparison = $comparison ORDER BY moment, judge"""
+    WHERE comparison = $comparison ORDER BY number"""
 
 
 class Evidence(Database):
@@ -65,9 +65,11 @@ class Evidence(Database):
                         raise ValueError(f"no such comparison: {verdict.comparison}")
                     if error := ranks_error(verdict.ranks, sizes[verdict.comparison]):
                         raise ValueError(f"the verdict of {verdict.judge} on {verdict.comparison} {error}")
-                insert(cursor, INSERT_VERDICTS, [
-                    (v.comparison, v.judge, as_json(v.ranks), v.reason, as_json(v.parameters), now()) for v in some
-                ])  # fmt: skip
+                rows = [
+                    (next(self._numbers), v.comparison, v.judge, as_json(v.ranks), v.reason, as_json(v.parameters), now())
+                    for v in some
+                ]
+                insert(cursor, INSERT_VERDICTS, rows)
 
     def verdicts(self, comparison: str) -> list[Verdict]:
         """The newest verdict of each judge on a comparison."""

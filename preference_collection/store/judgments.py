@@ -17,7 +17,7 @@ INSERT_JUDGMENTS = """INSERT INTO judgments SELECT unnest(?::BIGINT[]), unnest(?
     unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::INTEGER[]), unnest(?::BOOLEAN[]), unnest(?::TIMESTAMP[]),
     unnest(?::VARCHAR[])"""
 
-KNOWN_JUDGMENTS = "SELECT id FROM judgments WHERE id IN (SELECT unnest(?::VARCHAR[]))"
+KNOWN_JUDGMENTS = "SELECT id, comparison, labeler FROM judgments WHERE id IN (SELECT unnest(?::VARCHAR[]))"
 SIZES = "SELECT id, len(answers) FROM comparisons WHERE id IN (SELECT unnest(?::VARCHAR[]))"
 COLUMNS = "id, comparison, labeler, choice, shown, ranks, seconds, reasons, comment, edited, edited_from, settles"
 STANDING_OF = f"SELECT {COLUMNS} FROM standing WHERE comparison = $comparison ORDER BY number"
@@ -33,7 +33,7 @@ class Judgments(Tasks):
     def judge(self, judgment: Judgment) -> None:
         """Add a judgment. One with a known id is ignored, so a key pressed twice counts once.
 
-        Raises ValueError for an invalid one, and for an unknown comparison.
+        Raises ValueError for an invalid one, for an unknown comparison, and for an id of another judgment.
         """
         with self._writing() as cursor:
             self._add_judgments(cursor, [judgment])
@@ -45,8 +45,16 @@ class Judgments(Tasks):
                 raise ValueError(f"no such comparison: {judgment.comparison}")
             if error := judgment_error(judgment, sizes[judgment.comparison]):
                 raise ValueError(f"judgment {judgment.id} {error}")
-        seen = {id for (id,) in cursor.execute(KNOWN_JUDGMENTS, [[judgment.id for judgment in judgments]]).fetchall()}
-        new = [judgment for judgment in judgments if not (judgment.id in seen or seen.add(judgment.id))]
+        rows = cursor.execute(KNOWN_JUDGMENTS, [[judgment.id for judgment in judgments]]).fetchall()
+        seen = {id: whose for id, *whose in rows}
+        new = []
+        for judgment in judgments:
+            whose = [judgment.comparison, judgment.labeler]
+            if judgment.id not in seen:
+                seen[judgment.id] = whose
+                new.append(judgment)
+            elif seen[judgment.id] != whose:
+                raise ValueError(f"the id {judgment.id} belongs to another judgment")
         insert(cursor, INSERT_JUDGMENTS, [self._event(judgment) for judgment in new])
 
     def _event(self, j: Judgment) -> tuple:

@@ -8,7 +8,7 @@ PLACES = """(VALUES (1, 2), (1, 3), (1, 4), (1, 5), (2, 3), (2, 4), (2, 5), (3, 
 
 # A judge's newest verdict counts.
 NEWEST_VERDICTS = """SELECT * FROM verdicts
-    QUALIFY row_number() OVER (PARTITION BY comparison, judge ORDER BY moment DESC, rowid DESC) = 1"""
+    QUALIFY row_number() OVER (PARTITION BY comparison, judge ORDER BY number DESC) = 1"""
 
 # By how little the policy prefers one answer, as the model that scored last says.
 MARGINS = """SELECT comparison, arg_max(margin, moment) AS margin FROM scores

@@ -58,7 +58,7 @@ MIGRATIONS = (
             number BIGINT NOT NULL, id VARCHAR NOT NULL, task VARCHAR NOT NULL, model VARCHAR NOT NULL,
             prompt VARCHAR NOT NULL, parameters VARCHAR NOT NULL, text VARCHAR NOT NULL, code VARCHAR,
             made TIMESTAMP NOT NULL)""",
-        """INSERT INTO answers SELECT row_number() OVER (ORDER BY rowid), id, problem, model, to_json(prompt)::VARCHAR,
+        """INSERT INTO answers SELECT row_number() OVER (ORDER BY made, id), id, problem, model, to_json(prompt)::VARCHAR,
             parameters, text, code, made FROM generations""",
         """CREATE TABLE comparisons (
             number BIGINT NOT NULL, id VARCHAR NOT NULL, task VARCHAR NOT NULL, answers VARCHAR[] NOT NULL,
@@ -74,8 +74,8 @@ MIGRATIONS = (
             CASE choice WHEN 'first' THEN [1, 2] WHEN 'second' THEN [2, 1] END,
             seconds, reasons, comment, '', NULL, false, moment, undoes FROM preferences""",
         """CREATE TABLE verdicts (
-            comparison VARCHAR NOT NULL, judge VARCHAR NOT NULL, ranks INTEGER[] NOT NULL, reason VARCHAR NOT NULL,
-            parameters VARCHAR NOT NULL, moment TIMESTAMP NOT NULL)""",
+            number BIGINT NOT NULL, comparison VARCHAR NOT NULL, judge VARCHAR NOT NULL, ranks INTEGER[] NOT NULL,
+            reason VARCHAR NOT NULL, parameters VARCHAR NOT NULL, moment TIMESTAMP NOT NULL)""",
         """CREATE TABLE flip_probabilities (
             comparison VARCHAR NOT NULL, source VARCHAR NOT NULL, probability DOUBLE NOT NULL, moment TIMESTAMP NOT NULL)""",
         "ALTER TABLE test_runs RENAME generation TO answer",

@@ -13,9 +13,8 @@ from preference_collection.store.judgments import Judgments
 from preference_collection.store.priorities import DISAGREEMENTS, DISPUTED, NEWEST_VERDICTS
 
 PROGRESS = """
-    SELECT (SELECT count(*) FROM tasks), (SELECT count(*) FROM comparisons), (SELECT count(DISTINCT comparison) FROM standing),
-        (SELECT count(*) FROM standing), (SELECT count(*) FROM standing WHERE labeler = $labeler),
-        (SELECT count(DISTINCT labeler) FROM standing)"""
+    SELECT (SELECT count(*) FROM tasks), (SELECT count(*) FROM comparisons), count(DISTINCT comparison), count(*),
+        count(*) FILTER (labeler = $labeler), count(DISTINCT labeler) FROM standing"""
 PROGRESS_BY_LABELER = """
     SELECT labeler, count(*) FILTER (NOT settles), count(*) FILTER (choice = 'skip'), count(*) FILTER (settles),
         count(*) FILTER (moment >= $since), median(seconds) FILTER (NOT settles)

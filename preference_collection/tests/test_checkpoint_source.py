@@ -127,7 +127,7 @@ def test_pairs_are_scored_by_their_log_probs(checkpoint, tmp_path, capsys):
         store.add_tasks([a_task()])
         store.add_comparisons([comparison])
     main(["score", str(checkpoint), f"store={address}"])
-    assert "1 pairs scored" in capsys.readouterr().out
+    assert "1 comparison scored" in capsys.readouterr().out
     with closing(open_store(address)) as store:
         [row] = store.browse(Query(order="uncertain"))[0]
     loaded = load_checkpoint(str(checkpoint))

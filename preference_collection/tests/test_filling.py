@@ -277,6 +277,22 @@ def test_the_command_says_what_is_wrong_before_it_opens_the_store(tmp_path, caps
     assert not store.exists()
 
 
+@pytest.mark.parametrize("command", ["generate", "judge"])
+def test_a_store_that_cannot_be_written_is_refused_before_a_model_is_asked(tmp_path, server, capsys, command):
+    address = str(tmp_path / "c.duckdb")
+    with closing(open_store(address)) as store:
+        with_tasks(store, "a")
+        store.add_comparisons([a_comparison("a")])
+    line = [f"store={address}", f"ollama_host={server.url}", "generator=ollama:varied", "judge=ollama:varied", "read_only=true"]
+    assert refused(capsys, command, *line) == f"store: {address} is open read-only. Open a store that you can write to."
+    assert not server.requests
+
+
+def test_a_store_without_tasks_says_how_to_get_some(tmp_path, server, capsys):
+    said = refused(capsys, "generate", f"store={tmp_path / 'c.duckdb'}", f"ollama_host={server.url}", "generator=ollama:varied")
+    assert said.endswith("has no tasks. Import some: python -m preference_collection import FILE.")
+
+
 def test_a_command_that_was_killed_asks_only_for_what_is_missing(tmp_path, server):
     """SIGKILL in the middle: each request whose answer was saved is not sent again, and nothing saved is lost."""
     address, tasks, per_task, workers = str(tmp_path / "c.duckdb"), 12, 2, 3

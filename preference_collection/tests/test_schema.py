@@ -71,7 +71,7 @@ def test_a_directory_and_a_missing_file_give_one_message_each(tmp_path):
 OLDER_ROWS = """
 INSERT INTO problems VALUES (1, 'a', 'The a', 'easy', 'Say "a" \\ é', 'f', '[{"args": [], "expected": 1}]', now()::TIMESTAMP);
 INSERT INTO generations VALUES
-    ('g2', 'a', 'tiny', 'Say "a"', '{"seed": 7}', 'one', 'x = 1', now()::TIMESTAMP),
+    ('g2', 'a', 'tiny', 'Say "a"', '{"seed": 7}', 'one', 'x = 1', now()::TIMESTAMP - INTERVAL 1 SECOND),
     ('g1', 'a', 'large', 'Say "a"', '{}', 'two', NULL, now()::TIMESTAMP);
 INSERT INTO pairs VALUES (2, 'p', 'a', 'g2', 'g1', now()::TIMESTAMP);
 INSERT INTO preferences VALUES

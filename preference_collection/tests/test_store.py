@@ -183,6 +183,15 @@ def test_a_key_pressed_twice_counts_once(store):
     assert store.progress("ada").judgments == 0
 
 
+def test_an_id_of_another_judgment_is_refused(store):
+    one, other = with_comparisons(store, "a", "b")
+    said = judged(store, one)
+    for changed in ({"labeler": "bob"}, {"comparison": other.id}):
+        with pytest.raises(ValueError, match=f"the id {said.id} belongs to another judgment"):
+            store.judge(replace(said, **changed))
+    assert store.standing(one.id) == [said] and store.standing(other.id) == []
+
+
 INVALID = [
     ({"choice": "both"}, "has the choice 'both', expected one of ranked, tie, bad, skip"),
     ({"order": (0, 2)}, r"has the order \(0, 2\), expected each of 0 to 1 once"),

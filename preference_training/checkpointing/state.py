@@ -85,4 +85,10 @@ STATE_SHAPE = {
     "run": {"config": dict, "data": [str], "began_with": (str, None), "wandb_id": _run_id},
 }
 # Parts that older versions did not write.
-NEWER_STATE_SHAPE = {"tokens": _count, "seconds": _number, "held_out_before": {...: [_number]}, "master_weights": bool}
+NEWER_STATE_SHAPE = {
+    "tokens": _count,
+    "seconds": _number,
+    "held_out_before": {...: [_number]},
+    "master_weights": bool,
+    "evaluation_due": bool,
+}

@@ -1,6 +1,7 @@
 """Stopping a run before its end, by a signal or a time limit.
 
-The first signal has the run finish its step, write a checkpoint and exit; a second SIGINT ends it at once.
+The first signal has the run finish its step, or the batch of its evaluation, write a checkpoint and exit; before the first step
+there is nothing to write. A second SIGINT ends it at once.
 """
 
 import os
@@ -19,7 +20,11 @@ SAME_SIGNAL = 1.0
 
 
 class StoppedError(Exception):
-    """The run has stopped before its end, with a checkpoint to resume from; the message says why."""
+    """The run has stopped before its end; the message says why. resumable: whether with a checkpoint to resume from."""
+
+    def __init__(self, message: str, resumable: bool = True):
+        super().__init__(message)
+        self.resumable = resumable
 
 
 class StopRequests:
@@ -46,10 +51,15 @@ class StopRequests:
         restore_handlers(self.handlers)
 
     @property
+    def signal(self) -> str | None:
+        """The name of the signal that asks the run to stop; None while none has."""
+        return self.received and self.received[0]
+
+    @property
     def reason(self) -> str | None:
         """Why the run is to stop; None while it is not."""
-        if self.received is not None:
-            return self.received[0]
+        if self.signal is not None:
+            return self.signal
         return "max_wall_time is over" if time.monotonic() >= self.ends_at else None
 
     def _receive(self, number: int, _frame) -> None:
@@ -64,7 +74,10 @@ class StopRequests:
 def _announce(name: str) -> None:
     """Say, from within a signal handler, that the run will stop: its step and an evaluation may still take minutes."""
     if os.environ.get("RANK", "0") == "0":
-        text = f"{name}: the run stops after its step, with a checkpoint; a second Ctrl-C ends it at once, without one\n"
+        text = (
+            f"{name}: the run stops after its step or the batch of its evaluation, with a checkpoint if it has taken a step; a "
+            "second Ctrl-C ends it at once, without one\n"
+        )
         # Unlike `print`, it may interrupt another write.
         os.write(2, text.encode())
 

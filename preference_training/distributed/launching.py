@@ -37,6 +37,7 @@ from preference_training.core.signals import (
     StopRequests,
     restore_handlers,
 )
+from preference_training.tracking.run_files import LATEST
 
 # The prefix of a worker's error where the mistake was the user's.
 MISTAKE = "UserError: "
@@ -94,7 +95,11 @@ def run_or_launch(run: Callable, config: RunConfig, run_dir: Path, in_sweep: boo
         return _run_silenced(run, config, run_dir, in_sweep)
     # References between keys are resolved here.
     config = replace(config, as_composed=config.as_dict())
-    return launch(_run_silenced, (run, config, run_dir, in_sweep), number_of_workers(config.trainer), config.fsdp_port)
+    try:
+        return launch(_run_silenced, (run, config, run_dir, in_sweep), number_of_workers(config.trainer), config.fsdp_port)
+    except StoppedError as stopped:
+        stopped.resumable = config.resume is not None or (run_dir / LATEST).exists()
+        raise
 
 
 def _run_silenced(run: Callable, *arguments):

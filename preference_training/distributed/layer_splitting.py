@@ -12,6 +12,7 @@ import logging
 import queue
 import re
 import threading
+import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,7 +36,7 @@ from preference_training.modeling.prefix_sharing.proof import (
 )
 from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
-from preference_training.modeling.state import compute_device, copied_dtype, weights_hash
+from preference_training.modeling.state import compute_device, copied_dtype, print_loaded, weights_hash
 from preference_training.modeling.tokenizer import load_tokenizer
 
 # ---- choosing it for a model----------------------------------------------------------------------------------------------
@@ -125,7 +126,9 @@ def load_split(config, tokenizer) -> tuple[nn.Module, str]:
     Raises UserError where the package cannot split it, or where the split model computes something else.
     """
     devices = split_devices(config.trainer)
+    began = time.perf_counter()
     source = load_model(config.model, tokenizer, config.cache_dir)
+    print_loaded(source, began)
     share_prefixes(source, _sharing_mode(config.prefix_sharing, devices))
     refusal = f"trainer=TensorParallelTrainer: the package tensor_parallel cannot split {type(source).__name__}:"
     try:

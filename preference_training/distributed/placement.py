@@ -4,6 +4,7 @@ The placement of a run is the one object that knows. It loads policy and referen
 optimizer state, clips gradients, and says which ranks share the data.
 """
 
+import time
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from preference_training.modeling.kernels import compile_between_attentions, ena
 from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
-from preference_training.modeling.state import move_to_devices, reference_copy, weights_hash
+from preference_training.modeling.state import move_to_devices, print_loaded, reference_copy, weights_hash
 
 
 class Placement:
@@ -132,9 +133,10 @@ class OneProcess(Placement):
 
     def load_policy(self) -> nn.Module:
         """Load the model to train."""
-        policy = move_to_devices(
-            load_model(self.config.model, self.tokenizer, self.config.cache_dir, self.base_dir), self.device
-        )
+        began = time.perf_counter()
+        loaded = load_model(self.config.model, self.tokenizer, self.config.cache_dir, self.base_dir)
+        policy = move_to_devices(loaded, self.device)
+        print_loaded(policy, began)
         self.began_with = weights_hash(policy)
         share_prefixes(policy, self.config.prefix_sharing)
         if self.config.activation_checkpointing:

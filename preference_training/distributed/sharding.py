@@ -6,6 +6,7 @@ The mesh has three dimensions: `replicate` (copies), `shard` (parts of every wei
 that differ in the first two train on different data.
 """
 
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from preference_training.modeling.prefix_sharing.proof import (
 )
 from preference_training.modeling.prefix_sharing.sharing import attend_over_tries, scores_in_head, share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
-from preference_training.modeling.state import compute_device, free_memory, set_buffers, weights_hash
+from preference_training.modeling.state import compute_device, free_memory, print_loaded, set_buffers, weights_hash
 
 # ---- the mesh -----------------------------------------------------------------------------------------------------------
 
@@ -182,7 +183,10 @@ def load_sharded(
     """
     config = layout.config
     tune_malloc(keep_freed=has_plenty_of_memory(config, tokenizer))
+    began = time.perf_counter()
     source = load_model(config.model, tokenizer, config.cache_dir, base_dir) if ranks.is_rank_zero else None
+    if source is not None:
+        print_loaded(source, began)
     proved = share_prefixes(source, config.prefix_sharing) and Sharing(scores_in_head(source)) if ranks.is_rank_zero else None
     sharing = ranks.broadcast(proved) or None
     model = empty_model(layout, tokenizer, config.model.policy_dtype, sharing, device)

@@ -3,7 +3,7 @@
 Shapes: R responses and E examples over the whole held-out set.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import isnan
@@ -61,7 +61,7 @@ def evaluate_held_out(
     policy: nn.Module,
     reference: Callable[[PackedBatch], Tensor] | None,
     loss: Loss,
-    batches: Sequence[PackedBatch],
+    batches: Iterable[PackedBatch],
     ranks: Ranks = SINGLE_PROCESS,
     on_batch: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
 ) -> HeldOut:
@@ -80,7 +80,7 @@ def evaluate_held_out(
 def score_responses(
     policy: nn.Module,
     reference: Callable[[PackedBatch], Tensor] | None,
-    batches: Sequence[PackedBatch],
+    batches: Iterable[PackedBatch],
     ranks: Ranks = SINGLE_PROCESS,
     on_batch: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
     loss: Loss | None = None,

@@ -275,6 +275,30 @@ class LiveReference:
             mine.lerp_(to_local(theirs).to(mine), share)
 
 
+class RememberedReference:
+    """A reference that does not move, and computes the log-probs of the batches of an evaluation once: a float per response.
+
+    `restart` begins an evaluation, all of which have the same batches in the same order. Every rank has as many of them, so
+    that all compute, or none.
+    """
+
+    def __init__(self, reference: Callable[[PackedBatch], Tensor]):
+        self.reference = reference
+        self.of_batches: list[Tensor] = []
+        self.next = 0
+
+    def restart(self) -> None:
+        """Begin an evaluation."""
+        self.next = 0
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        """Log-prob of each response of the next batch: [R] float32, on the batch's device."""
+        if self.next == len(self.of_batches):
+            self.of_batches.append(self.reference(batch).cpu())
+        self.next += 1
+        return self.of_batches[self.next - 1].to(batch.response_rows.device)
+
+
 class CachedReference:
     """A reference that looks up its log-probs, computed beforehand for all responses of the run's data: [rows] float32.
 

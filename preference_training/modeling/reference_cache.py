@@ -202,6 +202,8 @@ def _load(path: Path, ranks: Ranks) -> CachedReference | None:
 def _compute_and_save(reference: LiveReference, plan: ReferencePlan, path: Path, ranks: Ranks) -> CachedReference:
     if ranks.is_rank_zero and path.exists():
         print(f"reference: {path} is damaged and will be recomputed", flush=True)
+    if ranks.is_rank_zero:
+        print(f"reference: computing the log-probs of the responses to {len(plan.prompts):,} prompts, once", flush=True)
     computed = compute_logps(reference, plan, ranks)
     if ranks.is_rank_zero:
         _write(path, _to_tensors(computed))

@@ -6,6 +6,7 @@ modules (hooks that move inputs between devices, tensors of the last forward) st
 
 import copy
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,6 +34,15 @@ def compute_device(model: nn.Module) -> torch.device:
 def spans_devices(model: nn.Module) -> bool:
     """Whether a model's device map places its layers on several devices."""
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+def print_loaded(model: nn.Module, began: float) -> None:
+    """Print what was loaded, and how long that took since `began`, by `time.perf_counter`."""
+    # Weights of few bits share their bytes, which transformers knows.
+    number = model.num_parameters()
+    size = f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
+    dtype, seconds = str(model.dtype).removeprefix("torch."), time.perf_counter() - began
+    print(f"model: {type(model).__name__}, {size} parameters in {dtype}, loaded in {seconds:.1f} s", flush=True)
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,16 +1,26 @@
 """A run's evaluations: held-out metrics, samples, the best value so far, early stopping and pruning."""
 
 import math
+import time
+from collections.abc import Iterator
 
 from torch import nn
 
+from preference_training.batching.packing import PackedBatch
 from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_used, smaller_is_better
 from preference_training.distributed.placement import Placement
 from preference_training.evaluation.breakdown import change_metrics, interval_metrics, values_by_example
 from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
 from preference_training.generation.sampling import Sampler
-from preference_training.modeling.logprobs import LiveReference
+from preference_training.modeling.logprobs import LiveReference, RememberedReference
 from preference_training.training.parts import Batches, Models, Observers, RunState
+
+# Between two lines that say how far a first evaluation is.
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class EvaluationStoppedError(Exception):
+    """An evaluation was ended at one of its batches by a signal."""
 
 
 class Evaluator:
@@ -21,6 +31,12 @@ class Evaluator:
         self.models, self.batches, self.state, self.observers = models, batches, state, observers
         self.held_out: HeldOut | None = None
         self.pruned = False
+        # What has been announced, once in a run: the first evaluation, and sampling.
+        self.announced: set[str] = set()
+        self.reference = models.reference
+        stays = models.loss.reference_update is None and not models.loss.reads_tokens
+        if isinstance(models.reference, LiveReference) and stays:
+            self.reference = RememberedReference(models.reference)
 
     @property
     def ends_run(self) -> bool:
@@ -28,16 +44,25 @@ class Evaluator:
         patience = self.config.early_stopping_patience
         return self.pruned or (patience is not None and self.state.evaluations_since_best >= patience)
 
-    def evaluate(self) -> None:
-        """Score the held-out examples and sample responses, into the tracker; once for each number of examples."""
+    def evaluate(self, may_stop: bool = True) -> None:
+        """Score the held-out examples and sample responses, into the tracker; once for each number of examples.
+
+        may_stop: whether a signal ends it at the next batch. Nothing is recorded then, and `state.evaluation_due` is set.
+        """
         models, state, tracker = self.models, self.state, self.observers.tracker
+        state.evaluation_due = False
         if not self.batches.held_out or state.evaluated_at == state.examples:
             return
         before = state.evaluated_at
         compare = models.start_check and models.start_check.compare
-        self.held_out = evaluate_held_out(
-            models.policy, models.reference, models.loss, self.batches.held_out, self.ranks, compare
-        )
+        if isinstance(self.reference, RememberedReference):
+            self.reference.restart()
+        try:
+            batches = self._until_stopped(may_stop)
+            self.held_out = evaluate_held_out(models.policy, self.reference, models.loss, batches, self.ranks, compare)
+        except EvaluationStoppedError:
+            state.evaluation_due = True
+            return
         if models.start_check is not None:
             models.start_check.check(self.ranks)
         depends = models.loss.evaluation_depends_on if state.held_out is None else None
@@ -57,6 +82,28 @@ class Evaluator:
             self.observers.ledger.write()
         self._prune()
         tracker.report()
+
+    def _until_stopped(self, may_stop: bool) -> Iterator[PackedBatch]:
+        """The held-out batches, with a line now and then in the run's first evaluation. Raises EvaluationStoppedError."""
+        batches, is_first = self.batches.held_out, "evaluation" not in self.announced
+        if is_first:
+            prompts = set().union(*self.ranks.all_gather_object({name for batch in batches for name in batch.sources}))
+            self._announce("evaluation", f"evaluating: {len(prompts):,} held-out prompt{'s' * (len(prompts) != 1)}")
+        began = said = time.monotonic()
+        for number, batch in enumerate(batches):
+            if may_stop and self.ranks.broadcast(self.ranks.all_reduce_min(self.observers.stop.signal is None) == 0):
+                raise EvaluationStoppedError
+            if is_first and number and time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                said, share = time.monotonic(), number / len(batches)
+                left = (said - began) * (1 - share) / share
+                self.observers.tracker.log_message(f"evaluating: {share:.0%} of the held-out examples, left {left:.0f} s")
+            yield batch
+
+    def _announce(self, what: str, text: str) -> None:
+        """Log what may take minutes, the first time that it begins."""
+        if what not in self.announced:
+            self.announced.add(what)
+            self.observers.tracker.log_message(text)
 
     def _changes(self) -> dict[str, float]:
         """How far loss and accuracy have changed since before training; what they are then is remembered."""
@@ -107,6 +154,10 @@ class Evaluator:
         """A model's responses to the sample prompts; the policy's, unless another is given."""
         config, prompts = self.config, self.batches.sample_prompts
         longest = max(map(len, prompts), default=0) + (config.max_sample_length or config.max_length)
+        if prompts:
+            number, room = len(prompts), min(config.max_length, longest)
+            which = f"sampling: responses to {number:,} held-out prompt{'s' * (number != 1)}"
+            self._announce("sampling", f"{which}, up to {room:,} tokens with the prompt")
         sampler = Sampler(self.tokenizer, min(config.max_length, longest), config.seed, self.ranks)
         return sampler.texts(self.models.policy if model is None else model, prompts)
 

@@ -103,7 +103,8 @@ class RunState:
     """The counters of a run, and what its evaluations have found.
 
     examples, updates, tokens, seconds: trained on, and for, so far. bad_steps: steps in a row that were skipped.
-    evaluated_at: the number of examples at the newest evaluation, and held_out its mean metrics. held_out_before: loss and
+    evaluated_at: the number of examples at the newest evaluation, and held_out its mean metrics. evaluation_due: whether an
+    evaluation was stopped on the way, which a resumed run makes first. held_out_before: loss and
     accuracy of each held-out example before the first step, as far as later evaluations are compared with them. best: the best
     value of `objective` so far. reference_answers: the reference's responses to the sample prompts, while they are known.
     """
@@ -118,6 +119,7 @@ class RunState:
     held_out_before: dict[str, list[float]] = field(default_factory=dict)
     best: float | None = None
     evaluations_since_best: int = 0
+    evaluation_due: bool = False
     reference_answers: list[str] | None = None
 
     def counters(self) -> Metrics:

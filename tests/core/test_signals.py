@@ -62,7 +62,10 @@ def test_a_run_that_is_to_stop_says_so_at_once_and_once(listener):
         listener.process.send_signal(stopping.signal.SIGTERM)
         assert listener.ask() == "SIGTERM"
     listener.process.stdin.close()
-    said = "SIGTERM: the run stops after its step, with a checkpoint; a second Ctrl-C ends it at once, without one\n"
+    said = (
+        "SIGTERM: the run stops after its step or the batch of its evaluation, with a checkpoint if it has taken a step; a "
+        "second Ctrl-C ends it at once, without one\n"
+    )
     assert listener.process.stderr.read() == said
 
 

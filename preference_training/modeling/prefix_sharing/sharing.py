@@ -1,5 +1,7 @@
 """Switch prefix sharing on: a model computes once what sequences share at their beginning, if it proves that it can."""
 
+import time
+
 from torch import nn
 
 from preference_training.core.errors import UserError
@@ -11,12 +13,13 @@ from preference_training.modeling.state import compute_device
 
 
 def share_prefixes(model: nn.Module, mode: str) -> bool:
-    """Let a model compute once what sequences share, if it passes the proof. Returns whether it does.
+    """Let a model compute once what sequences share, if it passes the proof. Returns whether it does, and prints it.
 
     mode: auto (prints the reason and uses padded rows where the proof fails), on (raises UserError there), off.
     """
     if mode == "off":
         return False
+    began = time.perf_counter()
     register_tree_attention()
     head = model.get_output_embeddings()
     is_plain_head = type(head) is nn.Linear
@@ -29,6 +32,8 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
         failure = find_sharing_failure(model)
     if failure is None:
         model.set_attn_implementation(TREE_ATTENTION)
+        seconds = time.perf_counter() - began
+        print(f"prefix sharing: on, proved on this model in {seconds:.1f} s", flush=True)
         device = compute_device(model)
         if device.type != "cpu" and (reason := unsupported_device(device)):
             print(f"attention over tries: branch by branch, not through FlexAttention: {reason}", flush=True)

@@ -1,6 +1,7 @@
 """What training reads of an export is what was judged, of programming problems and of any other text."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -272,5 +273,8 @@ def test_judged_samples_of_both_kinds_train_the_tiny_model(tmp_path):
     sft = trained(tmp_path / "sft", "loss=sft", f"datasets=['{picks}']")
     assert any("records of `responses`, `pairs` and `sft_target`" in line for line in sft)
     trained(tmp_path / "dpo", "loss=dpo", f"datasets=['{picks}']", f"model.archive='{tmp_path / 'sft' / 'LATEST'}'")
+    asked = run("score", "--ledger", str(tmp_path / "dpo"), f"store={store}")
+    known, unknown = map(int, re.search(r": (\d+) of 24 comparisons are among the pairs of .*, (\d+) are not;", asked).groups())
+    assert known + unknown == 24 and known > 0
     for loss in ("kto", "plackett_luce"):
         trained(tmp_path / loss, f"loss={loss}", f"datasets=['{picks}']")

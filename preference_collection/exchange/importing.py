@@ -294,8 +294,9 @@ def _title(prompt: Prompt) -> str:
 
 
 def _code_answer(task: Task, text: str) -> Answer:
-    code = extract_code(text, task.function_name).code
-    return Answer(content_id(task.id, text), IMPORTED, task.prompt, {}, text, code)
+    found = extract_code(text, task.function_name, task.tests)
+    parameters = {"function_name": found.function_name} if found.function_name else {}
+    return Answer(content_id(task.id, text), IMPORTED, task.prompt, parameters, text, found.code)
 
 
 def text_answer(task: Task, response: Response, tools: str = "") -> Answer:

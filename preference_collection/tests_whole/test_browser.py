@@ -58,6 +58,7 @@ HOSTILE = (
 SHOWN = "document.querySelector('main.comparison').dataset.comparison"
 TESTED = "document.querySelector('main.comparison').dataset.polled !== 'yes'"
 SAID = "document.getElementById('said').innerText"
+BAR_ENDS = "document.querySelector('.foot').getBoundingClientRect().bottom"
 # All that a judgment needs.
 NEEDED = "#progress, h1, .answer h2, .tests .passed, .choices button, #said"
 
@@ -130,6 +131,7 @@ def test_everything_that_a_pick_needs_is_in_the_window_at_all_sizes_in_both_colo
                     where = f"{name} {width} {colors}"
                     assert overflow(browser) <= 0, where
                     assert unseen(browser, NEEDED) == [], where
+                    assert abs(ask(browser, BAR_ENDS) - height) < 1, where
                     assert faint(browser) == [], where
                     photograph(browser, f"{name}-{width}-{colors}")
         assert foreign_requests(browser, server.url) == []

@@ -218,7 +218,7 @@ def test_both_kinds_together_are_records_and_code_alone_has_the_columns_of_lc(st
     assert +export_dataset(store, tmp_path / "out") == {"preferences": 1, "bad": 1}
     assert entry_of(tmp_path / "out") == f"{{path: '{tmp_path / 'out'}'}}"
     assert read(tmp_path / "out").keys() == {"Add two numbers (sum).", "What is best?"}
-    assert "find all answers bad" in (tmp_path / "out" / "README.md").read_text()
+    assert "1 judgment finds all answers bad" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_unusable_ranking_is_counted_and_not_written(store, tmp_path):

@@ -105,13 +105,14 @@ class Tasks(Database):
             for some in chunks(answers):
                 self._add_answers(cursor, {answer.id: (answer, task) for answer in some})
 
-    def add_answers_to(self, answers: Iterable[tuple[str, Answer]]) -> None:
-        """Add answers to many tasks, all or none: (task, answer). Known ones are not changed."""
+    def add_answers_to(self, answers: Iterable[tuple[str, Answer]]) -> int:
+        """Add answers to many tasks, all or none: (task, answer). Known ones are not changed. Returns how many are new."""
         with self._writing() as cursor:
-            for some in chunks(answers):
-                self._add_answers(cursor, {answer.id: (answer, task) for task, answer in some})
+            return sum(
+                self._add_answers(cursor, {answer.id: (answer, task) for task, answer in some}) for some in chunks(answers)
+            )
 
-    def _add_answers(self, cursor, answers: dict[str, tuple[Answer, str]]) -> None:
+    def _add_answers(self, cursor, answers: dict[str, tuple[Answer, str]]) -> int:
         known = {id for (id,) in cursor.execute(KNOWN_ANSWERS, [list(answers)]).fetchall()}
         rows = [
             (next(self._numbers), a.id, task, a.model, as_json(a.prompt), as_json(a.parameters), a.text, a.code, now())
@@ -119,6 +120,7 @@ class Tasks(Database):
             if a.id not in known
         ]
         insert(cursor, INSERT_ANSWERS, rows)
+        return len(rows)
 
     def _add_comparisons(self, cursor, comparisons: list[Comparison]) -> int:
         """Add comparisons with new ids, and their answers; returns how many these are."""

@@ -107,8 +107,8 @@ def mean_interval(
     """The interval of the mean of values [E]: Student's, corrected for skewness; None for fewer than two groups.
 
     groups: as in `share_interval`. sizes [E]: the weights of the examples; the mean is the sum of values over the sum of sizes.
-    With skewed values, Student's interval lies too low; Hall's transformation (1992) extends it toward the long tail. least: the least
-    value that there is, where the bounds end: the true mean is not below, so that they contain it as often.
+    With skewed values, Student's interval lies too low; Hall's transformation (1992) extends it toward the long tail. least:
+    the least value that there is, where the bounds end: the true mean is not below, so that they contain it as often.
     """
     values = numpy.asarray(values, float)
     sizes = numpy.ones(len(values)) if sizes is None else numpy.asarray(sizes, float)

@@ -281,7 +281,7 @@ def test_no_loss_is_below_0_but_those_that_say_so():
         "policy_tokens": TokenLogps(policy, numbers, collision=policy / 2),
         "reference_tokens": TokenLogps(reference, numbers),
     }
-    examples = replace(of_pairs(numbers.view(200, 2)), **tokens)
+    examples = replace(of_pairs(numbers.view(200, 2)), lengths=torch.ones(400, dtype=torch.long), **tokens)
     found = {name: default(name) for name in (*BY_KIND["pairs"], *BY_KIND["targets"])}
     lowest = {
         name: loss(policy, reference if loss.needs_reference else None, examples).losses.min() for name, loss in found.items()

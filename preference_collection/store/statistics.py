@@ -91,7 +91,7 @@ class AgreementOfTwo:
 Opinions = tuple[str, ...]
 
 
-@lru_cache
+@lru_cache(maxsize=1024)
 def opinions_of(choice: str, ranks: tuple[int, ...], n: int) -> Opinions:
     """What a judgment of n answers says about each two of them: "first", "second", "tie" or "bad".
 

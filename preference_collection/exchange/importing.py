@@ -242,7 +242,7 @@ def _contents(path: str, given: dict, report: DataReport) -> Iterator[tuple[int,
     if path.startswith("md:") or (is_local and Path(path).is_file() and not is_data_file(path)):
         yield from _of_code(path, older_rows(path, report), report)
         return
-    if not given and is_local and Path(path).is_file():
+    if not given and is_data_file(path) and not is_pattern(path) and (is_remote(path) or Path(path).is_file()):
         rows = read_rows(path, DataReport(skip_bad_rows=True))
         if has_problems(row for _, row in islice(rows, FIRST_ROWS)):
             yield from _of_code(path, read_rows(path, report), report)

@@ -27,7 +27,7 @@ NUMBERS = {
 }  # fmt: skip
 TEXTS = ("store", "export", "address")
 ONE_OF = {"order": ORDERS}
-LISTS = ("checkpoints", "reasons")
+LISTS = ("checkpoints", "reasons", "text_reasons")
 
 
 def load_settings(overrides: Sequence[str] = ()) -> DictConfig:

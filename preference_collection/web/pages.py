@@ -80,10 +80,11 @@ def show_comparison(
     own = next((judgment for judgment in standing if judgment.labeler == labeler), None)
     note = f"You judged: {judged_words(own, order)}. Judging again replaces it." if own else ""
     given = own or again
+    reasons = shared.settings.reasons if task.kind == "code" else shared.settings.text_reasons
     return show_task(
         shared, task, id=comparison.id, order=order, sides=sides, note=note,
         others=() if is_new else _others(shared, comparison),
-        polled=any(run and not run.over for run in runs), reasons=tuple(shared.settings.reasons),
+        polled=any(run and not run.over for run in runs), reasons=tuple(reasons),
         given_reasons=given.reasons if given else (), given_comment=given.comment if given else "",
     )  # fmt: skip
 

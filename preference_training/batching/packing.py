@@ -46,6 +46,7 @@ class PackedBatch:
     weights, margins, labels: [E] float32, the numbers of its examples; None if the data has none.
     num_padding: packed tokens at the end that belong to no sequence.
     staged: its tensors and those of its layout as one block of memory, which reaches a GPU in one copy.
+    source: the batch in the memory of the host that this one, on a device, was copied from.
     """
 
     input_ids: Tensor
@@ -68,6 +69,12 @@ class PackedBatch:
     labels: Tensor | None = None
     num_padding: int = 0
     staged: StagedTensors | None = None
+    source: "PackedBatch | None" = None
+
+    @property
+    def on_host(self) -> "PackedBatch":
+        """The batch in the memory of the host, where its numbers are read without waiting for a device."""
+        return self.source or self
 
     @property
     def num_examples(self) -> int:
@@ -101,10 +108,10 @@ class PackedBatch:
         if self.input_ids.device == device:
             return self
         if self.staged is None:
-            return self.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+            return replace(self.with_tensors(lambda tensor: tensor.to(device, non_blocking=True)), source=self.on_host)
         found = self.staged.to(device)
         own = {item.name for item in fields(self)}
-        batch = replace(self, staged=None, **{name: tensor for name, tensor in found.items() if name in own})
+        batch = replace(self, staged=None, source=self, **{name: tensor for name, tensor in found.items() if name in own})
         layout = {name: tensor for name, tensor in found.items() if name not in own}
         # Where the cached property keeps its value.
         batch.__dict__["layout"] = TrieLayout(self.trie, device, layout)

@@ -13,12 +13,14 @@ from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
 from preference_training.batching.packing import PackedBatch
+from preference_training.batching.staging import StagedTensors
 from preference_training.core.process_group import reshard, to_local
 from preference_training.losses.base import Loss, TokenLogps
 from preference_training.modeling.adapters import has_adapter, reference_mode
@@ -192,25 +194,27 @@ def _head_index(model: nn.Module, positions: Tensor) -> Tensor:
 # ---- padded rows ----------------------------------------------------------------------------------------------------------
 
 
-def _score_rows(model: nn.Module, batch: PackedBatch, numbers: Sequence[int], collision: bool = False) -> list[Tensor]:
+def _score_rows(model: nn.Module, batch: PackedBatch, numbers: Sequence[int], collision: bool = False) -> Sequence[Tensor]:
     """Of each of some responses `scored_tokens`, with one row for it after its prompt, padded on the right.
 
     The head computes the positions between the first and the last one that is scored in any row.
     """
-    input_ids, attention_mask = _padded_rows(batch, numbers)
-    of_response = batch.scored_positions.split(batch.response_lengths.tolist())
+    host = batch.on_host
+    of_response = numpy.split(host.scored_positions.numpy(), numpy.cumsum(host.response_lengths.numpy())[:-1])
     positions = [of_response[number] for number in numbers]
-    first, last = (int(bound) for bound in torch.cat(positions).aminmax())
+    first, last = min(own.min() for own in positions), max(own.max() for own in positions)
+    # Where each response's scored tokens lie among those that the head computes, row by row.
+    places = numpy.concatenate([own - first + row * (last - first + 1) for row, own in enumerate(positions)])
+    input_ids, attention_mask, places = _padded_rows(batch, numbers, torch.from_numpy(places))
     # Position i predicts token i + 1. Tokens that do not count are scored as well, since logits would have to be copied.
     logits = _logits_at(model, input_ids, attention_mask, torch.arange(first - 1, last, device=input_ids.device))
-    ids = input_ids[:, first : last + 1]
-    values = score_tokens(logits.flatten(0, 1), ids.flatten(), collision).unflatten(0, ids.shape)
-    return [_to_float64(row[own - first]) for row, own in zip(values, positions, strict=True)]
+    values = score_tokens(logits.flatten(0, 1), input_ids[:, first : last + 1].flatten(), collision)
+    return _to_float64(values[places]).split([len(own) for own in positions])
 
 
 def _value_rows(model: nn.Module, batch: PackedBatch, numbers: Sequence[int]) -> Sequence[Tensor]:
     """Of each of some responses its value [1], with one row for it after its prompt, padded on the right."""
-    input_ids, attention_mask = _padded_rows(batch, numbers)
+    input_ids, attention_mask, _ = _padded_rows(batch, numbers)
     before = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1]
     last_tokens = before + attention_mask.sum(1) - 1
     return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, values_at=last_tokens).split(1)
@@ -229,14 +233,20 @@ def _has_logits_to_keep(model_class: type[nn.Module]) -> bool:
     return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 
-def _padded_rows(batch: PackedBatch, numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
+def _padded_rows(batch: PackedBatch, numbers: Sequence[int], places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids and attention mask of some responses, each [len(numbers), L]: a row for each after its prompt.
 
-    Padding is masked by length, never by a token's id.
+    Padding is masked by length, never by a token's id. places: further indices of the host, which reach the device with those
+    of the rows, in one copy that the host does not wait for.
     """
-    paths = (torch.from_numpy(batch.trie.path(number)) for number in numbers)
-    rows = [batch.input_ids[path.to(batch.input_ids.device)] for path in paths]
-    return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    paths = [torch.from_numpy(batch.trie.path(number)) for number in numbers]
+    indices = {
+        "rows": pad_sequence(paths, batch_first=True),
+        "mask": pad_sequence([torch.ones_like(path) for path in paths], batch_first=True),
+        "places": torch.empty(0, dtype=torch.long) if places is None else places,
+    }
+    rows, mask, places = StagedTensors.of(indices).to(batch.input_ids.device).values()
+    return batch.input_ids[rows] * mask, mask, places
 
 
 # ---- the reference ------------------------------------------------------------------------------------------------------

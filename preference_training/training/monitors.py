@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from preference_training.configuration.schema import RunConfig
@@ -153,8 +154,13 @@ class UnchangedWeights:
 
     def share_changed(self) -> float | None:
         """The share of the values that have changed, of those that should have; None where there are none."""
-        expected = sum(int(moves.sum()) for *_, moves in self.samples)
-        changed = sum(int(((_sample(weight) != values) & moves).sum()) for weight, values, moves in self.samples)
+        counts = [
+            torch.stack([moves.sum(), ((_sample(weight) != values) & moves).sum()]) for weight, values, moves in self.samples
+        ]
+        if not counts:
+            return None
+        # Read at once: one wait for the device.
+        expected, changed = torch.stack([each.to(counts[0].device) for each in counts]).sum(0).tolist()
         return changed / expected if expected else None
 
 

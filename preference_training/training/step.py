@@ -230,7 +230,8 @@ class TrainingStep:
 
     def reduce(self, sums: dict[str, Tensor], grad_norm: Tensor, counts: tuple[int, int], stop: bool = False) -> Tensor:
         """A step's numbers over all ranks: `sums`, `counts`, how many ranks are to stop, the gradient's norm."""
-        others = torch.tensor([*map(float, counts), float(stop)], device=self.device)
+        # Filled on the device: values copied there from ordinary memory would make the host wait.
+        others = torch.stack([torch.full((), float(number), device=self.device) for number in (*counts, stop)])
         totals = self.placement.ranks.all_reduce_sum(torch.cat([*sums.values(), others]))
         return torch.cat([totals, grad_norm.detach().to(totals).reshape(1)])
 

@@ -203,7 +203,7 @@ def test_a_better_answer_is_written_and_kept_with_the_judgment(browser, filled):
         wait_until(browser, "document.getElementById('edited').value !== ''")
         press(browser, "In short: ")
         press_with_control(browser, Keys.ENTER)
-        wait_until(browser, "!document.querySelector('dialog.edit').open")
+        wait_until(browser, "!document.querySelector('dialog.edit').open && document.activeElement.tagName !== 'TEXTAREA'")
         next_after(browser, "1")
         export(browser, server.url)
     command("export", str(filled / "records.jsonl"), f"store={filled / 'collection.duckdb'}")

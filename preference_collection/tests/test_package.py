@@ -114,6 +114,14 @@ def test_an_invalid_setting_gives_one_message(override, said):
     assert str(caught.value).startswith(said)
 
 
+def test_prose_is_no_yaml():
+    assert (
+        load_settings(["guidelines=# What counts\n- [short] answers: yes"]).guidelines
+        == "# What counts\n- [short] answers: yes"
+    )
+    assert load_settings(["instruction=null"]).instruction is None
+
+
 @pytest.mark.parametrize("key", NUMBERS)
 def test_every_number_has_bounds(key):
     least, most, _ = NUMBERS[key]

@@ -115,10 +115,8 @@ def test_an_invalid_setting_gives_one_message(override, said):
 
 
 def test_prose_is_no_yaml():
-    assert (
-        load_settings(["guidelines=# What counts\n- [short] answers: yes"]).guidelines
-        == "# What counts\n- [short] answers: yes"
-    )
+    text = "# What counts\n- [short] answers: yes"
+    assert load_settings([f"guidelines={text}"]).guidelines == text
     assert load_settings(["instruction=null"]).instruction is None
 
 

@@ -115,6 +115,15 @@ def next_after(browser, *keys: str) -> None:
     wait_until(browser, f"{SHOWN} !== {json.dumps(before)} && document.body.dataset.state === 'ready'")
 
 
+def export(browser, url: str) -> None:
+    """Export on the page."""
+    browser.get(f"{url}/export")
+    # Keys in the first moments of a page were meant for the one before, and do nothing.
+    wait_until(browser, "performance.now() > 500")
+    browser.find_element(By.CSS_SELECTOR, "[data-does=export]").send_keys(Keys.ENTER)
+    wait_for(browser, "1 preference")
+
+
 def photograph(browser, name: str) -> None:
     if folder := os.environ.get("SCREENSHOTS"):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -194,14 +203,10 @@ def test_a_better_answer_is_written_and_kept_with_the_judgment(browser, filled):
         wait_until(browser, "document.getElementById('edited').value !== ''")
         press(browser, "In short: ")
         press_with_control(browser, Keys.ENTER)
-        wait_until(browser, "!document.querySelector('dialog.edit').open")
+        wait_until(browser, "!document.querySelector('dialog.edit').open && document.activeElement.tagName !== 'TEXTAREA'")
         next_after(browser, "1")
-        command_line = [f"store={filled / 'collection.duckdb'}"]
-        browser.get(f"{server.url}/export")
-        press(browser, *[Keys.TAB] * 20)
-        browser.find_element(By.CSS_SELECTOR, "[data-does=export]").send_keys(Keys.ENTER)
-        wait_for(browser, "1 preference")
-    command("export", str(filled / "records.jsonl"), *command_line)
+        export(browser, server.url)
+    command("export", str(filled / "records.jsonl"), f"store={filled / 'collection.duckdb'}")
     assert "In short: " in (filled / "records.jsonl").read_text()
 
 
@@ -308,9 +313,7 @@ def test_the_whole_loop_from_a_model_over_a_pick_to_a_trained_model(browser, sta
         wait_for(browser, "6 of 6 passed")
         wait_until(browser, TESTED)
         next_after(browser, "1")
-        browser.get(f"{server.url}/export")
-        browser.find_element(By.CSS_SELECTOR, "[data-does=export]").send_keys(Keys.ENTER)
-        wait_for(browser, "1 preference")
+        export(browser, server.url)
         train(tmp_path, runs)
         open_task_without_answers(browser, server.url, "The longest rise of the tide")
         press(browser, "g")

@@ -9,7 +9,7 @@
 # make two-hosts       train on two machines simulated with Linux namespaces; options in TWO_HOSTS
 # make intervals       measure the coverage of intervals: docs/intervals.md, minutes
 # make docs            build the site from docs/, in site/
-# make collect         start the labeling app with sample problems; settings in COLLECT: make collect COLLECT="store=my.duckdb port=8502"
+# make collect         start the labeling app with samples; settings in COLLECT: make collect COLLECT="store=my.duckdb port=8502"
 # make collect-train   train on collected preferences; keys in COLLECT: make collect-train COLLECT="model=pythia28 collect.store=my.duckdb"
 # make collect-test    run all tests of the labeling app, also in Chromium (Debian: apt install chromium chromium-driver)
 # make pages-test      open the HTML pages of real runs in Chromium; screenshots go to runs/page_screenshots

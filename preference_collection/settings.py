@@ -27,7 +27,9 @@ NUMBERS = {
 }  # fmt: skip
 TEXTS = ("store", "export", "address")
 ONE_OF = {"order": ORDERS}
-LISTS = ("checkpoints", "reasons")
+# Texts for people and models, taken as they are written.
+PROSE = ("guidelines", "instruction")
+LISTS = ("checkpoints", "reasons", "text_reasons")
 
 
 def load_settings(overrides: Sequence[str] = ()) -> DictConfig:
@@ -41,6 +43,11 @@ def load_settings(overrides: Sequence[str] = ()) -> DictConfig:
         key = text.partition("=")[0]
         if "=" not in text or key not in known:
             raise UserError(f"{text!r} overrides no setting; {nearest(key, known)} Expected KEY=VALUE.")
+        value = text.partition("=")[2]
+        if key in PROSE and value not in ("", "null"):
+            # Not YAML: a heading of markdown would be a comment there.
+            settings[key] = value
+            continue
         try:
             settings.merge_with_dotlist([text])
         except OmegaConfBaseException as error:

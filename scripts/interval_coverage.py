@@ -49,6 +49,9 @@ outcomes, and with {rounds:,} simulations per cell for the rest, whose own error
 | losses, margins, KL and other means | Student's t over prompts, corrected for skewness by Hall's transformation |
 | the correlation of reward and length | Student's t on Fisher's transformation, with a jackknife over prompts |
 
+The interval of a loss that cannot be negative ends at 0. The true mean is never below, so its coverage stays what the tables
+say. `robust`, a `mix` with it, and losses of your own may be negative.
+
 An interval does not cover the variation between training seeds (compare several runs: `comparison.html` shows their deviation),
 a shift in the distribution of prompts, or the judge's own errors. With fewer than ten prompts, the report, the terminal, the
 pages and the results file say that there are too few for a conclusion: such intervals are wide, and for heavy tails still too

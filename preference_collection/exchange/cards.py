@@ -61,8 +61,8 @@ task_categories:
 
 People compared two to five answers to a prompt.
 
-- {counts["preferences"]} judgments that prefer an answer, in `data`, one row each.
-- {counts["bad"]} judgments that find all answers bad, also in `data`: without a pair, with labels that are all false.
+- {_counted(counts["preferences"], "judgment prefers", "judgments prefer")} an answer: rows of `data`.
+- {_counted(counts["bad"], "judgment finds", "judgments find")} all answers bad: rows of `data` without a pair.
 {_apart(counts, ("ties", "skips", "overruled"))}{_agreed(agreement)}
 - Written {datetime.now():%Y-%m-%d}.
 
@@ -86,6 +86,10 @@ People compared two to five answers to a prompt.
 
 Train on it with `python train.py loss=dpo 'datasets=[DIRECTORY/]'`; also with `loss=sft`, `loss=kto`, `loss=plackett_luce`.
 """
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
 
 
 WORDS = {"bad": "judgments that find both bad", "overruled": "judgments that a later one settled"}

@@ -17,6 +17,7 @@ from preference_collection.sandbox.sandbox import COMPARISONS
 from preference_collection.store.model import Task
 from preference_collection.store.schema import connect
 from preference_training.core.errors import UserError
+from preference_training.data.files import EXPECTED
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.records import DataReport, text_error, type_name
 
@@ -125,7 +126,11 @@ def older_rows(address: str, report: DataReport) -> Iterator[tuple[int, dict]]:
 
     Faulty rows of tests go to the report. Raises UserError for a database that cannot be opened or is of another layout.
     """
-    with closing(connect(str(address), read_only=True)) as connection:
+    try:
+        opened = connect(str(address), read_only=True)
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip()} Of files of rows, names end in {EXPECTED}.") from error
+    with closing(opened) as connection:
         found = {name for (name,) in connection.execute(TABLES).fetchall()}
         if OLDER_TABLE not in found:
             raise UserError(

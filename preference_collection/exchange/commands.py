@@ -48,8 +48,8 @@ def add_score(commands) -> argparse.ArgumentParser:
 
 
 def with_own_settings(options: argparse.Namespace) -> argparse.Namespace:
-    """The options of a command, where a setting behind `--ledger RUN` is none of a checkpoint."""
-    if options.command == "score" and options.ledger and "=" in (options.checkpoint or ""):
+    """The options of a command, where a setting in the place of a checkpoint is none."""
+    if options.command == "score" and "=" in (options.checkpoint or "") and not Path(options.checkpoint).exists():
         options.overrides, options.checkpoint = [options.checkpoint, *options.overrides], None
     return options
 

@@ -35,7 +35,12 @@ FILES = {"preferences": TRAIN} | {kind: f"apart/{kind}.parquet" for kind in ALL_
 # A directory with this file was written by `export_dataset`, and may be overwritten.
 CARD = "README.md"
 # What the counts of an export are called, where that is more than their names.
-WORDS = {"bad": "with all answers bad", UNUSABLE: "unusable, since answers are empty or the same"}
+EDITED = "edited"
+WORDS = {
+    "bad": "with all answers bad",
+    UNUSABLE: "unusable, since answers are empty or the same",
+    EDITED: "edited answers, which only files of records have: export FILE.jsonl",
+}
 
 
 def counts_line(counts: Counter) -> str:
@@ -110,6 +115,7 @@ def export_dataset(store: Store, directory: Path, names: bool = False) -> Counte
         for kind, row in lc_rows(store, names):
             rows[kind].append(row)
         counts = _counts(rows, ("preferences",))
+        counts[EDITED] = sum(bool(judged.judgment.edited) for judged in store.judgments())
         card = code_card(counts, store.agreement())
     else:
         rows = _records(store, names, as_text=True)

@@ -57,7 +57,11 @@ LABEL_ALONE = "labels of single answers, which are not kept until they are compa
 
 @dataclass
 class Import:
-    """The content of the rows, and the counts after adding it."""
+    """The content of the rows, and the counts after adding it.
+
+    answers: those that have none to be compared with yet, with their tasks. singles: answers in rows of their own, by task,
+    with the score and the label of each. added, known: numbers of tasks. waiting: the number of answers added alone.
+    """
 
     tasks: dict[str, Task] = field(default_factory=dict)
     answers: dict[str, tuple[str, Answer]] = field(default_factory=dict)
@@ -67,6 +71,7 @@ class Import:
     singles: dict[str, list[tuple[Answer, float | None, bool | None]]] = field(default_factory=dict)
     added: int = 0
     known: int = 0
+    waiting: int = 0
 
     @property
     def num_bad_rows(self) -> int:
@@ -79,7 +84,7 @@ class Import:
         counts = (
             (self.added, "task", "tasks", " added"), (self.known, "", "", "known"),
             (compared, "new comparison", "new comparisons", ""), (judged, "judgment", "judgments", ""),
-            (len(self.answers), "answer", "answers", " to compare with another"),
+            (self.waiting, "answer", "answers", " to compare with another"),
             (self.num_bad_rows, "invalid row", "invalid rows", " skipped"),
         )  # fmt: skip
         parts = [f"{count} {one if count == 1 else many}{rest}" for count, one, many, rest in counts if count]
@@ -213,9 +218,7 @@ def _add(store: Store, found: Import) -> Import:
     found.comparisons = {id: comparison for id, comparison in found.comparisons.items() if id not in known}
     found.judgments = {id: judgment for id, judgment in found.judgments.items() if judgment.comparison not in known}
     store.add_comparisons(found.comparisons.values(), found.judgments.values())
-    before = {answer.id for task in {task for task, _ in found.answers.values()} for answer in store.answers_of(task)}
-    found.answers = {id: answer for id, answer in found.answers.items() if id not in before}
-    store.add_answers_to(found.answers.values())
+    found.waiting = store.add_answers_to(found.answers.values())
     return found
 
 
@@ -239,7 +242,7 @@ def _contents(path: str, given: dict, report: DataReport) -> Iterator[tuple[int,
     if path.startswith("md:") or (is_local and Path(path).is_file() and not is_data_file(path)):
         yield from _of_code(path, older_rows(path, report), report)
         return
-    if not given and is_local and Path(path).is_file():
+    if not given and is_data_file(path) and not is_pattern(path) and (is_remote(path) or Path(path).is_file()):
         rows = read_rows(path, DataReport(skip_bad_rows=True))
         if has_problems(row for _, row in islice(rows, FIRST_ROWS)):
             yield from _of_code(path, read_rows(path, report), report)
@@ -294,8 +297,9 @@ def _title(prompt: Prompt) -> str:
 
 
 def _code_answer(task: Task, text: str) -> Answer:
-    code = extract_code(text, task.function_name).code
-    return Answer(content_id(task.id, text), IMPORTED, task.prompt, {}, text, code)
+    found = extract_code(text, task.function_name, task.tests)
+    parameters = {"function_name": found.function_name} if found.function_name else {}
+    return Answer(content_id(task.id, text), IMPORTED, task.prompt, parameters, text, found.code)
 
 
 def text_answer(task: Task, response: Response, tools: str = "") -> Answer:

@@ -3,7 +3,7 @@
 None is ever changed or removed, and an undo is an event too. The current judgments are derived from the log.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 
 from preference_collection.store.database import as_json, chunks, insert
@@ -29,6 +29,21 @@ ALL_STANDING = f"SELECT {COLUMNS}, moment FROM standing ORDER BY number"
 
 class Judgments(Tasks):
     """Judgments of comparisons, and undoing them."""
+
+    def add_comparisons(self, comparisons: Iterable[Comparison], judgments: Iterable[Judgment] = ()) -> tuple[int, int]:
+        """Add comparisons with their answers and judgments, all or none. Known ones are not changed.
+
+        Returns the numbers of added and of known comparisons. Raises ValueError for a comparison that has not two to five
+        answers, and for invalid judgments.
+        """
+        added = known = 0
+        with self._writing() as cursor:
+            for some in chunks(comparisons):
+                new = self._add_comparisons(cursor, some)
+                added, known = added + new, known + len(some) - new
+            for some in chunks(judgments):
+                self._add_judgments(cursor, some)
+        return added, known
 
     def judge(self, judgment: Judgment) -> None:
         """Add a judgment. One with a known id is ignored, so a key pressed twice counts once.

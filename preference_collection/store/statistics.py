@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from itertools import combinations
 
 import krippendorff
@@ -90,7 +91,8 @@ class AgreementOfTwo:
 Opinions = tuple[str, ...]
 
 
-def opinions_of(choice: str, ranks: Sequence[int] | None, n: int) -> Opinions:
+@lru_cache(maxsize=1024)
+def opinions_of(choice: str, ranks: tuple[int, ...], n: int) -> Opinions:
     """What a judgment of n answers says about each two of them: "first", "second", "tie" or "bad".
 
     A ranking says as much as judgments of all n (n - 1) / 2 pairs, and answers of equal rank are a tie. So rankings are
@@ -105,15 +107,22 @@ def opinions_of(choice: str, ranks: Sequence[int] | None, n: int) -> Opinions:
 def agreement_of(comparisons: Iterable[Sequence[Opinions]]) -> Agreement:
     """Agreement, from the opinions of all raters of each comparison. A comparison with a single rater says nothing."""
     comparisons = [raters for raters in comparisons if len(raters) > 1]
-    units = [Counter(opinions) for raters in comparisons for opinions in zip(*raters, strict=True)]
-    kinds = sorted(set().union(*units))
-    same = sum(n * (n - 1) // 2 for counts in units for n in counts.values())
-    compared = sum(counts.total() * (counts.total() - 1) // 2 for counts in units)
+    # Among thousands of pairs of answers there are few different sets of opinions.
+    units = Counter(tuple(sorted(opinions)) for raters in comparisons for opinions in zip(*raters, strict=True))
+    kinds = sorted({kind for opinions in units for kind in opinions})
+    votes = numpy.array([[opinions.count(kind) for kind in kinds] for opinions in units]).reshape(len(units), len(kinds))
+    times = numpy.array(list(units.values()), dtype=int)
+    same = int(times @ _pairs(votes).sum(1))
+    compared = int(times @ _pairs(votes.sum(1)))
     alpha = None
     if len(kinds) > 1:
-        table = numpy.array([[counts[kind] for kind in kinds] for counts in units])
-        alpha = float(krippendorff.alpha(value_counts=table, level_of_measurement="nominal"))
+        alpha = float(krippendorff.alpha(value_counts=votes.repeat(times, 0), level_of_measurement="nominal"))
     return Agreement(len(comparisons), compared, same, alpha)
+
+
+def _pairs(number: numpy.ndarray) -> numpy.ndarray:
+    """How many pairs some things form."""
+    return number * (number - 1) // 2
 
 
 class Statistics(Judgments):
@@ -154,7 +163,7 @@ class Statistics(Judgments):
         people = self._opinions()
         common: dict[str, list] = defaultdict(list)
         for comparison, judge, ranks in self._rows(VERDICTS):
-            verdict = opinions_of("ranked", ranks, len(ranks))
+            verdict = opinions_of("ranked", tuple(ranks), len(ranks))
             for opinions in people.get(comparison, {}).values():
                 common[judge].append((verdict, tuple("tie" if opinion == "bad" else opinion for opinion in opinions)))
         return [AgreementOfTwo(judge, "", agreement_of(comparisons)) for judge, comparisons in common.items()]
@@ -167,7 +176,7 @@ class Statistics(Judgments):
         """By comparison and labeler."""
         found: dict[str, dict[str, Opinions]] = {}
         for comparison, labeler, choice, ranks, n in self._rows(OPINIONS):
-            found.setdefault(comparison, {})[labeler] = opinions_of(choice, ranks, n)
+            found.setdefault(comparison, {})[labeler] = opinions_of(choice, tuple(ranks or ()), n)
         return found
 
 

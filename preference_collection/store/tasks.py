@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 
 from preference_collection.store.database import Database, as_json, chunks, insert, prompt_of_json
-from preference_collection.store.model import LEAST_ANSWERS, MOST_ANSWERS, Answer, Comparison, Judgment, Task
+from preference_collection.store.model import LEAST_ANSWERS, MOST_ANSWERS, Answer, Comparison, Task
 from preference_collection.store.schema import now
 
 INSERT_TASKS = """INSERT INTO tasks SELECT unnest(?::BIGINT[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]),
@@ -105,13 +105,14 @@ class Tasks(Database):
             for some in chunks(answers):
                 self._add_answers(cursor, {answer.id: (answer, task) for answer in some})
 
-    def add_answers_to(self, answers: Iterable[tuple[str, Answer]]) -> None:
-        """Add answers to many tasks, all or none: (task, answer). Known ones are not changed."""
+    def add_answers_to(self, answers: Iterable[tuple[str, Answer]]) -> int:
+        """Add answers to many tasks, all or none: (task, answer). Known ones are not changed. Returns how many are new."""
         with self._writing() as cursor:
-            for some in chunks(answers):
-                self._add_answers(cursor, {answer.id: (answer, task) for task, answer in some})
+            return sum(
+                self._add_answers(cursor, {answer.id: (answer, task) for task, answer in some}) for some in chunks(answers)
+            )
 
-    def _add_answers(self, cursor, answers: dict[str, tuple[Answer, str]]) -> None:
+    def _add_answers(self, cursor, answers: dict[str, tuple[Answer, str]]) -> int:
         known = {id for (id,) in cursor.execute(KNOWN_ANSWERS, [list(answers)]).fetchall()}
         rows = [
             (next(self._numbers), a.id, task, a.model, as_json(a.prompt), as_json(a.parameters), a.text, a.code, now())
@@ -119,34 +120,22 @@ class Tasks(Database):
             if a.id not in known
         ]
         insert(cursor, INSERT_ANSWERS, rows)
+        return len(rows)
 
-    def add_comparisons(self, comparisons: Iterable[Comparison], judgments: Iterable[Judgment] = ()) -> tuple[int, int]:
-        """Add comparisons with their answers and judgments, all or none. Known ones are not changed.
-
-        Returns the numbers of added and of known comparisons. Raises ValueError for a comparison that has not two to five
-        answers, and for invalid judgments.
-        """
-        added = known = 0
-        with self._writing() as cursor:
-            for some in chunks(comparisons):
-                for comparison in some:
-                    if not LEAST_ANSWERS <= len({answer.id for answer in comparison.answers}) == len(comparison.answers):
-                        raise ValueError(f"comparison {comparison.id}: expected two or more answers, each once")
-                    if len(comparison.answers) > MOST_ANSWERS:
-                        raise ValueError(f"comparison {comparison.id}: expected at most {MOST_ANSWERS} answers")
-                ids = [comparison.id for comparison in some]
-                seen = {id for (id,) in cursor.execute(KNOWN_COMPARISONS, [ids]).fetchall()}
-                new = [comparison for comparison in some if not (comparison.id in seen or seen.add(comparison.id))]
-                self._add_answers(cursor, {answer.id: (answer, c.task) for c in new for answer in c.answers})
-                rows = [(next(self._numbers), c.id, c.task, as_json([answer.id for answer in c.answers]), now()) for c in new]
-                insert(cursor, INSERT_COMPARISONS, rows)
-                added, known = added + len(new), known + len(some) - len(new)
-            for some in chunks(judgments):
-                self._add_judgments(cursor, some)
-        return added, known
-
-    def _add_judgments(self, cursor, judgments: list[Judgment]) -> None:
-        raise NotImplementedError
+    def _add_comparisons(self, cursor, comparisons: list[Comparison]) -> int:
+        """Add comparisons with new ids, and their answers; returns how many these are."""
+        for comparison in comparisons:
+            if not LEAST_ANSWERS <= len({answer.id for answer in comparison.answers}) == len(comparison.answers):
+                raise ValueError(f"comparison {comparison.id}: expected two or more answers, each once")
+            if len(comparison.answers) > MOST_ANSWERS:
+                raise ValueError(f"comparison {comparison.id}: expected at most {MOST_ANSWERS} answers")
+        ids = [comparison.id for comparison in comparisons]
+        seen = {id for (id,) in cursor.execute(KNOWN_COMPARISONS, [ids]).fetchall()}
+        new = [comparison for comparison in comparisons if not (comparison.id in seen or seen.add(comparison.id))]
+        self._add_answers(cursor, {answer.id: (answer, c.task) for c in new for answer in c.answers})
+        rows = [(next(self._numbers), c.id, c.task, as_json([answer.id for answer in c.answers]), now()) for c in new]
+        insert(cursor, INSERT_COMPARISONS, rows)
+        return len(new)
 
 
 def _task(row: tuple) -> Task:

@@ -33,12 +33,35 @@ def test_from_rows_to_a_data_set(tmp_path, capsys):
     assert (record["chosen"], record["rejected"], record["labeller"]) == ("b", "a", "imported")
 
 
+def test_columns_of_other_names_are_mapped_and_what_is_not_read_is_said(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    row = {"ask": "What is best?", "left": "a", "right": "b", "verdict": 2, "note": "n"}
+    rows.write_text(json.dumps(row) + "\n")
+    store = f"store={tmp_path / 'collection.duckdb'}"
+    columns = ("--map", "prompt=ask", "--map", "answers=[left, right]", "--map", "better={verdict: [1, 2]}")
+    said = told(capsys, "import", str(rows), *columns, store).splitlines()
+    assert said == [f"{tmp_path / 'collection.duckdb'}: 1 task added, 1 new comparison, 1 judgment", "  columns not read: note"]
+    told(capsys, "export", str(tmp_path / "out.jsonl"), store)
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    assert (record["prompt"], record["chosen"], record["rejected"]) == ("What is best?", "b", "a")
+
+
 def test_a_user_error_gives_one_line(tmp_path, capsys):
     assert refused(capsys, "export", "out", f"store={tmp_path / 'x'}") == (
         f"store: {tmp_path / 'x'}: no such file. Expected an existing store."
     )
     assert refused(capsys, "export", "out", "stroe=x").startswith("'stroe=x' overrides no setting; did you mean store?")
     assert refused(capsys, "import", str(tmp_path / "y"), f"store={tmp_path / 'x'}").startswith(f"import: {tmp_path / 'y'}")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"ask": "a"}\n')
+    own = f"store={tmp_path / 'new.duckdb'}"
+    assert refused(capsys, "import", str(rows), "--map", "prompt", own) == (
+        "--map: found 'prompt', expected KEY=COLUMN, such as prompt=question."
+    )
+    assert refused(capsys, "import", str(rows), "--map", "better={a", own).startswith("--map: 'better={a' cannot be read: ")
+    assert "no key 'promt'; did you mean prompt?" in refused(capsys, "import", str(rows), "--map", "promt=ask", own)
+    assert refused(capsys, "score", own) == "score: expected a checkpoint, or --ledger RUN."
+    assert refused(capsys, "score", "--ledger", str(tmp_path), own).startswith(f"score: {tmp_path}: no ledger.")
     assert refused(capsys, "push", str(tmp_path), "a/b").startswith(f"push: {tmp_path} is not an export.")
     assert refused(capsys, "export", "out", "--namse").endswith("unrecognized: --namse")
     assert "COLLECT_PASSWORD" in refused(capsys, "serve", "address=0.0.0.0")

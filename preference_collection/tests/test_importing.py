@@ -179,3 +179,13 @@ def test_any_row_gives_a_problem_or_a_fault(row):
         assert str(fault)
     else:
         assert problem.prompt.strip() and problem.id and problem.title
+
+
+def test_the_function_that_a_version_defines_is_kept_where_it_has_another_name(store, tmp_path):
+    tests = [{"args": [1, 2], "expected": 3}]
+    versions = {"version1": "def add(a, b):\n    return a + b", "version2": "def plus(a, b):\n    return a + b"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"id": 1, "description": "Add.", "function_name": "add", "tests": tests, **versions}) + "\n")
+    import_into(store, path)
+    [comparison] = store.comparisons()
+    assert [answer.parameters for answer in comparison.answers] == [{}, {"function_name": "plus"}]

@@ -114,6 +114,12 @@ def test_an_invalid_setting_gives_one_message(override, said):
     assert str(caught.value).startswith(said)
 
 
+def test_prose_is_no_yaml():
+    text = "# What counts\n- [short] answers: yes"
+    assert load_settings([f"guidelines={text}"]).guidelines == text
+    assert load_settings(["instruction=null"]).instruction is None
+
+
 @pytest.mark.parametrize("key", NUMBERS)
 def test_every_number_has_bounds(key):
     least, most, _ = NUMBERS[key]

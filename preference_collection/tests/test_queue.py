@@ -121,6 +121,15 @@ def test_an_undo_that_restores_an_earlier_judgment_asks_for_nothing(memory):
     assert queue.next("ada") == "c1"
 
 
+def test_an_undo_that_restores_a_skip_leaves_the_comparison_to_others(memory):
+    filled(memory, 1)
+    queue = Queue(memory)
+    judge(memory, queue, "ada", "c0", "skip")
+    judge(memory, queue, "ada", "c0", 1)
+    queue.undone("ada", memory.undo("ada"))
+    assert queue.next("bob") == "c0" and queue.next("ada") is None
+
+
 def test_a_settled_comparison_is_done_until_that_is_undone(memory):
     [comparison] = filled(memory, 1)
     queue = Queue(memory, overlap=3)

@@ -1,6 +1,7 @@
 """What training reads of an export is what was judged, of programming problems and of any other text."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preference_collection.exchange.export import UNUSABLE, entry_of, export_dataset, export_records
+from preference_collection.exchange.export import UNUSABLE, counts_line, entry_of, export_dataset, export_records
 from preference_collection.exchange.importing import add_samples, import_into, text_answer
 from preference_collection.store.model import Comparison, Judgment, Task, new_id, ranks_of_scores, shown_order
 from preference_collection.store.store import open_store
@@ -217,7 +218,20 @@ def test_both_kinds_together_are_records_and_code_alone_has_the_columns_of_lc(st
     assert +export_dataset(store, tmp_path / "out") == {"preferences": 1, "bad": 1}
     assert entry_of(tmp_path / "out") == f"{{path: '{tmp_path / 'out'}'}}"
     assert read(tmp_path / "out").keys() == {"Add two numbers (sum).", "What is best?"}
-    assert "find all answers bad" in (tmp_path / "out" / "README.md").read_text()
+    assert "1 judgment finds all answers bad" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_answers_that_were_edited_are_said_where_the_columns_of_lc_lack_them(store, tmp_path):
+    code = a_comparison()
+    store.add_tasks([a_task()])
+    store.add_comparisons([code])
+    store.judge(a_judgment(code, 0, edited="def add(a, b):\n    return a + b"))
+    assert counts_line(export_dataset(store, tmp_path / "out")) == (
+        "1 preferences, 0 ties, 0 skips, 1 edited answers, which only files of records have: export FILE.jsonl"
+    )
+    export_records(store, tmp_path / "picks.jsonl")
+    [(_, targets, _)] = read(tmp_path / "picks.jsonl").values()
+    assert targets == Counter(["def add(a, b):\n    return a + b"])
 
 
 def test_an_unusable_ranking_is_counted_and_not_written(store, tmp_path):
@@ -272,5 +286,8 @@ def test_judged_samples_of_both_kinds_train_the_tiny_model(tmp_path):
     sft = trained(tmp_path / "sft", "loss=sft", f"datasets=['{picks}']")
     assert any("records of `responses`, `pairs` and `sft_target`" in line for line in sft)
     trained(tmp_path / "dpo", "loss=dpo", f"datasets=['{picks}']", f"model.archive='{tmp_path / 'sft' / 'LATEST'}'")
+    asked = run("score", "--ledger", str(tmp_path / "dpo"), f"store={store}")
+    known, unknown = map(int, re.search(r": (\d+) of 24 comparisons are among the pairs of .*, (\d+) are not;", asked).groups())
+    assert known + unknown == 24 and known > 0
     for loss in ("kto", "plackett_luce"):
         trained(tmp_path / loss, f"loss={loss}", f"datasets=['{picks}']")

@@ -7,6 +7,7 @@ from contextlib import closing
 import duckdb
 import pytest
 
+from preference_collection.store import schema
 from preference_collection.store.model import Answer, Comparison, Judgment, Query, Task
 from preference_collection.store.schema import MIGRATIONS, now
 from preference_collection.store.store import open_store
@@ -126,6 +127,20 @@ def test_a_store_of_each_earlier_version_is_migrated_with_its_content(tmp_path, 
         store.judge(Judgment("j6", "p", "ada", "bad", (0, 1)))
         assert [judgment.id for judgment in store.standing("p")] == ["j2", "j3", "j4", "j6"]
         assert store.undo("ada") == "p" == store.undo("ada") and store.undo("ada") is None
+
+
+def test_a_migration_that_fails_leaves_the_store_as_it_was(tmp_path, monkeypatch):
+    path = str(tmp_path / "older.duckdb")
+    older_store(path, 2)
+    monkeypatch.setattr(schema, "MIGRATIONS", (*MIGRATIONS[:-1], (*MIGRATIONS[-1], "SELECT * FROM no_such_table")))
+    with pytest.raises(duckdb.CatalogException):
+        open_store(path)
+    monkeypatch.undo()
+    with duckdb.connect(path) as connection:
+        assert connection.execute("SELECT max(version) FROM schema_versions").fetchone() == (2,)
+        assert connection.execute("SELECT count(*) FROM preferences").fetchone() == (6,)
+    with closing(open_store(path)) as store:
+        assert [judgment.id for judgment in store.standing("p")] == ["j1", "j2", "j3", "j4"]
 
 
 def test_a_read_only_store_can_be_read_but_not_written(store):

@@ -63,7 +63,7 @@ def test_alpha_is_what_its_definition_says_for_any_opinions(units):
 
 def test_a_ranking_is_an_opinion_about_each_two_answers():
     assert opinions_of("ranked", (2, 1, 2), 3) == ("second", "tie", "first")
-    assert opinions_of("ranked", (1, 2), 2) == ("first",) and opinions_of("bad", None, 3) == ("bad", "bad", "bad")
+    assert opinions_of("ranked", (1, 2), 2) == ("first",) and opinions_of("bad", (), 3) == ("bad", "bad", "bad")
     # Of the three pairs of a, b and c in the orders abc and acb only the last differs.
     found = agreement_of([[opinions_of("ranked", ranks, 3) for ranks in ((1, 2, 3), (1, 3, 2))]])
     assert (found.judged, found.compared, found.agreed) == (1, 3, 2)

@@ -1,5 +1,6 @@
 """The page over HTTP: sign-in, judging, undoing, passing on, tests, and what hostile answers may not do."""
 
+import json
 import re
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
@@ -7,6 +8,8 @@ from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from preference_collection.generation.sources import sources_of
@@ -22,6 +25,7 @@ from preference_collection.web.server import build_app
 from preference_collection.web.shared import Shared
 
 ORIGIN = {"Origin": "http://localhost"}
+SENT = {"Content-Type": "application/json"}
 
 
 @dataclass
@@ -37,9 +41,9 @@ class Runs:
 def client_of(store, password="", runs=None, **changed) -> TestClient:
     """A browser at the page of a store."""
     overrides = [f"{key}={value}" for key, value in changed.items()]
-    settings = load_settings([f"store={store.address}", *overrides])
-    queue = Queue(store, settings.overlap, settings.order, settings.lease_minutes * 60)
-    shared = Shared(settings, store, queue, Runs(runs or {}), sources_of(settings), password)
+    loaded = load_settings([f"store={store.address}", *overrides])
+    queue = Queue(store, loaded.overlap, loaded.order, loaded.lease_minutes * 60)
+    shared = Shared(loaded, store, queue, Runs(runs or {}), sources_of(loaded), password)
     client = TestClient(build_app(shared), "http://localhost", follow_redirects=False, headers=ORIGIN)
     client.shared = shared
     return client
@@ -283,6 +287,41 @@ def test_what_comes_next_is_read_before_it_is_asked_for(store, monkeypatch):
     monkeypatch.setattr(type(store), "task", lambda *_: pytest.fail("read again"))
     client.shared.ahead = None
     assert client.post("/api/judge", json=a_choice("pair-a")).json()["next"]["id"] == "pair-b"
+
+
+def test_who_has_nothing_left_is_told_what_comes(store):
+    store.add_tasks([a_task("a")])
+    client = signed_in(store)
+    assert "Nothing to judge yet" in client.get("/label").text and "Press g" in client.get("/label").text
+    client = signed_in(store, generator="ollama:tiny")
+    client.shared.ahead = SimpleNamespace(seen=lambda _: None, status=lambda: "Ollama is away.")
+    page = client.get("/label").text
+    assert "data-waits" in page and "ollama:tiny is asked for more answers." in page and "Ollama is away." in page
+    store.add_comparisons([a_comparison("a", id="pair-a")])
+    client.shared.queue.added(["pair-a"])
+    assert client.post("/api/next", json={"comparison": ""}).json()["next"]["id"] == "pair-a"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda one: st.lists(one, max_size=3), max_leaves=4
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    changed=st.dictionaries(
+        st.sampled_from(sorted([*a_choice("pair-a"), "reasons", "edited", "edited_from"])), JSON, min_size=1
+    )
+)
+def test_whatever_is_sent_is_refused_or_is_a_judgment(store, changed):
+    if store.task("a") is None:
+        filled(store, "a")
+    before = len(list(store.judgments()))
+    answer = signed_in(store).post("/api/judge", content=json.dumps(a_choice("pair-a") | changed), headers=SENT)
+    kept = list(store.judgments())
+    assert answer.status_code in (200, 400, 409)
+    assert len(kept) == (1 if answer.status_code == 200 else before)
+    assert all(each.judgment.labeler == "Ada" and each.comparison.id == "pair-a" for each in kept)
 
 
 # ---- tests of code ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 
-from preference_collection.tests.conftest import a_task
+from preference_collection.tests.conftest import a_comparison, a_task
 from preference_collection.tests.ollama_stand_in import Silence, ollama_stand_in
 from preference_collection.tests.test_web import shown_in, signed_in
 
@@ -110,3 +110,9 @@ def test_a_server_that_is_away_is_said(store):
 def test_an_invalid_request_asks_nothing(client, server, changed, status):
     assert client.post("/api/generate", json={**TASK, **changed}).status_code == status
     assert not server.requests
+
+
+def test_the_page_says_which_function_the_tests_call_where_it_is_not_the_tasks(store):
+    store.add_tasks([a_task("a")])
+    store.add_comparisons([a_comparison("a", parameters={"function_name": "plus"})])
+    assert signed_in(store).get("/label").text.count("The tests call its function <code>plus</code>.") == 2

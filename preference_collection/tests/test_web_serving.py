@@ -42,7 +42,7 @@ def test_it_says_its_address_once_and_stops_cleanly(tmp_path, how):
         assert first.startswith(f"http://localhost:{port}  store {tmp_path / 'a.duckdb'}")
         with httpx.Client(base_url=f"http://localhost:{port}", headers={"Origin": f"http://localhost:{port}"}) as client:
             assert client.post("/sign-in", data={"name": "Ada"}).headers["location"] == "/label"
-            assert "Nothing left to judge" in client.get("/label").text
+            assert "Nothing to judge yet" in client.get("/label").text
             process.send_signal(how)
             out, errors = process.communicate(timeout=60)
     finally:

@@ -5,13 +5,14 @@ from functools import partial
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from preference_collection.generation.writing import as_text
 from preference_collection.store.model import Comparison, Judgment
 from preference_collection.web import pages
 from preference_collection.web.differences import differences as compared
 from preference_collection.web.shared import Shared, html, labeler_of, missing, page, shared_of
 from preference_training.core.errors import UserError
 
-LONGEST_ID, LONGEST_COMMENT = 64, 2000
+LONGEST_ID, LONGEST_COMMENT, LONGEST_SECONDS, MOST_REASONS = 64, 2000, 10**9, 100
 
 
 def next_of(shared: Shared, labeler: str, after: str | None = None) -> dict:
@@ -22,7 +23,7 @@ def next_of(shared: Shared, labeler: str, after: str | None = None) -> dict:
     id = shared.queue.next(labeler, skip=after)
     comparison = shared.comparison(id) if id else None
     if comparison is None:
-        return {"id": "", "html": _nothing_left(shared), "address": "/label", "progress": progress(shared, labeler)}
+        return {"id": "", "html": _nothing_left(shared, labeler), "address": "/label", "progress": progress(shared, labeler)}
     return view_of(shared, labeler, comparison, is_new=True)
 
 
@@ -39,16 +40,20 @@ def progress(shared: Shared, labeler: str) -> str:
     return pages.progress_words(shared.queue.done(labeler), shared.queue.remaining(labeler))
 
 
-def _nothing_left(shared: Shared) -> str:
+def _nothing_left(shared: Shared, labeler: str) -> str:
     waiting = shared.store.tasks_without_comparison(1)
-    lines = ["Thank you. You have judged every comparison that waits for a judgment of yours."]
-    if waiting:
+    done = shared.queue.done(labeler)
+    makes = bool(waiting and shared.ahead and shared.settings.generator)
+    lines = ["You have judged every comparison that waits for you. Thank you." if done else "No comparison waits for you."]
+    if makes:
+        lines.append(f"{shared.settings.generator} is asked for more answers. They appear here by themselves.")
+    elif waiting:
         lines.append(f"Tasks without answers are left, the next is “{waiting[0].title}”. Press g to have a model answer it.")
     if shared.ahead and shared.ahead.status():
         lines.append(shared.ahead.status())
     return html(
-        "empty.html", title="Nothing left to judge", lines=lines, shown=None, task=waiting[0] if waiting else None, opens=False,
-        read_only=shared.store.read_only,
+        "empty.html", title="Nothing left to judge" if done else "Nothing to judge yet", lines=lines, shown=None,
+        task=waiting[0] if waiting else None, opens=False, waits=makes, read_only=shared.store.read_only,
     )  # fmt: skip
 
 
@@ -85,7 +90,7 @@ def label_task(request: Request) -> Response:
         return _desk(request, view_of(shared, labeler, comparisons[0]))
     fragment = html(
         "empty.html", title=task.title, lines=["This task has no answers yet."], shown=pages.show_task(shared, task), task=task,
-        opens=not shared.store.read_only, read_only=shared.store.read_only,
+        opens=not shared.store.read_only, waits=False, read_only=shared.store.read_only,
     )  # fmt: skip
     return _desk(request, {"html": fragment, "progress": progress(shared, labeler)})
 
@@ -172,8 +177,8 @@ def judgment_of(data: dict, labeler: str) -> Judgment:
     if not 0 < len(values["id"]) <= LONGEST_ID:
         raise ValueError(f"id has {len(values['id'])} characters, expected 1 to {LONGEST_ID}")
     seconds, edited_from = data.get("seconds"), data.get("edited_from")
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float | None):
-        raise ValueError("seconds is no number")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float | None) or (seconds or 0) > LONGEST_SECONDS:
+        raise ValueError("seconds is no number of seconds")
     if isinstance(edited_from, bool) or not isinstance(edited_from, int | None):
         raise ValueError("edited_from is no index")
     reasons = data.get("reasons") or []
@@ -181,8 +186,8 @@ def judgment_of(data: dict, labeler: str) -> Judgment:
         raise ValueError("reasons is no list of texts")
     return Judgment(
         **values, labeler=labeler, order=_indices(data, "order"), ranks=_indices(data, "ranks"), seconds=seconds,
-        reasons=tuple(reasons[:100]), comment=_text_of(data, "comment")[:LONGEST_COMMENT], edited=_text_of(data, "edited"),
-        edited_from=edited_from,
+        reasons=tuple(map(as_text, reasons[:MOST_REASONS])), comment=_text_of(data, "comment")[:LONGEST_COMMENT],
+        edited=_text_of(data, "edited"), edited_from=edited_from,
     )  # fmt: skip
 
 
@@ -190,8 +195,7 @@ def _text_of(data: dict, name: str) -> str:
     value = data.get(name) or ""
     if not isinstance(value, str):
         raise ValueError(f"{name} is no text")
-    # JSON can carry half a character, which no file can.
-    return value.encode("utf-8", "replace").decode()
+    return as_text(value)
 
 
 def _indices(data: dict, name: str) -> tuple[int, ...]:

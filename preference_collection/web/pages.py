@@ -21,7 +21,7 @@ class Side:
     """An answer as shown: number counts from the left and is its key, index is its place in the comparison.
 
     beside and stacked are its names where answers stand side by side, and one above the other. fault is what makes it useless,
-    as the end of a sentence.
+    as the end of a sentence, called the function that its tests call if that is not the task's.
     """
 
     number: int
@@ -31,6 +31,7 @@ class Side:
     html: Markup
     tests: Markup
     fault: str | None
+    called: str
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,11 @@ def show_comparison(
     own = next((judgment for judgment in standing if judgment.labeler == labeler), None)
     note = f"You judged: {judged_words(own, order)}. Judging again replaces it." if own else ""
     given = own or again
+    reasons = shared.settings.reasons if task.kind == "code" else shared.settings.text_reasons
     return show_task(
         shared, task, id=comparison.id, order=order, sides=sides, note=note,
         others=() if is_new else _others(shared, comparison),
-        polled=any(run and not run.over for run in runs), reasons=tuple(shared.settings.reasons),
+        polled=any(run and not run.over for run in runs), reasons=tuple(reasons),
         given_reasons=given.reasons if given else (), given_comment=given.comment if given else "",
     )  # fmt: skip
 
@@ -117,8 +119,8 @@ def _side(shared: Shared, comparison: Comparison, task: Task, number: int, index
     name = f"answer {number}"
     beside, stacked = (BESIDE[number - 1], STACKED[number - 1]) if two else (name, name)
     fault = read_reply(task, answer.text).fault
-    text = answer_html(shared, comparison, index)
-    return Side(number, index, beside, stacked, text, tests_of(run, task), fault)
+    text, called = answer_html(shared, comparison, index), answer.parameters.get("function_name", "")
+    return Side(number, index, beside, stacked, text, tests_of(run, task), fault, called)
 
 
 def answer_html(shared: Shared, comparison: Comparison, index: int) -> Markup:

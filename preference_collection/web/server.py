@@ -8,6 +8,7 @@ from urllib.parse import parse_qs
 
 import anyio
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.sessions import SessionMiddleware
@@ -100,6 +101,8 @@ async def sign_in(request: Request) -> Response:
     if not name:
         return _form(request, name, "Please enter your name.")
     request.session["labeler"] = name
+    # What others have judged meanwhile may have changed what comes first.
+    await run_in_threadpool(shared_of(request).queue.reorder)
     return RedirectResponse("/label", 303)
 
 

@@ -153,14 +153,13 @@ def disagreements_for(shared: Shared, labeler: str) -> tuple[list[str], int]:
 
     What they may still be asked to judge is not shown to them, so that they judge it for themselves.
     """
-    visible, hidden = [], 0
-    for comparison in shared.store.disagreements():
-        people = [judgment.labeler for judgment in shared.store.standing(comparison)]
-        if labeler in people or len(people) >= shared.settings.overlap:
-            visible.append(comparison)
-        else:
-            hidden += 1
-    return visible, hidden
+    found = shared.store.disagreements()
+    people: dict[str, set[str]] = {}
+    for comparison, name, _, _ in shared.store.judged_by(found):
+        people.setdefault(comparison, set()).add(name)
+    enough = shared.settings.overlap
+    visible = [comparison for comparison in found if labeler in people[comparison] or len(people[comparison]) >= enough]
+    return visible, len(found) - len(visible)
 
 
 def disagreement_of(shared: Shared, comparison_id: str) -> Disagreement:

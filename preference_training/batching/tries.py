@@ -230,20 +230,22 @@ class TrieLayout:
             self._blocks(window, chunk)
         return self
 
-    def _tensor(self, name: str, compute: Callable[[], NDArray[Any]]) -> Tensor:
-        if name not in self.tensors:
-            self.tensors[name] = torch.from_numpy(compute().astype(numpy.int32)).to(self.device)
-        return self.tensors[name]
+    def _to_device(self, values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values.astype(numpy.int32)).to(self.device)
 
     @property
     def subtree_ends(self) -> Tensor:
         """One past the last packed token below each token: [T] int32."""
-        return self._tensor("subtree_ends", lambda: self.trie.subtree_ends)
+        if "subtree_ends" not in self.tensors:
+            self.tensors["subtree_ends"] = self._to_device(self.trie.subtree_ends)
+        return self.tensors["subtree_ends"]
 
     @property
     def positions(self) -> Tensor:
         """Position of each packed token in its sequence: [T] int32."""
-        return self._tensor("positions", lambda: self.trie.positions)
+        if "positions" not in self.tensors:
+            self.tensors["positions"] = self._to_device(self.trie.positions)
+        return self.tensors["positions"]
 
     def may_attend(self, query: Tensor, key: Tensor, window: int | None = None, chunk: int | None = None) -> Tensor:
         """Whether the packed token at `query` attends to that at `key` (integer tensors that broadcast).
@@ -288,11 +290,15 @@ class TrieLayout:
         names = [f"{what} {window} {chunk}" for what in ("partial counts", "partial indices", "full counts", "full indices")]
         if names[0] not in self.tensors:
             some, full = block_visibility(self.trie, window, chunk)
-            for blocks, (counts, indices) in zip((some & ~full, full), (names[:2], names[2:]), strict=True):
-                self._tensor(counts, lambda blocks=blocks: blocks.sum(1)[None, None])
-                # The visible blocks of each row first, in ascending order.
-                self._tensor(indices, lambda blocks=blocks: numpy.argsort(~blocks, axis=1, kind="stable")[None, None])
+            found = [values for blocks in (some & ~full, full) for values in _counts_and_indices(blocks)]
+            for name, values in zip(names, found, strict=True):
+                self.tensors[name] = self._to_device(values)
         return [self.tensors[name] for name in names]
+
+
+def _counts_and_indices(blocks: NDArray[numpy.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """How many blocks of each row are visible, and all blocks of a row, the visible ones first, in order: each [1, 1, ...]."""
+    return blocks.sum(1)[None, None], numpy.argsort(~blocks, axis=1, kind="stable")[None, None]
 
 
 def block_visibility(trie: Trie, window: int | None, chunk: int | None) -> tuple[NDArray[numpy.bool_], NDArray[numpy.bool_]]:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -98,8 +99,17 @@ def run_or_launch(run: Callable, config: RunConfig, run_dir: Path, in_sweep: boo
     try:
         return launch(_run_silenced, (run, config, run_dir, in_sweep), number_of_workers(config.trainer), config.fsdp_port)
     except StoppedError as stopped:
-        stopped.resumable = config.resume is not None or (run_dir / LATEST).exists()
+        stopped.resumable = _has_checkpoint(config, run_dir)
         raise
+
+
+def _has_checkpoint(config: RunConfig, run_dir: Path) -> bool:
+    """Whether there is a checkpoint from which a run that has stopped would be resumed."""
+    if config.resume not in (None, "auto"):
+        return True
+    # A run that is resumed lies beside the directory of this start.
+    beside = run_dir.parent.glob(f"{escape(config.exp_name)}_*") if config.resume else ()
+    return any((place / LATEST).exists() for place in (run_dir, *beside))
 
 
 def _run_silenced(run: Callable, *arguments):

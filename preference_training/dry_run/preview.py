@@ -179,7 +179,7 @@ def held_out_lines(prepared: PreparedRun) -> list[str]:
     """A line on what each entry of `datasets` holds out of the rows that it trains on; "" where nothing."""
     pairs = zip(prepared.entries, prepared.data[-1].reports, strict=True)
     return [
-        f"{number_of(report.num_prompts, 'prompt')} more held out (held_out_share={entry.held_out_share:g})"
+        f"{number_of(report.num_prompts, 'more prompt')} held out (held_out_share={entry.held_out_share:g})"
         if entry.uses_held_out_share
         else ""
         for entry, report in pairs

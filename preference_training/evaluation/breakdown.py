@@ -4,7 +4,8 @@ Shapes: E examples (pairs; responses for SFT), K metrics. Every number has a 95%
 the pairs of one prompt are not independent.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -82,34 +83,41 @@ def break_down(held_out: HeldOut, facts: ExampleFacts) -> dict:
     """Loss, accuracy and margin of all examples and of each part, and for pairs the `length_bias`; plain values."""
     names = [name for name in COLUMNS if name in held_out.examples]
     values = numpy.column_stack([held_out.examples[name].double().numpy() for name in names])
-    result = {"all": estimates(names, values, facts.prompts)}
+    least = held_out.least
+    result = {"all": estimates(names, values, facts.prompts, least)}
     for way, parts in facts.parts().items():
-        result[way] = {name: estimates(names, values[chosen], facts.prompts[chosen]) for name, chosen in parts.items()}
+        result[way] = {name: estimates(names, values[chosen], facts.prompts[chosen], least) for name, chosen in parts.items()}
     if facts.other_lengths is not None:
         result["length_bias"] = length_bias(held_out, facts)
     return result
 
 
-def estimates(names: Sequence[str], values: numpy.ndarray, prompts: numpy.ndarray) -> dict:
-    """The numbers of examples and prompts, and the mean of each metric [E, K] with its interval (None for a single prompt)."""
+def estimates(
+    names: Sequence[str], values: numpy.ndarray, prompts: numpy.ndarray, least: Mapping[str, float] | None = None
+) -> dict:
+    """The numbers of examples and prompts, and the mean of each metric [E, K] with its interval (None for a single prompt).
+
+    least: the least value of a metric, for those that have one.
+    """
+    ends = {name: (least or {}).get(name, -math.inf) for name in names}
     number = len(numpy.unique(prompts))
     columns = {name: values[:, k] for k, name in enumerate(names)}
-    bounds = {name: _interval(name, column, prompts) if number > 1 else None for name, column in columns.items()}
+    bounds = {name: _interval(name, column, prompts, ends[name]) if number > 1 else None for name, column in columns.items()}
     means = {name: estimate(column.mean(), bounds[name]) for name, column in columns.items()}
     return {"examples": len(values), "prompts": number, **means}
 
 
-def _interval(name: str, column: numpy.ndarray, prompts: numpy.ndarray) -> Bounds | None:
+def _interval(name: str, column: numpy.ndarray, prompts: numpy.ndarray, least: float) -> Bounds | None:
     if not numpy.isfinite(column).all():
         return None
-    return share_interval(column, prompts) if name in SHARES else mean_interval(column, prompts)
+    return share_interval(column, prompts) if name in SHARES else mean_interval(column, prompts, least=least)
 
 
 def interval_metrics(held_out: HeldOut) -> dict[str, float]:
     """The 95% intervals as metrics NAME/low and NAME/high, and the number of prompts; no bounds for a single prompt."""
     names = [name for name in COLUMNS if name in held_out.examples]
     values = numpy.column_stack([held_out.examples[name].double().numpy() for name in names])
-    found = estimates(names, values, numpy.asarray(held_out.sources))
+    found = estimates(names, values, numpy.asarray(held_out.sources), held_out.least)
     bounds = {f"{name}/{end}": found[name][end] for name in names for end in ("low", "high")}
     return {name: bound for name, bound in bounds.items() if bound is not None} | {HELD_OUT_PROMPTS: found["prompts"]}
 

@@ -3,8 +3,8 @@
 Shapes: R responses and E examples over the whole held-out set.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import isnan
 
@@ -27,12 +27,13 @@ from preference_training.modeling.state import compute_device
 class HeldOut:
     """The metrics of every example, name → [E] float64 on the CPU, NaN where it has none, and the statistics of the loss.
 
-    sources: [E], the names of the examples' prompts.
+    sources: [E], the names of the examples' prompts. least: the least value that a metric may have, of those that have one.
     """
 
     examples: dict[str, Tensor]
     statistics: dict[str, float | Tensor]
     sources: Sequence[str]
+    least: Mapping[str, float] = field(default_factory=dict)
 
     def means(self) -> dict[str, float]:
         """The mean of each metric over the examples that have it, and the statistics, by name."""
@@ -73,7 +74,8 @@ def evaluate_held_out(
     scores = score_responses(policy, reference, batches, ranks, on_batch, loss)
     examples = scores.examples
     output = loss(scores.policy, scores.reference, examples).weighted(examples.weights)
-    return HeldOut(example_metrics(loss, output, scores.policy, examples, EVAL), output.statistics, scores.sources)
+    metrics = example_metrics(loss, output, scores.policy, examples, EVAL)
+    return HeldOut(metrics, output.statistics, scores.sources, {} if loss.can_be_negative else {EVAL_LOSS: 0.0})
 
 
 @torch.no_grad()

@@ -102,12 +102,13 @@ def _korn_graubard(totals: numpy.ndarray, sizes: numpy.ndarray) -> Bounds:
 
 
 def mean_interval(
-    values: Sequence[float], groups: Sequence | None = None, sizes: Sequence[float] | None = None
+    values: Sequence[float], groups: Sequence | None = None, sizes: Sequence[float] | None = None, least: float = -math.inf
 ) -> Bounds | None:
     """The interval of the mean of values [E]: Student's, corrected for skewness; None for fewer than two groups.
 
     groups: as in `share_interval`. sizes [E]: the weights of the examples; the mean is the sum of values over the sum of sizes.
-    With skewed values, Student's interval lies too low; Hall's transformation (1992) extends it toward the long tail.
+    With skewed values, Student's interval lies too low; Hall's transformation (1992) extends it toward the long tail. least:
+    the least value that there is, where the bounds end: the true mean is not below, so that they contain it as often.
     """
     values = numpy.asarray(values, float)
     sizes = numpy.ones(len(values)) if sizes is None else numpy.asarray(sizes, float)
@@ -123,7 +124,7 @@ def mean_interval(
     scaled = deviations / abs(deviations).max()
     skewness = (scaled**3).mean() / (scaled**2).mean() ** 1.5
     high, low = (_hall_quantile(sign * stats.t.ppf(TAIL, len(totals) - 1), skewness, len(totals)) for sign in (1, -1))
-    return mean - error * low, mean - error * high
+    return max(mean - error * low, least), max(mean - error * high, least)
 
 
 def _hall_quantile(quantile: float, skewness: float, number: int) -> float:

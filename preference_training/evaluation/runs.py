@@ -57,6 +57,9 @@ class EvaluationRun:
         names = config.evaluation.task_names
         self.tasks = TaskList(names, options.task_path) if names else None
         self.judge = build_judge(options, config.cache_dir, placement.device) if options.judge and is_rank_zero else None
+        if self.judge is not None and (note := self.judge.identify()):
+            # Before the responses are sampled, which takes long.
+            print(f"warning: judge: {note}", flush=True)
         policy = placement.load_policy()
         if checkpoint is not None and needs_reference and is_rank_zero:
             check_reference(config, checkpoint, placement.began_with)

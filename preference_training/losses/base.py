@@ -186,6 +186,8 @@ class Loss(ABC):
     has_likelihood: bool = False
     # What its rewards are beta times of; None if it has no rewards, or does not declare them.
     reward: ClassVar[Reward | None] = None
+    # Whether an example's loss may be below 0; if not, neither is an interval of their mean.
+    can_be_negative: bool = False
     # What the held-out loss depends on besides the policy, so that it cannot be compared between runs or between evaluations of
     # one run; None if it can.
     evaluation_depends_on: str | None = None

@@ -254,6 +254,7 @@ class RobustDPOLoss(LogRatioLoss):
     """`robust_dpo_loss` of every pair."""
 
     label_smoothing: float
+    can_be_negative = True
 
     def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The robust DPO loss of each pair."""

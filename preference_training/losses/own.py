@@ -48,6 +48,8 @@ def own_loss(function: str, options: dict[str, Any], seed: int = 0) -> Loss:
             f"loss.function: {function} {problem}. Expected a Loss, as in preference_training/losses/objectives.py."
         )
     assert isinstance(loss, Loss)
+    # Nobody knows; set so, since its class may be a frozen one.
+    object.__setattr__(loss, "can_be_negative", True)
     return loss
 
 

@@ -88,6 +88,7 @@ class MixedLoss(Loss):
         self.reads_tokens = any(loss.reads_tokens for loss in losses)
         self.reads_collision = any(loss.reads_collision for loss in losses)
         self.has_likelihood = any(loss.has_likelihood or loss.examples == "targets" for loss in losses)
+        self.can_be_negative = any(loss.can_be_negative for loss in losses)
         self.evaluation_depends_on = next((loss.evaluation_depends_on for loss in losses if loss.evaluation_depends_on), None)
 
     def batch_statistics(self, policy: Tensor, reference: Tensor | None, examples: Examples) -> MixStatistics:

@@ -11,10 +11,13 @@ from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_use
 from preference_training.distributed.placement import Placement
 from preference_training.evaluation.breakdown import change_metrics, interval_metrics, values_by_example
 from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
+from preference_training.generation.repetition import repetition
 from preference_training.generation.sampling import Sampler
 from preference_training.modeling.logprobs import LiveReference, RememberedReference
 from preference_training.training.parts import Batches, Models, Observers, RunState
 
+# The kind of a finding.
+SAMPLES_REPEAT = "samples repeat"
 # Between two lines that say how far a first evaluation is.
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -31,7 +34,7 @@ class Evaluator:
         self.models, self.batches, self.state, self.observers = models, batches, state, observers
         self.held_out: HeldOut | None = None
         self.pruned = False
-        # What has been announced, once in a run: the first evaluation, and sampling.
+        # What has been said, once in a run: the first evaluation, sampling, and that samples repeat.
         self.announced: set[str] = set()
         self.reference = models.reference
         stays = models.loss.reference_update is None and not models.loss.reads_tokens
@@ -77,7 +80,8 @@ class Evaluator:
                 "of this one"
             )
         if self.batches.sample_prompts and self._is_time_to_sample(before):
-            tracker.log_samples(self.sample(), state.examples)
+            tracker.log_samples(samples := self.sample(), state.examples)
+            self._check_repetition(samples)
         if self.observers.ledger is not None:
             self.observers.ledger.write()
         self._prune()
@@ -100,9 +104,13 @@ class Evaluator:
             yield batch
 
     def _announce(self, what: str, text: str) -> None:
-        """Log what may take minutes, the first time that it begins."""
-        if what not in self.announced:
-            self.announced.add(what)
+        """Log what begins and may take minutes, or a finding, the first time."""
+        if what in self.announced:
+            return
+        self.announced.add(what)
+        if what == SAMPLES_REPEAT:
+            self.observers.tracker.log_finding(what, text)
+        else:
             self.observers.tracker.log_message(text)
 
     def _changes(self) -> dict[str, float]:
@@ -177,6 +185,20 @@ class Evaluator:
         prompts = self.tokenizer.batch_decode(self.batches.sample_prompts)
         rows = zip(prompts, *responses.values(), strict=True)
         return [{"examples": state.examples, **dict(zip(["prompt", *responses], row, strict=True))} for row in rows]
+
+    def _check_repetition(self, samples: list[dict]) -> None:
+        """Warn, once, of samples that repeat themselves, other than those of the reference."""
+        ids = {
+            name: [self.tokenizer(row[name], add_special_tokens=False).input_ids for row in samples]
+            for name in ("policy", "reference")
+            if name in samples[0]
+        }
+        if self.state.updates and (text := repetition(ids["policy"], ids.get("reference"))):
+            self._announce(
+                SAMPLES_REPEAT,
+                f"warning: after {self.state.examples} examples {text}: the model may be broken. Look at samples.jsonl; lower "
+                "lr, raise loss.beta, or use an earlier checkpoint.",
+            )
 
     # ---- resuming -------------------------------------------------------------------------------------------------------
 

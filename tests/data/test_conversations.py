@@ -197,8 +197,10 @@ def test_calls_with_arguments_that_a_template_takes_as_text_are_given_as_text():
 
 def test_calls_that_a_chat_template_drops_are_refused():
     turns = (Turn("user", "q"), Turn("assistant", "", CALL), Turn("tool", "r"), Turn("assistant", "a"))
-    with pytest.raises(UserError, match="template: the tokenizer's chat template drops calls of tools, in turn 2"):
+    with pytest.raises(UserError, match="template: the tokenizer's chat template drops calls of tools, in turn 2") as refused:
         learned(tokenizer_of("SmolLM 2"), turns)
+    # The row has no fault.
+    assert str(refused.value).endswith("or rows without such a turn. Or skip such rows with on_bad_row=skip.")
 
 
 def test_a_developer_turn_is_a_system_turn_for_templates_without_developers():

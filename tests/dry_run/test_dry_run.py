@@ -60,7 +60,7 @@ def test_a_dry_run_shows_data_examples_steps_and_memory_and_leaves_no_run_behind
         "rows.jsonl: 44 rows read",
         "1 skipped: chosen and rejected are the same",
         "1 bad row skipped",
-        "more held out (held_out_share=0.05)",
+        "1 more prompt held out (held_out_share=0.05)",
         "rows that are skipped or held out are not among them",
         "rows.jsonl, row 44: field 'chosen' is empty",
         "duplicate pairs: 1; pairs in both directions: 1",
@@ -140,8 +140,8 @@ def test_sft_data_is_counted_in_examples():
     lines = describe_data(["mine"], [DataReport(rows_read=3, num_prompts=2, left_out={"it is odd": 1})], facts, paired=False)
     assert "  mine: 3 rows read, 2 prompts kept" in lines and "    1 skipped: it is odd" in lines
     assert "  2 prompts, 2 responses, 2 examples, 9 tokens" in lines
-    lines = describe_data(["mine"], [DataReport(rows_read=1, num_prompts=1)], facts, False, ["1 prompt more held out"])
-    assert lines[:2] == ["  mine: 1 row read, 1 prompt kept", "    1 prompt more held out"]
+    lines = describe_data(["mine"], [DataReport(rows_read=1, num_prompts=1)], facts, False, ["1 more prompt held out"])
+    assert lines[:2] == ["  mine: 1 row read, 1 prompt kept", "    1 more prompt held out"]
     report = DataReport(columns_not_read={"margin": 2, "weight": 1}, notes=["top_k has no effect"], bad_rows=["row 3"])
     assert describe_data(["mine"], [report], facts, paired=False)[1:4] == [
         "    columns not read: margin, weight (with margin: margin it is the margin of the pair; with example_weight: weight "

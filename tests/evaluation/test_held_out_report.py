@@ -16,7 +16,7 @@ from preference_training.batching.packing import UNLIMITED
 from preference_training.data.prompt_table import PromptTable, TablePart
 from preference_training.data.rows.templates import user_markers
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.evaluation.breakdown import LENGTH_BOUNDS, ExampleFacts, break_down, length_bias
+from preference_training.evaluation.breakdown import LENGTH_BOUNDS, ExampleFacts, break_down, interval_metrics, length_bias
 from preference_training.evaluation.held_out import HeldOut, kl_estimate, response_batches
 from preference_training.evaluation.results_text import format_results
 from preference_training.modeling.logprobs import LiveReference
@@ -53,6 +53,17 @@ def test_every_partition_has_each_example_in_one_part():
     assert list(parts["response tokens"]) == ["1-32", "33-64", "1025-"]
     assert list(parts["prompt tokens"]) == ["1-32", "33-64"]
     assert list(parts["turns of the user"]) == ["1", "2", "3"]
+
+
+def test_the_interval_of_a_loss_that_cannot_be_negative_is_not():
+    losses = torch.tensor([0.01, 0.01, 0.02, 3.0]).double()
+    names = ["a", "b", "c", "d"]
+    low = interval_metrics(HeldOut({"loss/eval": losses}, {}, names))["loss/eval/low"]
+    ended = interval_metrics(HeldOut({"loss/eval": losses}, {}, names, {"loss/eval": 0.0}))["loss/eval/low"]
+    assert low < 0 == ended
+    # A margin may be.
+    margins = {"loss/eval": losses, "rewards_eval/margins": losses}
+    assert interval_metrics(HeldOut(margins, {}, names, {"loss/eval": 0.0}))["rewards_eval/margins/low"] == low
 
 
 @given(st.integers(1, 3000))

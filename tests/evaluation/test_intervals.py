@@ -141,6 +141,17 @@ def test_the_interval_of_a_heavy_tailed_mean_covers_it(number, least):
     assert coverage_of_means(lambda n: draw.lognormal(0, 1, n), math.exp(0.5), number) >= least
 
 
+def test_an_interval_ends_at_the_least_value_there_is_and_contains_the_truth_as_often():
+    def found(**least) -> list[tuple[float, float]]:
+        draw = numpy.random.default_rng(2)
+        return [mean_interval(draw.lognormal(0, 2, 6), **least) for _ in range(400)]
+
+    open_ended, ended = found(), found(least=0.0)
+    assert min(low for low, _ in open_ended) < 0 == min(low for low, _ in ended)
+    truth = math.exp(2)
+    assert [low <= truth <= high for low, high in ended] == [low <= truth <= high for low, high in open_ended]
+
+
 def test_without_skewness_the_interval_of_a_mean_is_students():
     values = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
     assert mean_interval(values) == pytest.approx(stats.ttest_1samp(values, 0).confidence_interval(0.95))

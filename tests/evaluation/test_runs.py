@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -130,6 +131,17 @@ def test_responses_are_compared_with_the_references_or_another_checkpoints(beta_
     evaluate(beta_dpo, *judged, f"evaluation.against={sft / 'LATEST'}", f"evaluation.to={tmp_path / 'second.json'}")
     assert [row["other"] for row in rows(tmp_path / "answers.jsonl")] == answers
     assert [row["policy"] for row in rows(tmp_path / "answers.jsonl")] != answers
+
+
+def test_a_judge_that_does_not_answer_is_said_before_responses_are_sampled(sft, tmp_path, capsys):
+    with socket.socket() as taken:
+        # Bound, and not listening: connections are refused.
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        asked = ("evaluation.judge=ollama:m", f"evaluation.judge_url={url}", "evaluation.judge_attempts=1")
+        evaluate(sft, *asked, "evaluation.n_prompts=2", f"evaluation.to={tmp_path / 'r.json'}")
+    printed = capsys.readouterr().out
+    assert 0 < printed.index(f"warning: judge: {url} does not answer (unreachable)") < printed.index("sampling responses to 2")
 
 
 def test_a_checkpoint_can_be_evaluated_on_other_data_and_under_another_loss(sft, tmp_path):

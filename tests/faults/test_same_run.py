@@ -134,6 +134,20 @@ def test_the_second_run_on_a_directory_is_refused_and_the_first_goes_on(tmp_path
     assert first.wait() == STOPPED, first.output
 
 
+TWO = ("trainer=FSDPTrainer", "trainer.nproc_per_node=2")
+
+
+@pytest.mark.parametrize("trainer", [(), pytest.param(TWO, marks=pytest.mark.long)], ids=["one process", "two processes"])
+def test_a_run_that_is_stopped_in_its_first_evaluation_says_that_nothing_was_trained(trainer, tmp_path):
+    first = Run(tmp_path, "loss=dpo", "n_eval_examples=256", "eval_batch_size=2", *trainer)
+    assert first.until("evaluating: ")
+    first.process.send_signal(signal.SIGINT)
+    assert first.wait() == STOPPED, first.output
+    assert "stopped before the first step: SIGINT; nothing was trained" in first.output
+    assert "continues from there" not in first.output and "Traceback" not in first.output
+    assert not list_checkpoints(tmp_path / "run") and rows_of(tmp_path / "run") == []
+
+
 @pytest.mark.long
 def test_one_process_two_and_one_again_go_on_with_the_same_data_and_curve(compose, tmp_path, tmp_path_factory):
     go = partial(train_here, compose, tmp_path)

@@ -43,7 +43,7 @@ DOCS = [page for page in shown.PAGES if page != "README.md"]
 KINDS = {
     shown.TRAINING: "test_house.py composes it",
     r"python scripts/\w+\.py( |$)": "test_its_script_understands_it",
-    r"python -m preference_collection (import|export|push|score) ": "test_the_labelling_app_understands_it",
+    r"python -m preference_collection (import|export|push|generate|judge|score) ": "test_the_labeling_app_understands_it",
     r"make [\w-]+": "test_what_is_made_is_there",
     r"pip install (--no-deps )?-r |pip install hydra-optuna-sweeper": "test_what_is_made_is_there",
     r"python3 -m venv |\. \.venv/bin/activate": "followed in a clean clone",
@@ -97,11 +97,14 @@ def loaded(path: str):
     return module
 
 
-def test_the_labelling_app_understands_it():
+def test_the_labeling_app_understands_it():
     from preference_collection.__main__ import arguments
+    from preference_collection.settings import load_settings
 
-    lines = [words[3:] for _, words in shown.commands("python -m preference_collection")]
-    assert {arguments(line).command for line in lines} == {"import", "export", "push", "score"}
+    asked = [arguments(words[3:]) for _, words in shown.commands("python -m preference_collection")]
+    assert {options.command for options in asked} == {"import", "export", "push", "generate", "judge", "score"}
+    for options in asked:
+        load_settings(options.overrides)
 
 
 def test_what_is_made_is_there():
@@ -346,9 +349,14 @@ SHORT_FOR_A_KEY = ("t=8",)
 # The reference is made of the files; what other programs call their keys is in a test of its own.
 @pytest.mark.parametrize("page", [page for page in DOCS if page not in ("docs/key-reference.md", "docs/coming-from.md")])
 def test_keys_that_a_page_sets_are_there(page):
+    from preference_collection.settings import load_settings
+
     text = re.sub(r"```.*?```", "", shown.PAGES[page], flags=re.DOTALL)
     for setting in re.findall(r"`(\+?[a-z][\w.]*=[^`\s]+)`", text):
-        assert is_known(setting) or setting in SHORT_FOR_A_KEY, f"{page}: {setting}"
+        if page == "docs/labeling.md" and not is_known(setting):
+            load_settings([setting])
+        else:
+            assert is_known(setting) or setting in SHORT_FOR_A_KEY, f"{page}: {setting}"
 
 
 def test_what_the_tables_of_other_programs_name_as_ours_is_there():

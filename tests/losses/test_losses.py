@@ -4,6 +4,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from preference_training.configuration.composition import group_keys
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import LOSS_AT_BETA_USED
-from preference_training.losses.base import Examples, Loss, ReferenceUpdate, example_metrics
+from preference_training.losses.base import Examples, Loss, ReferenceUpdate, TokenLogps, example_metrics
 from preference_training.losses.beta_dpo import (
     GapStatistics,
     adapted_beta,
@@ -271,6 +272,23 @@ def test_no_gradient_makes_a_chosen_response_less_likely_or_a_rejected_one_more(
     output.losses.sum().backward()
     assert output.losses.isfinite().all() and policy.grad.isfinite().all()
     assert policy.grad[0] <= 0 <= policy.grad[1]
+
+
+def test_no_loss_is_below_0_but_those_that_say_so():
+    draw, numbers = torch.Generator().manual_seed(0), torch.arange(400)
+    policy, reference = (-40 * torch.rand(400, generator=draw, dtype=torch.float64) for _ in range(2))
+    tokens = {
+        "policy_tokens": TokenLogps(policy, numbers, collision=policy / 2),
+        "reference_tokens": TokenLogps(reference, numbers),
+    }
+    examples = replace(of_pairs(numbers.view(200, 2)), lengths=torch.ones(400, dtype=torch.long), **tokens)
+    found = {name: default(name) for name in (*BY_KIND["pairs"], *BY_KIND["targets"])}
+    lowest = {
+        name: loss(policy, reference if loss.needs_reference else None, examples).losses.min() for name, loss in found.items()
+    }
+    # Rounding may leave a divergence of 0 a little below it.
+    assert {name for name, least in lowest.items() if least < -1e-12} == {"robust"}
+    assert {name for name, loss in found.items() if loss.can_be_negative} == {"robust"}
 
 
 @given(share=st.floats(0, 0.49), gaps=st.lists(st.floats(-30, 30), min_size=1, max_size=5))
@@ -584,6 +602,12 @@ def test_a_loss_of_a_users_file_is_used_as_any_other(own):
     assert own("OfMargins", beta=1).needs_margins and own("Surveyed", beta=1).needs_batch_statistics
 
 
+def test_a_loss_of_ones_own_and_a_mix_with_a_part_that_can_be_may_be_negative(own):
+    assert own("Scaled", scale=1.0).can_be_negative
+    assert not build_loss("mix", parts=[{"name": "dpo"}, {"name": "ipo"}]).can_be_negative
+    assert build_loss("mix", parts=[{"name": "dpo"}, {"name": "robust"}]).can_be_negative
+
+
 def test_a_loss_of_ones_own_is_given_the_runs_seed_where_it_asks_for_one(own):
     assert own("Scaled", scale=1.0).seed == 7
     assert own("Scaled", scale=1.0, seed=3).seed == 3
@@ -659,6 +683,7 @@ class CappedLoss(LogRatioLoss):
 """
 USED = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import preference_training.losses.registry as registry

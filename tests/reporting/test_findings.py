@@ -212,6 +212,13 @@ def test_a_learning_rate_far_above_the_usual_one_is_said_of_a_run_that_went_badl
     assert "worse than before" in kinds(worse, config=config, about=about)
 
 
+def test_samples_that_repeat_are_said_at_the_head_of_the_report(tmp_path):
+    event = {"time": "2026-01-01T12:00:00+00:00", "examples": 8, "text": "warning: they repeat.", "finding": "samples repeat"}
+    (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
+    [found] = findings(run_of(steps(falling(LN2, 0.3, 20)), directory=tmp_path))
+    assert (found.kind, found.severity, found.text) == ("samples repeat", "warning", "they repeat.")
+
+
 # ---- held-out examples ------------------------------------------------------------------------------------------------------
 
 ACCURACY = "rewards_eval/accuracies"

@@ -203,7 +203,7 @@ def test_the_labeling_app_gets_each_pair_of_texts_once_and_without_its_label(run
     assert of_a["labelled"] == 0 and {"stays wrong", "forgotten", "mislabelled"} == set(of_a["flagged"].split(", "))
     assert next(row for row in rows if row["description"] == "Human: name d")["flagged"] == "contradicted"
     with closing(open_store(str(tmp_path / "store.duckdb"))) as store:
-        assert import_into(store, tmp_path / "flagged.jsonl").line() == "2 problems added, 2 new pairs"
+        assert import_into(store, tmp_path / "flagged.jsonl").line() == "2 tasks added, 2 new comparisons"
 
 
 TEXTS = st.text(max_size=3)

@@ -350,6 +350,21 @@ def test_what_takes_long_before_the_first_step_is_announced_once(build, tokenize
     assert sum(line.startswith(("sampling: ", "evaluating: ")) for line in lines) == 2
 
 
+def test_samples_that_repeat_are_a_finding_said_once_and_never_before_the_first_step(build, tokenized, tmp_path, monkeypatch):
+    trainer = evaluated_run(build, tokenized, sample_prompts=[tokenized["pairs"][0].prompt_ids])
+    evaluator = trainer.evaluator
+    monkeypatch.setattr(
+        evaluator, "responses", lambda model=None: [" ".join(["again and" if trainer.state.updates else "a b c"] * 60)]
+    )
+    trainer.state.reference_answers = ["Some words that are all different, so that none of them returns " * 2]
+    for updates in (0, 1, 2):
+        trainer.state.updates, trainer.state.evaluated_at, trainer.state.examples = updates, None, 4 * updates
+        evaluator.evaluate()
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    [found] = [event for event in events if event.get("finding") == "samples repeat"]
+    assert found["text"].startswith("warning: after 4 examples 9") and "the model may be broken" in found["text"]
+
+
 def test_held_out_loss_and_accuracy_are_compared_with_those_before_training_example_by_example(build, tokenized, tmp_path):
     table = PromptTable.of(tokenized["pairs"][:12])
 

@@ -8,6 +8,7 @@ const labeler = document.body.dataset.labeler;
 const KEPT = `judgments of ${labeler}`;  // in localStorage: those that the server has not confirmed
 const GUARD = 200;   // a key within this time of a new comparison was meant for the one before; milliseconds
 const SLOW = 400;    // a request that takes longer is shown to be on its way; milliseconds
+const LOOK = 2000;   // between looks for a comparison where nothing is left; milliseconds
 const POLL = 300;    // between looks at running tests and replies; milliseconds
 const WAITS = [500, 1000, 2000, 4000, 8000];  // before sending again; milliseconds
 
@@ -94,9 +95,19 @@ function mount() {
   shownAt = performance.now();
   view(localStorage.getItem("view") === "stacked");
   if (main()) pollTests(main());
+  const waits = one("[data-waits]", work);
+  if (waits) setTimeout(() => look(waits), LOOK);
   // The last turn of a conversation is what the answers answer.
   const turns = one(".turns", work);
   if (turns) turns.lastElementChild.scrollIntoView({ block: "nearest", behavior: "instant" });
+}
+
+// Nothing is left, but a model is making more: look for it while this is shown and nothing else happens.
+async function look(waits) {
+  if (!waits.isConnected) return;
+  const answer = held ? null : await ask("/api/next", { labeler, comparison: "" }).catch(() => null);
+  if (!waits.isConnected || held) return;
+  if (answer && answer.next.id) show(answer.next); else setTimeout(() => look(waits), LOOK);
 }
 
 function seconds() {
@@ -246,9 +257,10 @@ const does = {
     say(answer.undone ? "Undone. Judge it again, or press n." : "There is nothing to undo.");
   }),
   next: () => change(async () => {
-    const answer = await ask("/api/next", { labeler, comparison: main() ? main().dataset.comparison : "" });
-    show(answer.next);
-    say("Not judged; it comes again later.");
+    const left = main() ? main().dataset.comparison : "";
+    const { next } = await ask("/api/next", { labeler, comparison: left });
+    show(next);
+    say(next.id && next.id === left ? "It is the only one left." : left ? "Not judged; it comes again later." : "");
   }),
   reason: (button) => toggled(button),
   reasons: () => one(".reason").focus(),

@@ -89,7 +89,9 @@ class Renderer:
                 for some, turns in zip(texts, responses, strict=True)
             ]
         except ConversationError as error:
-            self.refuse(record, str(error))
+            # What a template cannot render is no fault of the row, and says what to do.
+            remedy = {"remedy": "Or skip"} if str(error).startswith("template: ") else {}
+            self.refuse(record, str(error), **remedy)
             return None
         if is_rendered:
             self.report.change(RENDERED)
@@ -137,9 +139,9 @@ class Renderer:
         elif prompt[0][0] == "system":
             self.report.change(OWN_SYSTEM_TURN)
 
-    def refuse(self, record: PreferenceRecord, problem: str) -> None:
-        """Report a record that cannot be used."""
-        self.report.bad_row(UserError(f"datasets: {record.source}: {problem}"))
+    def refuse(self, record: PreferenceRecord, problem: str, **remedy: str) -> None:
+        """Report a record that cannot be used. remedy: as of `DataReport.bad_row`."""
+        self.report.bad_row(UserError(f"datasets: {record.source}: {problem}"), **remedy)
 
     def refuse_end(self, record: PreferenceRecord) -> None:
         """Report a record with the end-of-sequence token in a text."""

@@ -121,10 +121,13 @@ class DataReport:
     columns_not_read: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def bad_row(self, error: UserError) -> None:
-        """Count a row that cannot be used. Raises `error` unless such rows are skipped."""
+    def bad_row(self, error: UserError, remedy: str = "Fix the row, or skip") -> None:
+        """Count a row that cannot be used. Raises `error` unless such rows are skipped.
+
+        remedy: what to do about the row, up to the words "such rows".
+        """
         if not self.skip_bad_rows:
-            raise UserError(f"{error} Fix the row, or skip such rows with on_bad_row=skip.") from error
+            raise UserError(f"{error} {remedy} such rows with on_bad_row=skip.") from error
         self.num_bad_rows += 1
         message = str(error).splitlines()[0]
         kind = next((known for known in self.bad_rows if _kind_of(known) == _kind_of(message)), None)

@@ -163,7 +163,7 @@ class Check:
         return Fork(PARTS[name].module, name, self.work, log)
 
     def _environment(self) -> dict[str, str]:
-        # What the machine lacks comes last: its own packages count.
+        # Packages of wheels come before the machine's own, so the folder should have only what it lacks.
         paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", ""), str(self.packages or "")]
         return os.environ | {
             "HF_HUB_OFFLINE": "1",

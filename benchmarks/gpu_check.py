@@ -158,8 +158,10 @@ class Check:
         sys.path += [path for path in os.environ["PYTHONPATH"].split(os.pathsep) if path not in sys.path]
         from gpu_parts.found import Fork
 
-        for part in PARTS.values():
-            importlib.import_module(f"gpu_parts.{part.module}")
+        # What cannot be imported is the result of the parts that need it.
+        with suppress(Exception):
+            for part in PARTS.values():
+                importlib.import_module(f"gpu_parts.{part.module}")
         return Fork(PARTS[name].module, name, self.work, log)
 
     def _environment(self) -> dict[str, str]:

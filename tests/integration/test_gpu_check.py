@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from preference_training.batching.staging import StagedTensors
 from preference_training.configuration.composition import force_open_sections
 from tests.support.files import ROOT
 
@@ -63,7 +62,7 @@ def small_gpu(monkeypatch, tmp_path):
     importlib.import_module("peft")
     properties = SimpleNamespace(name="NVIDIA H200", total_memory=140 << 30, multi_processor_count=132)
     answers = {
-        "is_available": True, "device_count": 1, "get_device_properties": properties, "get_device_capability": (9, 0),
+        "device_count": 1, "get_device_properties": properties, "get_device_capability": (9, 0),
         "get_device_name": "NVIDIA H200", "mem_get_info": (10 << 30, 140 << 30), "memory_allocated": 1 << 20,
         "max_memory_allocated": 1 << 30, "max_memory_reserved": 1 << 30, "synchronize": None, "empty_cache": None,
         "reset_peak_memory_stats": None, "set_sync_debug_mode": None,
@@ -75,19 +74,8 @@ def small_gpu(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "pick_device", lambda: cpu)
     monkeypatch.setattr("preference_training.distributed.placement.pick_device", lambda: cpu)
     monkeypatch.setattr("preference_training.batching.micro_batches._prepared", lambda batch: batch.for_gpu())
-    monkeypatch.setattr(StagedTensors, "of", classmethod(staged_without_pinning))
     monkeypatch.setattr("measure.gemm_flops", lambda width, dtype: 7e14)
     return SmallGpu(tmp_path, is_cpu=False)
-
-
-def staged_without_pinning(cls, tensors: dict) -> StagedTensors:
-    """As `StagedTensors.of`, where there is no CUDA to pin memory for."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        return staged(tensors)
-
-
-staged = StagedTensors.of
 
 
 # What is measured is not as it must be on a GPU.
@@ -95,7 +83,11 @@ GPU_WAYS = {"environment": {"kernels"}, "speed_hh": {"trie"}, "speed_large": {"t
 
 
 @pytest.mark.parametrize("name", GPU_WAYS)
-def test_what_a_part_does_on_a_gpu_only_is_done_to_its_end(name, small_gpu, tmp_path):
+def test_what_a_part_does_on_a_gpu_only_is_done_to_its_end(name, small_gpu, tmp_path, monkeypatch):
+    if name == "environment":
+        # Nowhere else: torch and others would begin to use it.
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr("gpu_parts.environment.unsupported_device", lambda device: "it needs the package triton")
     found = Found(tmp_path / f"{name}.json")
     getattr(importlib.import_module(f"gpu_parts.{PARTS[name].module}"), name)(found, small_gpu)
     errors = {key: value["error"] for key, value in found.facts.items() if isinstance(value, dict) and "error" in value}

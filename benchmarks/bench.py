@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -31,23 +32,29 @@ def main(arguments: list[str] | None = None, preset: Preset = CPU) -> int:
     """Run the benchmarks selected by the arguments; returns the exit status."""
     options = _parse(arguments, preset)
     preset = options.preset
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{preset.name}.json"
+    path = Path(options.results) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def save(results: dict) -> None:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(results, indent=1) + "\n")
+        part.replace(path)
+
     with tempfile.TemporaryDirectory(prefix="bench_") as folder:
         try:
-            results = campaign(options, preset, Path(folder))
+            results = campaign(options, preset, Path(folder), save)
         except DisagreementError as error:
             print(f"\nNO RESULT: {error}", file=sys.stderr)
             return 1
     results["table"] = table_rows(results)
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{preset.name}.json"
-    path = Path(options.results) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    save(results)
     print(f"\n{markdown(results)}\n\nraw numbers: {path}")
     return 0
 
 
-def campaign(options: argparse.Namespace, preset: Preset, folder: Path) -> dict:
-    """Run all rounds. Returns raw numbers with hardware and versions."""
+def campaign(options: argparse.Namespace, preset: Preset, folder: Path, save: Callable[[dict], None]) -> dict:
+    """Run all rounds. Returns raw numbers with hardware and versions, and saves them after every run."""
     races = _races(preset.works, options.contenders)
     job = asdict(preset) | {"folder": str(folder), "data": options.data, "tokenizer": options.tokenizer}
     job |= {"works": list(races), "trl_options": options.trl, "model_dir": str(folder / "model"), "other": options.other}
@@ -68,11 +75,12 @@ def campaign(options: argparse.Namespace, preset: Preset, folder: Path) -> dict:
     }
     for number in range(preset.rounds):
         for name, contenders in races.items():
-            results["runs"] += _race(job, folder, number, name, contenders)
+            _race(job, folder, number, name, contenders, results, save)
         if SWEEP in preset.works:
             place = folder / f"sweep_{number}"
             place.mkdir()
             results["sweeps"].append(sweep.race(place, preset.betas, {"max_length": preset.max_length}))
+            save(results)
             check_sweep(results["sweeps"][-1], preset.tolerance)
             print(f"round {number + 1}: sweep: {_seconds(results['sweeps'][-1])}", flush=True)
     return results
@@ -86,8 +94,10 @@ def _races(works: tuple[str, ...], contenders: list[str]) -> dict[str, list[str]
     return races
 
 
-def _race(job: dict, folder: Path, number: int, name: str, contenders: list[str]) -> list[dict]:
-    """Run one round of one benchmark. Raises DisagreementError if the contenders' losses differ."""
+def _race(
+    job: dict, folder: Path, number: int, name: str, contenders: list[str], results: dict, save: Callable[[dict], None]
+) -> None:
+    """Run one round of one benchmark into `results`. Raises DisagreementError if the contenders' losses differ."""
     runs = []
     for contender in contenders:
         # A new directory each time, so that no round finds another's caches.
@@ -95,13 +105,14 @@ def _race(job: dict, folder: Path, number: int, name: str, contenders: list[str]
         output.mkdir()
         own = {"work": name, "contender": contender, "rows": str(folder / f"{name}.json"), "output_dir": str(output)}
         runs.append({"round": number, "work": name, "contender": contender} | call_worker(job | own, folder))
+        results["runs"].append(runs[-1])
+        save(results)
         seconds = " ".join(f"{value:.2f}" for value in runs[-1]["seconds"])
         peak = runs[-1]["peak_bytes"]["process"] / 1e9
         print(f"round {number + 1}: {name}: {contender}: {seconds} s a step, {peak:.1f} GB", flush=True)
     worst = check_agreement(runs, job["tolerance"])
     if len(runs) > 1:
         print(f"round {number + 1}: {name}: losses and log-probs agree to {worst:.1e}", flush=True)
-    return runs
 
 
 def _seconds(result: dict) -> str:

@@ -1,201 +1,265 @@
-"""What only a GPU can show: whether runs there compute what they are to compute, and how fast.
+"""What only a GPU can show: whether this project computes there what it is to compute, how fast, and in how much memory.
 
-    python benchmarks/gpu_check.py                     on one NVIDIA GPU, about ten minutes
-    python benchmarks/gpu_check.py --only llama,speed  checks whose name contains one of these
-    python benchmarks/gpu_check.py --cpu               does it run: small sizes, under a minute
+    python benchmarks/gpu_check.py                       on NVIDIA GPUs, at most eight minutes
+    python benchmarks/gpu_check.py --parts values,runs   some parts
+    python benchmarks/gpu_check.py --cpu                 does it run: every part in small sizes, about a minute on two cores
+    python benchmarks/gpu_check.py --wheels FOLDER       on a machine without pip or network: packages from a folder of wheels
 
-Every check is a few runs of train.py on generated rows and random weights; it needs no network. A run that is compared with
-another does the same by other means: without prefix sharing, without compiling, on one device, without a break. A result is
-printed and written as soon as it is there, to benchmarks/results/<date>_gpu_check_<device>.json. Exit status 1 where one fails.
+Needs no network, no hub and no data: weights, tokenizer and rows are made here. Every part is a process of its own with a time
+limit. A part that fails or hangs is a result, and the others still run. Results are on the disk as soon as they are there: a
+line a part in WORK/results.jsonl, and all of them with command, hardware and versions in
+RESULTS/<date>_gpu_check_<device>.json. Exit status 1 where anything fails, 2 without a GPU. Imports the standard library only.
 """
 
 import argparse
-import datetime
+import importlib
 import json
-import math
+import os
+import signal
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from statistics import median
+from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-# A run that takes longer has failed. Unit: seconds.
-PATIENCE = 240
-COMMON = (
-    "model=tiny", "loss=dpo", "datasets=[toy]", "n_epochs=null", "wandb.enabled=false", "sample_during_eval=false",
-    "minimum_log_interval_secs=0", "save_policy_pt=false", "eval_every=100000", "n_eval_examples=32", "warmup_steps=2",
-)  # fmt: skip
-COMPARED = ("loss/train", "logps_train/chosen", "logps_train/rejected")
+if TYPE_CHECKING:
+    from gpu_parts.found import Fork
 
-
-def shape(**values) -> tuple[str, ...]:
-    """Overrides that give the model another architecture or size."""
-    return tuple(f"++model.from_config.{key}={json.dumps(value)}" for key, value in values.items())
-
-
-GPT_NEOX = shape(model_type="gpt_neox")
-QWEN3 = shape(model_type="qwen3", num_key_value_heads=2, head_dim=64)
-# Layers with a window and without, scores with a soft limit.
-GEMMA2 = shape(model_type="gemma2", num_key_value_heads=2, head_dim=64, sliding_window=24, query_pre_attn_scalar=64)
-# As Pythia 2.8b has it.
-HEADS_OF_80 = shape(model_type="gpt_neox", hidden_size=320)
-BILLION = shape(
-    model_type="gpt_neox", hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, intermediate_size=8192,
-    max_position_embeddings=2048, tie_word_embeddings=False,
-)  # fmt: skip
-# Enough tokens a step to keep a GPU busy.
-LARGE = (*BILLION, "batch_size=256")
-SHARING, PADDED = ("prefix_sharing=on",), ("prefix_sharing=off",)
-BFLOAT16, EXACT = ("model.policy_dtype=bfloat16",), ("tf32=false",)
-SHARDED = ("trainer=FSDPTrainer", "trainer.nproc_per_node=1")
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# A part that could only begin with fewer seconds left is not begun.
+TOO_LATE = 15
+# How much longer a part may take on a CPU.
+SLOWER = 5
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A run, and one that has to log the same: the largest relative difference may be the tolerance.
+class Part:
+    """A part: the function of its name in gpu_parts/<module>.py.
 
-    setting belongs to both; own and other are what sets them apart. broken: the run is stopped half-way, and resumed.
+    seconds: at most. alone: it measures, so nothing runs beside it.
     """
 
+    module: str
+    seconds: int
+    alone: bool = False
+
+
+# In the order in which they begin.
+PARTS = {
+    "environment": Part("environment", 60, alone=True),
+    "values": Part("correctness", 200),
+    "compiling": Part("compiling", 220),
+    "runs": Part("whole_runs", 220),
+    "options": Part("whole_runs", 220),
+    "fsdp": Part("whole_runs", 200),
+    "speed_hh": Part("speed", 90, alone=True),
+    "profile": Part("profiling", 60, alone=True),
+    "attention": Part("attention", 60, alone=True),
+    "speed_answers": Part("speed", 60, alone=True),
+    "speed_system": Part("speed", 60, alone=True),
+    "speed_large": Part("speed", 80, alone=True),
+    "memory": Part("memory", 60, alone=True),
+    "generation": Part("generating", 50, alone=True),
+    "several_gpus": Part("whole_runs", 100, alone=True),
+    "speed_fsdp": Part("whole_runs", 80, alone=True),
+    "speed_trl": Part("speed", 120, alone=True),
+}
+# How many of the parts that need not be alone run beside each other.
+BESIDE, BESIDE_ON_CPU = 5, 2
+
+
+@dataclass
+class Running:
+    """A part that is running: its process, and when it began."""
+
     name: str
-    setting: tuple[str, ...]
-    own: tuple[str, ...] = SHARING
-    other: tuple[str, ...] = PADDED
-    tolerance: float = 1e-4
-    broken: bool = False
+    process: "subprocess.Popen | Fork"
+    limit: float
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run."""
+        return time.monotonic() - self.began
+
+    def exit(self, deadline: float) -> int | str | None:
+        """Its exit status, or why it was ended; None while it runs."""
+        status = self.process.poll()
+        if status is None and (self.seconds > self.limit or time.monotonic() > deadline):
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            return f"no end after {self.seconds:.0f} s"
+        return status
 
 
-@dataclass(frozen=True)
-class Speed:
-    """A run whose speed and memory are measured, over the second half of its steps."""
+@dataclass
+class Check:
+    """A check of some parts in a folder of its own. seconds: of all of them."""
 
-    name: str
-    setting: tuple[str, ...]
+    work: Path
+    is_cpu: bool
+    seconds: float
+    packages: Path | None = None
+    lines: list[dict] = field(default_factory=list)
+
+    def run(self, names: list[str], save: Callable[[list[dict]], None]) -> list[dict]:
+        """Run parts, and save the lines whenever there is a new one. Ends after the environment where there is no GPU."""
+        deadline = time.monotonic() + self.seconds
+        waiting, running = list(names), []
+        while waiting or running:
+            while waiting and self._may_begin(waiting[0], running):
+                name = waiting.pop(0)
+                if deadline - time.monotonic() < TOO_LATE:
+                    self._keep({"part": name, "exit": "not begun: no time left", "seconds": 0.0}, save)
+                    continue
+                running.append(self.begin(name))
+            for part in list(running):
+                if (status := part.exit(deadline)) is not None:
+                    running.remove(part)
+                    self._keep(self.line(part, status), save)
+                    if self.lines[-1].get("no_gpu"):
+                        return self.lines
+            time.sleep(0.05)
+        return self.lines
+
+    def _may_begin(self, name: str, running: list[Running]) -> bool:
+        """Whether a part may begin beside those that run. On a CPU nothing is measured, and none needs to be alone."""
+        if name == "environment" or any(part.name == "environment" for part in running):
+            return not running
+        if self.is_cpu:
+            return len(running) < BESIDE_ON_CPU
+        alone = PARTS[name].alone or any(PARTS[part.name].alone for part in running)
+        return len(running) < (1 if alone else BESIDE)
+
+    def begin(self, name: str) -> Running:
+        """Start a part. It writes to WORK/<name>.log and WORK/<name>.json."""
+        with (self.work / f"{name}.log").open("w") as log:
+            is_fork = self.is_cpu and name != "environment"
+            process = self._fork(name, log.fileno()) if is_fork else self._process(name, log.fileno())
+        return Running(name, process, PARTS[name].seconds * (SLOWER if self.is_cpu else 1))
+
+    def _process(self, name: str, log: int) -> subprocess.Popen:
+        """Start a part as a new process."""
+        command = [sys.executable, str(HERE / "gpu_check.py"), "--part", name, "--work", str(self.work)]
+        command += ["--cpu"] if self.is_cpu else []
+        streams = {"stdout": log, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, env=self._environment(), cwd=self.work, start_new_session=True, **streams)
+
+    def _fork(self, name: str, log: int) -> "Fork":
+        """Start a part as a fork of this process, which imports once what all parts import: most of what they take on a CPU."""
+        os.environ |= self._environment()
+        sys.path += [path for path in os.environ["PYTHONPATH"].split(os.pathsep) if path not in sys.path]
+        from gpu_parts.found import Fork
+
+        for part in PARTS.values():
+            importlib.import_module(f"gpu_parts.{part.module}")
+        return Fork(PARTS[name].module, name, self.work, log)
+
+    def _environment(self) -> dict[str, str]:
+        # What the machine lacks comes last: its own packages count.
+        paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", ""), str(self.packages or "")]
+        return os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "WANDB_MODE": "disabled",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            **({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if self.is_cpu else {}),
+        }
+
+    def line(self, part: Running, status: int | str) -> dict:
+        """What a part has found, and how it ended."""
+        path, log = self.work / f"{part.name}.json", self.work / f"{part.name}.log"
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        line = {"part": part.name, "exit": status, "seconds": round(part.seconds, 1), **found}
+        if status != 0 or line.get("failed"):
+            line["end_of_log"] = log.read_text(errors="replace")[-1500:] if log.is_file() else ""
+        return line
+
+    def _keep(self, line: dict, save: Callable[[list[dict]], None]) -> None:
+        """Write a line to the disk, then say it."""
+        self.lines.append(line)
+        with (self.work / "results.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        save(self.lines)
+        print(json.dumps({key: value for key, value in line.items() if key != "end_of_log"})[:1200], flush=True)
 
 
-EXAMPLES = {Comparison: 192, Speed: 3072}
-CHECKS = [
-    Comparison("llama float32", EXACT),
-    Comparison("llama TF32", (), tolerance=5e-3),
-    Comparison("llama bfloat16", BFLOAT16, tolerance=2e-2),
-    Comparison("gpt_neox bfloat16", (*GPT_NEOX, *BFLOAT16), tolerance=2e-2),
-    Comparison("qwen3 bfloat16", (*QWEN3, *BFLOAT16), tolerance=2e-2),
-    Comparison("gemma2 float32", (*GEMMA2, *EXACT)),
-    Comparison("heads of 80 bfloat16", (*HEADS_OF_80, *BFLOAT16), tolerance=2e-2),
-    Comparison("LoRA", ("+adapter=lora", *EXACT)),
-    Comparison("activation checkpointing", EXACT, ("activation_checkpointing=true",), ()),
-    Comparison("compiled", EXACT, ("compile=true",), ()),
-    Comparison("FSDP on one GPU", EXACT, SHARDED, ()),
-    Comparison("FSDP in bfloat16", (*SHARDED, "trainer.param_dtype=bfloat16"), tolerance=2e-2),
-    Comparison("resumed", EXACT, (), (), tolerance=1e-6, broken=True),
-    Speed("speed, 1.2B", (*LARGE, *BFLOAT16)),
-    Speed("speed, 1.2B padded", (*LARGE, *BFLOAT16, *PADDED)),
-    Speed("speed, 1.2B compiled", (*LARGE, *BFLOAT16, "compile=true")),
-]
-ON_CPU = [Comparison("llama float32", ()), Comparison("resumed", (), (), (), tolerance=1e-6, broken=True), Speed("speed", ())]
-EXAMPLES_ON_CPU = {Comparison: 64, Speed: 64}
+def unpacked(wheels: Path, folder: Path) -> Path:
+    """A folder with the packages of some wheels, which are archives: no pip is needed."""
+    found = sorted(wheels.glob("*.whl"))
+    if not found:
+        raise SystemExit(f"--wheels: found no *.whl in {wheels}. benchmarks/gpu_parts/make_wheels.sh FOLDER fetches them.")
+    for wheel in found:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+    return folder
 
 
-def start(overrides: tuple[str, ...]) -> tuple[int, str]:
-    """Run train.py: its exit status, and the end of its output."""
-    command = [sys.executable, str(ROOT / "train.py"), *overrides]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    except subprocess.TimeoutExpired:
-        return 124, f"no end after {PATIENCE} s"
-    return done.returncode, (done.stdout + done.stderr)[-1500:]
-
-
-class FailedRunError(Exception):
-    """A run of train.py that failed, and its output."""
-
-
-def read_rows(folder: Path, examples: int, *overrides: str) -> list[dict]:
-    """Train on so many examples in a folder; the lines of metrics.jsonl."""
-    status, output = start((*COMMON, *overrides, f"n_examples={examples}", f"local_run_dir={folder}"))
-    if status:
-        raise FailedRunError(f"exit status {status}: {output}")
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def largest_difference(rows: list[dict], others: list[dict]) -> float:
-    """The largest relative difference of what two runs logged at the same steps. Raises where their steps differ."""
-    first, second = ({row["counters/examples"]: row for row in each if COMPARED[0] in row} for each in (rows, others))
-    if not first or first.keys() != second.keys():
-        raise FailedRunError(f"steps at {sorted(first)} and at {sorted(second)} examples")
-    pairs = [(first[step][key], second[step][key]) for step in first for key in COMPARED]
-    # A value that is no number differs from everything.
-    return max(abs(a - b) / max(abs(b), 1e-6) if math.isfinite(a) and math.isfinite(b) else math.inf for a, b in pairs)
-
-
-def starts_at_ln_2(rows: list[dict]) -> bool:
-    """Whether policy and reference were bit-identical before the first update."""
-    return rows[0]["rewards_eval/margins"] == 0 and abs(rows[0]["loss/eval"] - math.log(2)) < 1e-6
-
-
-def compare(check: Comparison, folder: Path, examples: int) -> dict:
-    """Both runs of a comparison, and what came of it."""
-    if check.broken:
-        read_rows(folder / "own", examples // 2, *check.setting, *check.own)
-    resume = ("resume=auto",) if check.broken else ()
-    own = read_rows(folder / "own", examples, *check.setting, *check.own, *resume)
-    difference = largest_difference(own, read_rows(folder / "other", examples, *check.setting, *check.other))
-    passed = difference <= check.tolerance and starts_at_ln_2(own)
-    return {"passed": passed, "difference": difference, "starts_at_ln_2": starts_at_ln_2(own)}
-
-
-def speed(check: Speed, folder: Path, examples: int) -> dict:
-    """Tokens per second, memory and MFU of a run."""
-    rows = [row for row in read_rows(folder / "own", examples, *check.setting) if "tokens_per_second" in row]
-    later = rows[len(rows) // 2 :]
-    known = [key for key in ("tokens_per_second", "examples_per_second", "mfu", "memory_gib") if key in later[-1]]
-    return {"passed": True, "steps": len(rows)} | {key: median(row[key] for row in later) for key in known}
-
-
-def build_result(check: Comparison | Speed, examples: int) -> dict:
-    """Run a check; never raises, so that the others still run."""
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            found = (compare if isinstance(check, Comparison) else speed)(check, Path(folder), examples)
-        except FailedRunError as error:
-            found = {"passed": False, "error": str(error)}
-    return {"name": check.name, **found, "seconds": round(time.perf_counter() - started, 1), "check": asdict(check)}
+def passed(line: dict) -> bool:
+    """Whether a part ended well, and found nothing wrong."""
+    return line["exit"] == 0 and not line.get("failed")
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
     """The command line, understood."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="small sizes on a CPU: does it run")
-    parser.add_argument("--only", default="", help="parts of names of checks, separated by commas")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the results go")
-    return parser.parse_args(given)
+    parser.add_argument("--parts", default=",".join(PARTS), help="names of parts, separated by commas; default: all")
+    parser.add_argument("--seconds", type=float, default=470, help="of all parts together; on a CPU five times as many")
+    now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / f"gpu_check_{now}", help="results.jsonl, logs, runs")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="where the JSON with everything goes")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels of what this machine lacks")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    options = parser.parse_args(given)
+    options.parts = [name.strip() for name in options.parts.split(",")]
+    if unknown := sorted(set(options.parts) - PARTS.keys()):
+        parser.error(f"--parts: found {', '.join(unknown)}, expected some of {', '.join(PARTS)}")
+    options.work, options.path = (
+        options.work.resolve(),
+        options.results / f"{now}_gpu_check_{'cpu' if options.cpu else 'cuda'}.json",
+    )
+    return options
 
 
 def main(given: list[str] | None = None) -> int:
-    """Do the checks one after another; returns the exit status."""
-    from measure import hardware, versions
+    """Run the parts; returns the exit status."""
+    options = arguments(given)
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.part:
+        from gpu_parts.found import run_part
 
-    args = arguments(given)
-    machine = hardware()
-    if not args.cpu and "gpu" not in machine:
+        return run_part(PARTS[options.part].module, options.part, options.work, options.cpu)
+    options.results.mkdir(parents=True, exist_ok=True)
+    packages = unpacked(options.wheels, options.work / "packages") if options.wheels else None
+    check = Check(options.work, options.cpu, options.seconds * (SLOWER if options.cpu else 1), packages)
+
+    def save(lines: list[dict]) -> None:
+        environment = next((line for line in lines if line["part"] == "environment"), {})
+        facts = {name: environment.get(name) for name in ("hardware", "versions")}
+        command = [Path(sys.argv[0]).name, *(Path(text).name if text.startswith("/") else text for text in sys.argv[1:])]
+        text = json.dumps({"command": command, **facts, "results": lines}, indent=1)
+        part = options.path.with_suffix(".part")
+        part.write_text(text + "\n")
+        part.replace(options.path)
+
+    lines = check.run(options.parts, save)
+    if any(line.get("no_gpu") for line in lines):
         print("No NVIDIA GPU that torch can use was found. Does it run at all: --cpu", file=sys.stderr)
         return 2
-    checks, examples = (ON_CPU, EXAMPLES_ON_CPU) if args.cpu else (CHECKS, EXAMPLES)
-    chosen = [check for check in checks if any(part in check.name for part in args.only.split(","))]
-    path = args.out / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_gpu_check_{'cpu' if args.cpu else 'cuda'}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = []
-    for check in chosen:
-        results.append(build_result(check, examples[type(check)]))
-        print(json.dumps({key: value for key, value in results[-1].items() if key != "check"}), flush=True)
-        facts = {"command": sys.argv, "hardware": machine, "versions": versions(), "results": results}
-        path.write_text(json.dumps(facts, indent=1) + "\n")
-    print(path)
-    return int(not results or not all(result["passed"] for result in results))
+    wrong = [line["part"] for line in lines if not passed(line)]
+    print(f"{len(lines) - len(wrong)} of {len(lines)} parts passed" + f"; not {', '.join(wrong)}" * bool(wrong))
+    print(options.path)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ KINDS = {
     r"pip install (--no-deps )?-r |pip install hydra-optuna-sweeper": "test_what_is_made_is_there",
     r"python3 -m venv |\. \.venv/bin/activate": "followed in a clean clone",
     r"python my_run\.py": "test_the_page_on_python_can_be_followed",
+    r"python benchmarks/gpu_check\.py$": "tests/integration/test_gpu_check.py runs every part of it",
     r"eval \$\(python train.py -sc install=bash\)$": "tests/configuration/test_help.py completes",
     r"python -m pytest |python -c ": "followed in a clean clone, or run by test_what_is_run_in_one_line_runs",
 }

@@ -1,24 +1,42 @@
-"""`benchmarks/gpu_check.py`: what it would run on a GPU is understood, and it tells a wrong number from a right one."""
+"""`benchmarks/gpu_check.py`: every part runs, what it would run on a GPU is understood, and whatever happens is on the disk."""
 
+import importlib
 import json
+import subprocess
 import sys
+import time
+import zipfile
 from math import inf, nan
+from pathlib import Path
 
 import pytest
+from torch.nn.attention import flex_attention
 from transformers import AutoConfig
 
 from preference_training.configuration.composition import force_open_sections
+from preference_training.modeling.prefix_sharing import block_attention, tree_attention
 from tests.support import forked
 from tests.support.files import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench
 import gpu_check
-from gpu_check import CHECKS, COMMON, Comparison, FailedRunError, largest_difference
+from gpu_check import PARTS, Check, Part
+from gpu_parts import making, whole_runs
+from gpu_parts.found import Found, Settings
+from gpu_parts.whole_runs import COMMON, FailedRunError, largest_difference
+
+
+def part(name: str, tmp_path: Path) -> dict:
+    """What a part finds on a CPU, computed in this process."""
+    found = Found(tmp_path / f"{name}.json")
+    getattr(importlib.import_module(f"gpu_parts.{PARTS[name].module}"), name)(found, Settings(tmp_path, is_cpu=True))
+    return json.loads(found.path.read_text())
 
 
 @pytest.fixture
-def started(monkeypatch, tmp_path):
-    """Runs are forks, which need not import what all of them import; the overrides of each."""
+def light_runs(monkeypatch, tmp_path):
+    """Runs of train.py are forks, which need not import what all of them import; the overrides of each."""
     commands = []
 
     def start(overrides: tuple[str, ...]) -> tuple[int, str]:
@@ -26,37 +44,180 @@ def started(monkeypatch, tmp_path):
         done = forked.run([ROOT / "train.py", *overrides], tmp_path)
         return done.returncode, done.stdout + done.stderr
 
-    monkeypatch.setattr(gpu_check, "start", start)
+    monkeypatch.setattr(whole_runs, "start", start)
     return commands
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
-def test_every_run_of_a_gpu_composes_to_an_architecture_that_there_is(check, compose):
-    sides = (check.own, check.other) if isinstance(check, Comparison) else ((),)
-    for side in sides:
-        config = compose(*force_open_sections([*COMMON, *check.setting, *side, "n_steps=2"]))
-        assert AutoConfig.for_model(**config.model.from_config).hidden_size in (128, 320, 2048)
+# ---- parts ----------------------------------------------------------------------------------------------------------------
+
+CHANGED = (
+    (flex_attention, "_validate_device"),
+    (block_attention, "compiled_attention"),
+    (tree_attention, "block_attention_fault"),
+)
+QUICK = {"environment", "speed_hh", "speed_trl", "several_gpus", "memory"}
 
 
-def test_the_small_form_compares_two_runs_and_keeps_what_it_found(started, tmp_path, capsys):
-    assert gpu_check.main(["--cpu", "--only", "llama", "--out", str(tmp_path / "results")]) == 0
-    [path] = (tmp_path / "results").glob("*_gpu_check_cpu.json")
-    [result] = json.loads(path.read_text())["results"]
-    assert result["passed"] and result["starts_at_ln_2"] and result["difference"] < 1e-6
-    assert [("prefix_sharing=off" in overrides) for overrides in started] == [False, True]
-    assert '"name": "llama float32"' in capsys.readouterr().out
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in PARTS])
+def test_every_part_runs_on_a_cpu_and_finds_nothing_wrong(name, tmp_path, light_runs, monkeypatch):
+    # Some parts change FlexAttention for their process, which here has other tests to run.
+    for module, attribute in CHANGED:
+        monkeypatch.setattr(module, attribute, getattr(module, attribute))
+    found = part(name, tmp_path)
+    assert found.pop("failed") == []
+    assert found, "it found nothing"
 
 
-def test_a_run_that_fails_is_a_result_with_its_reason_and_status_1(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_check, "start", lambda overrides: (3, "out of memory"))
-    assert gpu_check.main(["--cpu", "--only", "speed", "--out", str(tmp_path)]) == 1
-    [path] = tmp_path.glob("*.json")
-    assert json.loads(path.read_text())["results"][0]["error"] == "exit status 3: out of memory"
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_is_a_function_of_its_module(name):
+    assert callable(getattr(importlib.import_module(f"gpu_parts.{PARTS[name].module}"), name))
 
 
-def test_without_a_gpu_nothing_is_run(monkeypatch, capsys):
-    monkeypatch.setattr("measure.hardware", lambda: {"cpu": "any"})
-    assert gpu_check.main([]) == 2 and "--cpu" in capsys.readouterr().err
+@pytest.mark.long
+def test_the_whole_check_writes_a_line_for_every_part(tmp_path):
+    folders = ["--work", tmp_path / "work", "--results", tmp_path]
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--cpu", *folders]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "work" / "results.jsonl").read_text().splitlines()]
+    assert {line["part"] for line in lines} == set(PARTS)
+    [path] = tmp_path.glob("*_gpu_check_cpu.json")
+    whole = json.loads(path.read_text())
+    assert whole["results"] == lines and whole["versions"]["torch"] and whole["hardware"]["cores"]
+
+
+def test_what_breaks_in_a_piece_of_a_part_is_kept_and_the_next_one_runs(tmp_path):
+    found = Found(tmp_path / "part.json")
+    assert found.attempt("division", lambda: 1 / 0) is None
+    found.attempt("sum", lambda: {"value": 2}, must=lambda each: each["value"] == 3)
+    kept = json.loads(found.path.read_text())
+    assert kept["division"]["error"].startswith("ZeroDivisionError") and kept["sum"]["value"] == 2
+    assert kept["failed"] == ["division", "sum"]
+
+
+# ---- the driver -------------------------------------------------------------------------------------------------------------
+
+# Stand-ins for parts: what a process of each does, and the seconds that it has.
+PROGRAMS = {
+    "good": ("open('good.json', 'w').write('{\"failed\": [], \"answer\": 42}')", 20),
+    "broken": ("raise MemoryError('out of memory')", 20),
+    "hanging": ("import time; open('hanging.json', 'w').write('{\"failed\": [], \"begun\": 1}'); time.sleep(100)", 2),
+    "last": ("open('last.json', 'w').write('{\"failed\": []}')", 20),
+}
+
+
+class StandIns(Check):
+    """A check whose parts are small programs."""
+
+    def _process(self, name: str, log: int) -> subprocess.Popen:
+        command = [sys.executable, "-c", PROGRAMS[name][0]]
+        return subprocess.Popen(command, cwd=self.work, stdout=log, stderr=log, start_new_session=True)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch, tmp_path):
+    """A check of the stand-ins, one after the other."""
+    monkeypatch.setattr(gpu_check, "PARTS", {name: Part("none", seconds, True) for name, (_, seconds) in PROGRAMS.items()})
+    return lambda seconds=60.0: StandIns(tmp_path, is_cpu=False, seconds=seconds)
+
+
+def test_a_part_that_fails_or_hangs_is_a_result_and_not_the_end(stand_ins, tmp_path, capsys):
+    saved = []
+
+    def save(lines: list[dict]) -> None:
+        # The line is on the disk before anything else happens.
+        saved.append([json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()])
+        assert saved[-1] == lines
+
+    good, broken, hanging, last = stand_ins().run(list(PROGRAMS), save)
+    assert [len(lines) for lines in saved] == [1, 2, 3, 4]
+    assert good["answer"] == 42 and good["exit"] == last["exit"] == 0
+    assert broken["exit"] == 1 and "MemoryError: out of memory" in broken["end_of_log"]
+    assert hanging["exit"].startswith("no end after") and hanging["begun"] == 1
+    assert [gpu_check.passed(line) for line in (good, broken, hanging, last)] == [True, False, False, True]
+    assert capsys.readouterr().out.count('"part"') == 4
+
+
+def test_parts_that_no_time_is_left_for_are_named(stand_ins):
+    lines = stand_ins(seconds=1.0).run(["good", "last"], lambda lines: None)
+    assert [line["exit"] for line in lines] == ["not begun: no time left"] * 2
+
+
+def test_parts_that_measure_are_alone_and_others_run_beside_each_other(tmp_path, monkeypatch):
+    check = Check(tmp_path, is_cpu=False, seconds=60)
+    running = lambda *names: [gpu_check.Running(name, None, 1) for name in names]  # noqa: E731
+    assert check._may_begin("values", running("compiling", "runs"))
+    assert not check._may_begin("speed_hh", running("runs")) and not check._may_begin("runs", running("speed_hh"))
+    assert not check._may_begin("values", running("environment")) and check._may_begin("speed_hh", [])
+
+
+def test_without_a_gpu_nothing_but_the_environment_is_run(tmp_path, monkeypatch, capsys):
+    begun = []
+
+    def no_gpu(self, name: str, log: int) -> subprocess.Popen:
+        begun.append(name)
+        program = "open('environment.json', 'w').write('{\"failed\": [\"no_gpu\"], \"no_gpu\": true}')"
+        return subprocess.Popen([sys.executable, "-c", program], cwd=self.work, start_new_session=True)
+
+    monkeypatch.setattr(Check, "_process", no_gpu)
+    assert gpu_check.main(["--work", str(tmp_path / "work"), "--results", str(tmp_path)]) == 2
+    assert begun == ["environment"] and "--cpu" in capsys.readouterr().err
+
+
+def test_packages_come_from_wheels_without_pip(tmp_path):
+    with zipfile.ZipFile(tmp_path / "some-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("some_package/__init__.py", "found = True")
+    folder = gpu_check.unpacked(tmp_path, tmp_path / "packages")
+    environment = Check(tmp_path, False, 1, folder)._environment()
+    program = [sys.executable, "-c", "import some_package; print(some_package.found)"]
+    done = subprocess.run(program, env=environment, capture_output=True, check=False)
+    assert done.stdout.strip() == b"True"
+    with pytest.raises(SystemExit, match="make_wheels"):
+        gpu_check.unpacked(tmp_path / "packages", tmp_path / "none")
+
+
+def test_a_part_in_a_fork_has_its_status_and_its_output_in_its_log(tmp_path):
+    from gpu_parts.found import Fork
+
+    with (tmp_path / "log").open("w") as log:
+        fork = Fork("no_such_module", "values", tmp_path, log.fileno())
+    while fork.poll() is None:
+        time.sleep(0.01)
+    assert fork.wait() == 1 and "no_such_module" in (tmp_path / "log").read_text()
+
+
+# ---- what is run on a GPU ---------------------------------------------------------------------------------------------------
+
+MODELS = making.FAMILIES | {"billion": making.BILLION, "eight billion": making.EIGHT_BILLION}
+WIDTHS = {"head_80": 320, "billion": 2048, "eight billion": 4096}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_of_architectures_that_there_are(name):
+    config = making.build_config(MODELS[name], "bfloat16")
+    assert AutoConfig.for_model(**config.model.from_config).hidden_size == WIDTHS.get(name, 256)
+
+
+SETTINGS = [(*common, *other) for common, other, _ in whole_runs.OPTIONS.values()]
+SETTINGS += [(*whole_runs.SHARDED, *overrides) for overrides in whole_runs.FSDP.values()]
+
+
+@pytest.mark.parametrize("overrides", SETTINGS, ids=" ".join)
+def test_every_run_of_a_gpu_is_one_that_train_py_accepts(overrides, compose):
+    assert compose(*force_open_sections([*COMMON, "loss=dpo", *overrides, "n_steps=2"])).n_steps == 2
+
+
+def test_the_large_models_have_the_parameters_that_their_names_say():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for values, expected in ((making.BILLION, 1.4e9), (making.EIGHT_BILLION, 8.0e9)):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+        assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(expected, rel=0.02)
+
+
+# ---- whole runs -------------------------------------------------------------------------------------------------------------
 
 
 def row(examples: int, loss: float) -> dict:
@@ -69,3 +230,50 @@ def test_the_largest_difference_is_relative_and_of_the_same_steps():
     assert largest_difference([row(16, nan)], [row(16, 0.6)]) == inf
     with pytest.raises(FailedRunError, match="16"):
         largest_difference([row(16, 0.6)], [row(32, 0.6)])
+
+
+def test_two_runs_that_log_the_same_pass_and_two_that_do_not_are_said_to(monkeypatch, tmp_path):
+    def start(overrides: tuple[str, ...]) -> tuple[int, str]:
+        folder = Path(overrides[-1].removeprefix("local_run_dir="))
+        folder.mkdir()
+        rows = [row(16, 0.6), row(32, 0.4 if "lr=1" in overrides else 0.5), {"loss/eval": 0.7}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+        return 0, "a line\nwarning: warm-up takes long\n"
+
+    monkeypatch.setattr(whole_runs, "start", start)
+    found = Found(tmp_path / "part.json")
+    assert whole_runs.run(tmp_path / "one")["said"] == ["warning: warm-up takes long"]
+    for name, overrides in {"same": (), "other": ("lr=1",)}.items():
+        whole_runs.compare_runs(found, name, tmp_path / "one", tmp_path / name, overrides, 1e-4)
+    assert found.failed == ["other"] and found.facts["same"]["difference"] == 0
+    # |0.4 - 0.5| / 0.5
+    assert found.facts["other"]["difference"] == pytest.approx(0.2)
+
+
+def test_a_run_that_fails_is_a_result_with_its_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(whole_runs, "start", lambda overrides: (3, "out of memory"))
+    found = Found(tmp_path / "part.json")
+    found.attempt("sft", whole_runs.run, tmp_path / "sft")
+    assert found.facts["sft"]["error"] == "FailedRunError: exit status 3: out of memory"
+
+
+# ---- gpu.py -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_keeps_each_run_as_it_ends(tmp_path, monkeypatch):
+    def worker(job: dict, folder: Path) -> dict:
+        if job["contender"] == "prepare":
+            return {"hardware": {}, "versions": {}}
+        kept = [len(json.loads(path.read_text())["runs"]) for path in tmp_path.glob("*.json")]
+        seen.append(kept)
+        if len(seen) == 3:
+            raise RuntimeError("the third run failed")
+        return {"seconds": [1.0, 1.0], "losses": [0.7, 0.6], "peak_bytes": {"process": 1}}
+
+    seen: list = []
+    monkeypatch.setattr(bench, "call_worker", worker)
+    monkeypatch.setattr(bench, "check_agreement", lambda runs, tolerance: 0.0)
+    options = ["--smoke", "--rounds", "2", "--work", "sft_hh", "--contenders", "padded", "tree", "--results", str(tmp_path)]
+    with pytest.raises(RuntimeError, match="third"):
+        bench.main(options)
+    assert seen == [[], [1], [2]]

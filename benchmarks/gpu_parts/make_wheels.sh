@@ -1,0 +1,18 @@
+#!/bin/bash
+# Fetch what a machine with torch, transformers, accelerate and peft, but without a network, lacks for gpu_check.py:
+#   bash benchmarks/gpu_parts/make_wheels.sh FOLDER [trl]      then, there: python benchmarks/gpu_check.py --wheels FOLDER
+# For Python 3.12 on x86-64 Linux; PYTHON names the interpreter that runs pip here. With trl, its comparison runs too.
+set -eu
+folder=$1
+mkdir -p "$folder"
+packages=(hydra-core==1.3.8 omegaconf==2.3.1 datasets==5.2.0 dill multiprocess xxhash pyarrow beautifulsoup4==4.15.0 soupsieve
+  rensa==0.5.0 rich==15.0.0 markdown-it-py mdurl pygments uniplot==0.23.2 readchar psutil)
+[ $# -gt 1 ] && packages+=(trl==1.16.0)
+platforms=(--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform any)
+python=${PYTHON:-python3}
+for package in "${packages[@]}"; do
+  "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 "${platforms[@]}" -d "$folder" "$package"
+done
+# Hydra's parser, which comes as source only.
+"$python" -m pip wheel -q --no-deps -w "$folder" antlr4-python3-runtime==4.9.3
+du -sm "$folder"

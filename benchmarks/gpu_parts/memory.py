@@ -1,0 +1,76 @@
+"""Memory: whether what the token budget says fits, how much of the device it uses, and what a head of 128k words takes."""
+
+import torch
+from torch import nn
+
+from gpu_parts.found import Found, Settings
+from gpu_parts.making import BILLION, TINY, build_config, make_model, packed, peak_memory, random_prompts, small_of
+from preference_training.modeling.logprobs import response_scores
+from preference_training.modeling.prefix_sharing.scoring_head import MAX_LOGITS_BYTES
+from preference_training.modeling.prefix_sharing.sharing import attend_over_tries, share_prefixes
+from preference_training.modeling.token_budget import token_budget
+
+# Tokens of one prompt and its two responses, each a third of them.
+PART = 100
+WORDS = 128 * 1024
+
+
+def memory(found: Found, settings: Settings) -> None:
+    """The budget of 1.4B parameters, filled; and heads of large vocabularies."""
+    config = build_config(settings.choose(BILLION, small_of(BILLION)), settings.choose("bfloat16", "float32"))
+    model = make_model(config, settings)
+    found.attempt("shares", share_prefixes, model, "auto", must=lambda shares: shares)
+    limit = token_budget(model).limit
+    found.put("limit", limit)
+    # The trie of a very long pack takes long to build; what is measured is a token's share.
+    for share in settings.choose((0.25, 1.0), (0.002,)):
+        found.attempt(f"{share:g} of the budget", fill, model, int(min(limit, 200_000) * share), settings, must=fits)
+    del model
+    for frozen in (False, True):
+        found.attempt(f"head, {'frozen' if frozen else 'trained'}", head, frozen, settings, must=is_small)
+
+
+def fill(model: nn.Module, tokens: int, settings: Settings) -> dict:
+    """One forward and backward of so many tokens: its peak, and what of it is no weight or gradient."""
+    prompts = random_prompts(0, max(1, tokens // (3 * PART)), prompt=(PART, PART), response=(PART, PART))
+    batch = packed(prompts, settings)
+    held = 0 if settings.is_cpu else torch.cuda.memory_allocated()
+    with peak_memory(settings) as found:
+        response_scores(model, batch).sum().backward()
+    model.zero_grad(set_to_none=True)
+    result = {"tokens": len(batch.input_ids), **found}
+    if found:
+        total = torch.cuda.get_device_properties(0).total_memory
+        weights = sum(weight.nbytes for weight in model.parameters())
+        bytes_a_token = (found["peak_gb"] * 1e9 - held - weights) / result["tokens"]
+        result |= {"bytes_a_token": round(bytes_a_token), "of_device": found["peak_gb"] * 1e9 / total}
+    return result
+
+
+def fits(result: dict) -> bool:
+    """Whether a pack left room for gradients and optimizer states; out of memory is an error of its own."""
+    return result.get("of_device", 0) < 0.9
+
+
+def head(frozen: bool, settings: Settings) -> dict:
+    """What the head of a small model with 128k words takes for many scored tokens, above its gradient."""
+    words = settings.choose(WORDS, 4096)
+    values = {"model_type": "llama", "num_key_value_heads": 2} | TINY | {"vocab_size": words, "tie_word_embeddings": False}
+    model = make_model(build_config(values, settings.choose("bfloat16", "float32")), settings)
+    attend_over_tries(model)
+    output = model.get_output_embeddings()
+    output.weight.requires_grad_(not frozen)
+    batch = packed(random_prompts(0, settings.choose(64, 2), words, prompt=(5, 5), response=(250, 250)), settings)
+    held = 0 if settings.is_cpu else torch.cuda.memory_allocated()
+    with peak_memory(settings) as found:
+        response_scores(model, batch).sum().backward()
+    scored = len(batch.scored_ids)
+    result = {"scored_tokens": scored, "gb_of_all_logits": 4 * scored * words / 1e9, **found}
+    if found:
+        result["gb_above_weights"] = found["peak_gb"] - (held + 2 * output.weight.nbytes) / 1e9
+    return result
+
+
+def is_small(result: dict) -> bool:
+    """Whether logits existed in chunks only: three copies of the largest chunk at most, and activations of a tiny model."""
+    return result.get("gb_above_weights", 0) < 3 * MAX_LOGITS_BYTES / 1e9 + 0.5

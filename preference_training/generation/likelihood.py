@@ -14,7 +14,7 @@ from preference_training.batching.packing import PackedBatch, TokenBudget, itera
 from preference_training.data.tokenization import TokenizedPrompt
 
 # How many nats per token more than the reference's own samples tell nonsense from a habit.
-FAR = 2.0
+FAR = 1.5
 # With fewer tokens a few rare words would decide.
 FEWEST = 64
 

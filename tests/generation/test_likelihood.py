@@ -22,9 +22,9 @@ USUAL = [[5] * 40, [6] * 20, [5, 6] * 10]
 
 @pytest.mark.parametrize("batching", [(64, UNLIMITED), (2, UNLIMITED), (3, TokenBudget(30, 30))])
 def test_nonsense_is_named_with_its_cost_and_the_usual_one(batching):
-    # Of the policy 30 tokens of 6 nats and 50 of 1; of the reference 50 of 1 and 30 of 1.5.
-    policy = [[9] * 30, [5] * 40, [5] * 10]
-    assert improbability(score, PROMPTS, policy, USUAL, batching) is None, "230 / 80 = 2.9, less than 1.2 + 2"
+    # Of the policy 20 tokens of 6 nats and 50 of 1; of the reference 50 of 1 and 30 of 1.5.
+    policy = [[9] * 20, [5] * 40, [5] * 10]
+    assert improbability(score, PROMPTS, policy, USUAL, batching) is None, "170 / 70 = 2.4, less than 1.2 + 1.5"
     found = improbability(score, PROMPTS, [[9] * 30, [9] * 30, [5] * 10], USUAL, batching)
     assert found == "the reference finds the policy's samples improbable: 5.3 nats per token, and 1.2 of its own"
 

@@ -34,7 +34,13 @@ from preference_training.training.monitors import warmup_warning
 Severity = Literal["error", "warning", "note"]
 SEVERITIES = ("error", "warning", "note")
 # What only the run itself can see, and has put into events.jsonl.
-SEEN_BY_RUN = {"unchanged weights": "error", "collapse": "warning", "accuracy": "warning", "samples repeat": "warning"}
+SEEN_BY_RUN = {
+    "unchanged weights": "error",
+    "collapse": "warning",
+    "accuracy": "warning",
+    "samples repeat": "warning",
+    "samples improbable": "warning",
+}
 # The kind of what a run has said before its first step.
 FEW_PROMPTS = "few prompts"
 # A gradient norm below float32's rounding of 1 (2^-24): what remains of it is rounding error.

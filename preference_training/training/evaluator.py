@@ -11,13 +11,15 @@ from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_use
 from preference_training.distributed.placement import Placement
 from preference_training.evaluation.breakdown import change_metrics, interval_metrics, values_by_example
 from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
+from preference_training.generation.likelihood import improbability
 from preference_training.generation.repetition import repetition
 from preference_training.generation.sampling import Sampler
 from preference_training.modeling.logprobs import LiveReference, RememberedReference
+from preference_training.modeling.state import compute_device
 from preference_training.training.parts import Batches, Models, Observers, RunState
 
-# The kind of a finding.
-SAMPLES_REPEAT = "samples repeat"
+# Kinds of findings.
+SAMPLES_REPEAT, SAMPLES_IMPROBABLE = "samples repeat", "samples improbable"
 # Between two lines that say how far a first evaluation is.
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -81,7 +83,7 @@ class Evaluator:
             )
         if self.batches.sample_prompts and self._is_time_to_sample(before):
             tracker.log_samples(samples := self.sample(), state.examples)
-            self._check_repetition(samples)
+            self._check_samples(samples)
         if self.observers.ledger is not None:
             self.observers.ledger.write()
         self._prune()
@@ -108,7 +110,7 @@ class Evaluator:
         if what in self.announced:
             return
         self.announced.add(what)
-        if what == SAMPLES_REPEAT:
+        if what in (SAMPLES_REPEAT, SAMPLES_IMPROBABLE):
             self.observers.tracker.log_finding(what, text)
         else:
             self.observers.tracker.log_message(text)
@@ -186,19 +188,33 @@ class Evaluator:
         rows = zip(prompts, *responses.values(), strict=True)
         return [{"examples": state.examples, **dict(zip(["prompt", *responses], row, strict=True))} for row in rows]
 
-    def _check_repetition(self, samples: list[dict]) -> None:
-        """Warn, once, of samples that repeat themselves, other than those of the reference."""
+    def _check_samples(self, samples: list[dict]) -> None:
+        """Warn, once each, of samples that repeat themselves or are improbable, other than those of the reference."""
+        if not self.state.updates:
+            return
         ids = {
             name: [self.tokenizer(row[name], add_special_tokens=False).input_ids for row in samples]
             for name in ("policy", "reference")
             if name in samples[0]
         }
-        if self.state.updates and (text := repetition(ids["policy"], ids.get("reference"))):
-            self._announce(
-                SAMPLES_REPEAT,
-                f"warning: after {self.state.examples} examples {text}: the model may be broken. Look at samples.jsonl; lower "
-                "lr, raise loss.beta, or use an earlier checkpoint.",
-            )
+        found = {SAMPLES_REPEAT: repetition(ids["policy"], ids.get("reference"))}
+        if isinstance(self.models.reference, LiveReference) and "reference" in ids:
+            found[SAMPLES_IMPROBABLE] = self._improbability(ids["policy"], ids["reference"])
+        for what, text in found.items():
+            if text:
+                self._announce(
+                    what,
+                    f"warning: after {self.state.examples} examples {text}: the model may be broken. Look at samples.jsonl; "
+                    "lower lr, raise loss.beta, or use an earlier checkpoint.",
+                )
+
+    def _improbability(self, policy: list[list[int]], reference: list[list[int]]) -> str | None:
+        """Whether the reference would hardly say what the policy says: token ids of both models' samples."""
+        device = compute_device(self.models.policy)
+        batching = self.config.eval_batch_size, self.batches.train.budget
+        return improbability(
+            lambda batch: self.models.reference(batch.to(device)), self.batches.sample_prompts, policy, reference, batching
+        )
 
     # ---- resuming -------------------------------------------------------------------------------------------------------
 

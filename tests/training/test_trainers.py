@@ -365,6 +365,27 @@ def test_samples_that_repeat_are_a_finding_said_once_and_never_before_the_first_
     assert found["text"].startswith("warning: after 4 examples 9") and "the model may be broken" in found["text"]
 
 
+def test_samples_that_the_reference_finds_improbable_are_a_finding_said_once(build, tokenized, tmp_path, monkeypatch):
+    trainer = evaluated_run(build, tokenized, sample_prompts=[tokenized["pairs"][0].prompt_ids] * 3)
+    monkeypatch.setattr(trainer.evaluator, "responses", lambda model=None: ["some words that are all different"] * 3)
+    trainer.state.reference_answers = ["other words"] * 3
+    asked = []
+
+    def found(score, prompts, policy, reference, batching):
+        asked.append((len(prompts), len(policy), len(reference)))
+        return "the reference finds them improbable"
+
+    monkeypatch.setattr("preference_training.training.evaluator.improbability", found)
+    for updates in (0, 1, 2):
+        trainer.state.updates, trainer.state.evaluated_at, trainer.state.examples = updates, None, 4 * updates
+        trainer.evaluator.evaluate()
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["text"].split(":")[1] for event in events if event.get("finding") == "samples improbable"] == [
+        " after 4 examples the reference finds them improbable"
+    ]
+    assert asked == [(3, 3, 3)] * 2, "never before the first step"
+
+
 def test_held_out_loss_and_accuracy_are_compared_with_those_before_training_example_by_example(build, tokenized, tmp_path):
     table = PromptTable.of(tokenized["pairs"][:12])
 

@@ -122,10 +122,7 @@ class DataReport:
     notes: list[str] = field(default_factory=list)
 
     def bad_row(self, error: UserError, remedy: str = "Fix the row, or skip") -> None:
-        """Count a row that cannot be used. Raises `error` unless such rows are skipped.
-
-        remedy: what to do about the row, up to the words "such rows".
-        """
+        """Count a row that cannot be used. Raises `error`, with what to do about it, unless such rows are skipped."""
         if not self.skip_bad_rows:
             raise UserError(f"{error} {remedy} such rows with on_bad_row=skip.") from error
         self.num_bad_rows += 1

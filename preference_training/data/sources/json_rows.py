@@ -100,7 +100,10 @@ def _json_lines(lines: Iterator[tuple[int, bytes]], place: str, report: DataRepo
         except UnicodeDecodeError as error:
             where, problem = f"line {number}, byte {error.start + 1} of the line", "not UTF-8 text. Convert it to UTF-8."
         except json.JSONDecodeError as error:
-            where, problem = f"row {number}", f"not JSON: {error.msg} at column {error.colno}. Expected one object a line."
+            where, problem = (
+                f"row {number}",
+                f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}. Expected one object a line.",
+            )
         except UNREADABLE_JSON as error:
             where, problem = f"row {number}", f"cannot be read as JSON: {error}. Expected objects with texts."
         report.bad_row(UserError(f"datasets: {place}, {where}: {problem}"))

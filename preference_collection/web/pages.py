@@ -36,7 +36,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Shown:
-    """A comparison as shown to a labeler. polled: some tests still run. others: (address, name, whether it is this)."""
+    """A comparison as shown to a labeler. polled: some tests still run. others: (address, name, whether it is this).
+
+    given_*: what they gave with the judgment that this one replaces. given_from: the number of the answer that theirs began as.
+    """
 
     id: str
     task: Task
@@ -51,6 +54,8 @@ class Shown:
     reasons: tuple[str, ...] = ()
     given_reasons: tuple[str, ...] = ()
     given_comment: str = ""
+    given_edited: str = ""
+    given_from: int | None = None
 
 
 def show_task(shared: Shared, task: Task, **more) -> Shown:
@@ -69,24 +74,35 @@ def show_comparison(
 ) -> Shown:
     """A comparison for a labeler.
 
-    again: their undone judgment of it, whose reasons and comment are kept. is_new: it comes from the queue, so that they have
-    not judged it.
+    again: their undone judgment of it, whose reasons, comment and better answer are kept. is_new: it comes from the queue, so
+    that they have not judged it.
     """
     task = shared.task(comparison.task)
     order = shown_order(labeler, comparison.id, len(comparison.answers))
     runs = runs_of(shared, comparison, task)
     sides = tuple(_side(shared, comparison, task, number, index, runs[index]) for number, index in enumerate(order, start=1))
     standing = [] if is_new else shared.store.standing(comparison.id)
-    own = next((judgment for judgment in standing if judgment.labeler == labeler), None)
+    own = next((judgment for judgment in standing if judgment.labeler == labeler and not judgment.settles), None)
     note = f"You judged: {judged_words(own, order)}. Judging again replaces it." if own else ""
-    given = own or again
     reasons = shared.settings.reasons if task.kind == "code" else shared.settings.text_reasons
     return show_task(
         shared, task, id=comparison.id, order=order, sides=sides, note=note,
         others=() if is_new else _others(shared, comparison),
         polled=any(run and not run.over for run in runs), reasons=tuple(reasons),
-        given_reasons=given.reasons if given else (), given_comment=given.comment if given else "",
+        **_given(again or own, order),
     )  # fmt: skip
+
+
+def _given(judgment: Judgment | None, order: tuple[int, ...]) -> dict:
+    if judgment is None:
+        return {}
+    begun = None if judgment.edited_from is None else order.index(judgment.edited_from) + 1
+    return {
+        "given_reasons": judgment.reasons,
+        "given_comment": judgment.comment,
+        "given_edited": judgment.edited,
+        "given_from": begun,
+    }
 
 
 def prepare(shared: Shared, id: str) -> None:

@@ -12,6 +12,7 @@ from preference_collection.store.model import Verdict
 from preference_collection.store.statistics import Agreement, LabelerProgress
 from preference_collection.tests.conftest import a_comparison, a_judgment, a_task
 from preference_collection.tests.test_web import filled, signed_in
+from preference_collection.web.markup import rendered
 from preference_collection.web.team import alpha_words, guidelines_of, left_words, person_words, seconds_words, summary_words
 from preference_training.core.errors import UserError
 
@@ -39,7 +40,21 @@ def test_guidelines_are_markdown_of_the_settings_or_of_a_file(tmp_path):
     text = guidelines_of(load_settings([f"guidelines_file={file}"]))
     assert "<em>short</em>" in text and "<script>" not in text
     assert "<strong>first</strong>" in guidelines_of(load_settings(["guidelines=Read **first**."]))
-    assert "no guidelines yet" in guidelines_of(load_settings([]))
+    assert guidelines_of(load_settings([])) == ""
+
+
+def test_guidelines_are_shown_before_the_first_comparison_of_a_session(store):
+    client = signed_in(store)
+    assert "There are no guidelines." in client.get("/label").text
+    client.shared.guidelines = rendered("Prefer *short* answers.", 0)
+    assert "data-first" not in client.get("/label").text, "nothing is there to judge"
+    filled(store, "a")
+    client.shared.queue.added(["pair-a"])
+    first, then = (client.get("/label").text for _ in range(2))
+    assert "<em>short</em>" in first and "data-first" in first and "data-first" not in then
+    client.post("/sign-out")
+    client.post("/sign-in", data={"name": "Bo"})
+    assert "data-first" in client.get("/label").text
 
 
 @pytest.mark.parametrize("settings, said", [

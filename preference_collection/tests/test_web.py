@@ -105,6 +105,14 @@ def test_a_name_signs_in_and_signing_out_forgets_it(store):
     assert client.get("/label").headers["location"] == "/"
 
 
+def test_a_title_that_is_the_beginning_of_the_prompt_is_seen_once(store):
+    titles = {"a": "Add two…", "b": "Another"}
+    store.add_tasks([a_task(id, title=title, prompt="Add  two numbers.", difficulty="") for id, title in titles.items()])
+    store.add_comparisons([a_comparison(id, id=f"pair-{id}") for id in titles])
+    pages = [signed_in(store).get(f"/label/pair-{id}").text for id in titles]
+    assert ['tabindex="-1" class="unseen">' in page for page in pages] == [True, False]
+
+
 def test_the_password_is_asked_for_and_a_wrong_one_waits(store, monkeypatch):
     waits = []
 
@@ -139,11 +147,11 @@ def test_a_judgment_is_saved_and_the_next_comparison_comes_with_the_answer(store
     filled(store, "a", "b")
     client = signed_in(store)
     page = client.get("/label").text
-    assert shown_in(page) == "pair-a" and "0 of 2 judged by you · 2 left" in page
+    assert shown_in(page) == "pair-a" and "0 judged by you · up to 2 left" in page
     sent = a_choice("pair-a", reasons=["faster"], comment="good", edited="better", edited_from=1)
     answer = client.post("/api/judge", json=sent).json()
     assert answer["saved"] and shown_in(answer["next"]["html"]) == answer["next"]["id"] == "pair-b"
-    assert answer["progress"] == "1 of 2 judged by you · 1 left"
+    assert answer["progress"] == "1 judged by you · up to 1 left"
     [judgment] = store.standing("pair-a")
     assert (judgment.labeler, judgment.choice, judgment.ranks) == ("Ada", "ranked", tuple(sent["ranks"]))
     assert (judgment.order, judgment.seconds) == (tuple(sent["order"]), 2.5)
@@ -182,7 +190,7 @@ def test_next_leaves_a_comparison_unjudged(store):
     filled(store, "a", "b")
     client = signed_in(store)
     answer = client.post("/api/next", json={"comparison": "pair-a"}).json()
-    assert answer["next"]["id"] == "pair-b" and answer["next"]["progress"] == "0 of 2 judged by you · 2 left"
+    assert answer["next"]["id"] == "pair-b" and answer["next"]["progress"] == "0 judged by you · up to 2 left"
 
 
 def test_a_judged_comparison_says_so_and_judging_again_replaces(store):

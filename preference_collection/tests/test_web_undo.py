@@ -17,7 +17,7 @@ def test_undo_shows_the_comparison_again_with_its_reasons_comment_and_better_ans
     assert re.search(r'data-reason="faster" aria-pressed="true"', answer["html"])
     assert 'value="good &lt;b&gt;"' in answer["html"] and ">\n\n&lt;i&gt; mine</textarea>" in answer["html"]
     assert f'data-number="{shown_order("Ada", "pair-a", 2).index(1) + 1}">\n\n' in answer["html"]
-    assert answer["next"]["progress"] == "0 of 2 judged by you · 2 left"
+    assert answer["next"]["progress"] == "0 judged by you · up to 2 left"
     assert (answer["what"], answer["title"], answer["again"]) == ("answer 1 is better", "The a", "")
     assert client.post("/api/undo", json={}).json() == {"undone": None, "settled": False}
 

@@ -399,4 +399,4 @@ def test_an_unreachable_server_is_reported_on_the_page(browser, tmp_path):
         sign_in(browser, server.url)
         open_task_without_answers(browser, server.url, "Ferry pairs")
         press(browser, "g")
-        wait_for(browser, "cannot be reached. Start it, or set its address.")
+        wait_for(browser, "cannot be reached. Start it, or set its address (ollama_host).")

@@ -64,7 +64,12 @@ def _nothing_left(shared: Shared, labeler: str) -> str:
 
 def _desk(request: Request, view: dict) -> Response:
     shared = shared_of(request)
-    return page(request, "label.html", fragment=view["html"], progress=view["progress"], guidelines=shared.guidelines)
+    # Guidelines are shown before the first comparison of a session.
+    first = bool(shared.guidelines and view.get("id") and not request.session.get("guided"))
+    if first:
+        request.session["guided"] = True
+    shown = {"fragment": view["html"], "progress": view["progress"], "guidelines": shared.guidelines}
+    return page(request, "label.html", **shown, first=first)
 
 
 def label(request: Request) -> Response:

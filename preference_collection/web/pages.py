@@ -38,6 +38,7 @@ class Side:
 class Shown:
     """A comparison as shown to a labeler. polled: some tests still run. others: (address, name, whether it is this).
 
+    repeated: the title is the beginning of the prompt, and need not be seen twice.
     given_*: what they gave with the judgment that this one replaces. given_from: the number of the answer that theirs began as.
     """
 
@@ -49,6 +50,7 @@ class Shown:
     tests: tuple[str, ...]
     sides: tuple[Side, ...] = ()
     polled: bool = False
+    repeated: bool = False
     note: str = ""
     others: tuple[tuple[str, str, bool], ...] = ()
     reasons: tuple[str, ...] = ()
@@ -61,6 +63,9 @@ class Shown:
 def show_task(shared: Shared, task: Task, **more) -> Shown:
     """A task without answers."""
     prompt, turns = Markup(), ()
+    said = [task.prompt] if isinstance(task.prompt, str) else [turn[1] for turn in task.prompt]
+    begins = " ".join(task.title.rstrip("….").split())
+    more["repeated"] = bool(begins) and not task.difficulty and any(" ".join(text.split()).startswith(begins) for text in said)
     if isinstance(task.prompt, str):
         prompt = rendered(task.prompt, shared.settings.fold_lines)
     else:
@@ -194,7 +199,7 @@ def reason_words(verdict: Verdict, order: tuple[int, ...]) -> str:
 
 
 def progress_words(judged: int, left: int) -> str:
-    """The progress of a labeler."""
+    """The progress of a labeler: what is left may be judged by others first."""
     if not left:
         return f"{judged:,} judged by you · nothing left"
-    return f"{judged:,} of {judged + left:,} judged by you · {left:,} left"
+    return f"{judged:,} judged by you · up to {left:,} left"

@@ -43,11 +43,9 @@ def routes() -> list[Route]:
 
 
 def guidelines_of(settings: DictConfig) -> Markup:
-    """The guidelines as HTML. Raises UserError if there are two, or their file cannot be read."""
+    """The guidelines as HTML, empty if there are none. Raises UserError if there are two, or their file cannot be read."""
     text = guidelines_text(settings)
-    if not text:
-        return Markup("<p>There are no guidelines yet. Set <code>guidelines</code> or <code>guidelines_file</code>.</p>")
-    return rendered(text, 0)
+    return rendered(text, 0) if text else Markup()
 
 
 # ---- progress ---------------------------------------------------------------------------------------------------------------

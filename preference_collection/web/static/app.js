@@ -363,6 +363,8 @@ document.addEventListener("close", (event) => {
   if (event.target.matches(".edit") && event.target.isConnected && written().edited) {
     say("Your answer is kept with your judgment. Judge the answers now.");
   }
+  // The time spent on the guidelines is none of the comparison's.
+  if (event.target.matches("[data-first]")) { seenFor = 0; visibleSince = performance.now(); event.target.removeAttribute("data-first"); }
 }, true);
 
 // ---- panels and views -------------------------------------------------------------------------------------------------------
@@ -390,6 +392,12 @@ async function differences(button) {
     if (!answer || shown !== main()) return;
     panel.innerHTML = answer.html;
     panel.dataset.filled = "yes";
+  }
+  // Where nothing can be marked, the answers stay in sight.
+  if (!one(".difference", panel)) {
+    button.setAttribute("aria-pressed", "false");
+    say([...new Set(all(".summary", panel).map((each) => each.textContent))].join(" "));
+    return;
   }
   const on = button.getAttribute("aria-pressed") === "true";
   panel.hidden = !on;
@@ -467,4 +475,5 @@ if (work) {
   setTimeout(ready, GUARD);
   if (kept().length) change(async () => { for (const { judgment, what } of kept()) await send(judgment, what); });
   if (one("[data-open=generate]", work)) generate();
+  open(one("dialog[data-first]"));
 }

@@ -164,9 +164,9 @@ def test_settlements_are_listed_and_undone_on_their_page_only(store):
         body = {"id": choice, "comparison": comparison.id, "choice": choice, "ranks": []}
         client.post("/api/settle", json=body)
     page = client.get("/agreement").text
-    assert "1 left to settle." in page and "The a</a>: all are bad (Eve)" in page
+    assert "1 left to settle." in page and "The a</a>: both are bad (Eve)" in page
     assert client.post("/api/undo", json={}).json() == {"undone": None, "settled": True}
-    assert "all are bad (Eve)" in client.get("/agreement").text
+    assert "both are bad (Eve)" in client.get("/agreement").text
     # The older word of the same person does not come back.
     said = client.post("/api/unsettle", json={"comparison": comparison.id}).json()["said"]
     assert said == "No longer settled: “The a”." and store.settled(9) == [] and len(store.disagreements()) == 2

@@ -171,7 +171,8 @@ def _others(shared: Shared, comparison: Comparison) -> tuple[tuple[str, str, boo
 def judged_words(judgment: Judgment, order: tuple[int, ...]) -> str:
     """What a judgment says of the answers in the order shown."""
     if judgment.choice != "ranked":
-        return {"tie": "a tie", "bad": "all are bad", "skip": "skipped"}[judgment.choice]
+        bad = "both are bad" if len(order) == 2 else "all are bad"
+        return {"tie": "a tie", "bad": bad, "skip": "skipped"}[judgment.choice]
     return ranked_words(judgment.ranks, order)
 
 

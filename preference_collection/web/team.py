@@ -130,7 +130,8 @@ def agreement(request: Request) -> Response:
         request, "agreement.html", progress=progress(shared, labeler), summary=alpha_words(found), found=found,
         people=shared.store.agreement_by_pair(), judges=shared.store.agreement_with_judges(), hidden=hidden,
         disagreements=[disagreement_of(shared, id) for id in open_ones[start : start + PAGE_SIZE]], start=start,
-        settled=settled_of(shared), total=len(open_ones), size=PAGE_SIZE, read_only=shared.store.read_only, share=share,
+        settled=settled_of(shared), most_settled=MOST_SETTLED,
+        total=len(open_ones), size=PAGE_SIZE, read_only=shared.store.read_only, share=share,
     )  # fmt: skip
 
 

@@ -27,8 +27,8 @@ def test_from_rows_to_a_data_set(tmp_path, capsys):
     rows.write_text(json.dumps(row) + "\n")
     store = f"store={tmp_path / 'collection.duckdb'}"
     assert told(capsys, "import", str(rows), store).endswith("1 task added, 1 new comparison, 1 judgment")
-    assert told(capsys, "export", str(tmp_path / "out"), store).endswith("out: 1 preferences, 0 ties, 0 skips")
-    assert told(capsys, "export", str(tmp_path / "out.jsonl"), "--names", store).endswith("1 preferences, 0 ties, 0 skips")
+    assert told(capsys, "export", str(tmp_path / "out"), store).endswith("out: 1 preference, 0 ties, 0 skips")
+    assert told(capsys, "export", str(tmp_path / "out.jsonl"), "--names", store).endswith("1 preference, 0 ties, 0 skips")
     [record] = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert (record["chosen"], record["rejected"], record["labeller"]) == ("b", "a", "imported")
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from preference_collection.__main__ import main
+from preference_collection.settings import DEFAULTS
 
 
 def told(capsys, *line: str) -> str:
@@ -44,6 +45,15 @@ def test_columns_of_other_names_are_mapped_and_what_is_not_read_is_said(tmp_path
     told(capsys, "export", str(tmp_path / "out.jsonl"), store)
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert (record["prompt"], record["chosen"], record["rejected"]) == ("What is best?", "b", "a")
+
+
+def test_an_import_brings_no_samples(tmp_path, capsys, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "What is best?"}) + "\n")
+    monkeypatch.setattr("preference_collection.settings.DEFAULTS", own := tmp_path / "collect.yaml")
+    text = DEFAULTS.read_text().replace("runs/collection.duckdb", str(tmp_path / "c.duckdb"))
+    own.write_text(text)
+    assert told(capsys, "import", str(rows)).startswith(f"{tmp_path / 'c.duckdb'}: 1 task added\n")
 
 
 def test_a_user_error_gives_one_line(tmp_path, capsys):

@@ -47,6 +47,15 @@ def test_columns_of_other_names_are_mapped_and_what_is_not_read_is_said(tmp_path
     assert (record["prompt"], record["chosen"], record["rejected"]) == ("What is best?", "b", "a")
 
 
+def test_control_characters_in_columns_and_values_do_not_reach_the_terminal(tmp_path, capsys):
+    rows, store = tmp_path / "rows.jsonl", f"store={tmp_path / 'c.duckdb'}"
+    rows.write_text(json.dumps({"prompt": "What?", "chosen": "a", "rejected": "b", "x\x1b[2J": 1}) + "\n")
+    assert told(capsys, "import", str(rows), store).endswith(r"columns not read: x\x1b[2J")
+    rows.write_text(json.dumps({"description": "d", "version1": "a", "version2": "b", "preference": "\x1b]0;x\x07"}) + "\n")
+    said = refused(capsys, "import", str(rows), store)
+    assert r"preference is '\x1b]0;x\x07'" in said and "\x1b" not in said
+
+
 def test_an_import_brings_no_samples(tmp_path, capsys, monkeypatch):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "What is best?"}) + "\n")

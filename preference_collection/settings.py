@@ -16,7 +16,7 @@ DEFAULTS = Path(__file__).parent.parent / "config" / "collect.yaml"
 # Environment variable with the shared password.
 PASSWORD = "COLLECT_PASSWORD"
 
-TRUTHS = ("read_only", "samples", "run_unisolated")
+TRUTHS = ("read_only", "run_unisolated")
 # Numbers: minimum, maximum, and whether only integers are allowed.
 NUMBERS = {
     "port": (1, 65535, True), "overlap": (1, 1000, True), "lease_minutes": (0.1, 1440, False), "fold_lines": (0, 10**6, True),
@@ -56,6 +56,8 @@ def load_settings(overrides: Sequence[str] = ()) -> DictConfig:
         value = OmegaConf.select(settings, key)
         if fault := _fault(key, value):
             raise UserError(f"{key}: found {'nothing' if value is None else repr(value)}, expected {fault}.")
+    if settings.samples is None:
+        settings.samples = settings.store == OmegaConf.load(DEFAULTS).store
     return settings
 
 
@@ -99,6 +101,8 @@ def _keys(settings: DictConfig, prefix: str = ""):
 
 def _fault(key: str, value) -> str | None:
     """What was expected as the value of a key, or None if it is valid."""
+    if key == "samples":
+        return None if value is None or isinstance(value, bool) else "true, false or null"
     if key in TRUTHS:
         return None if isinstance(value, bool) else "true or false"
     if key in NUMBERS:

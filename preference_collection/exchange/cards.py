@@ -5,6 +5,7 @@ from datetime import datetime
 
 from preference_collection.store.statistics import Agreement
 
+EDITED = "better answer was written by a labeler", "better answers were written by labelers"
 CARD_MARK = "<!-- written by preference_collection -->"
 
 
@@ -28,20 +29,21 @@ task_categories:
 People compared model-written solutions of a programming problem, with their test results.
 
 - {counts["preferences"]} preferences in `data`, one row per judgment of two solutions.
-{_apart(counts, ("ties", "bad", "skips", "overruled"))}{_agreed(agreement)}
+{_apart(counts, ("ties", "bad", "skips", "overruled", "disputed"))}{_agreed(agreement)}
 - Written {datetime.now():%Y-%m-%d}.
 
 | field | meaning |
 |---|---|
 | `id`, `title`, `difficulty` | the problem |
-| `description` | the prompt given to the models |
+| `description`, `prompt` | the prompt given to the models |
 | `version1`, `version2` | the replies; `model1`, `model2`: the models that wrote them |
 | `preference` | 0: version1 is better, 1: version2; null for ties and skips |
+| `chosen`, `rejected` | the better version and the other one |
 | `votes_version1`, `votes_version2`, `votes_tie`, `votes_skip` | number of labelers with each choice on this pair |
 | `labeller`, `seconds`, `shown_left` | the labeler (a number), the time taken, the version on the left (0: version1) |
 | `reasons`, `comment`, `judged`, `judgement` | the labeler's reasons and comment, the time, and the id of the judgment |
 
-Train on it with `python train.py loss=dpo 'datasets=[{{name: lc, data_dir: DIRECTORY}}]'`.
+Train on it with `python train.py loss=dpo 'datasets=[DIRECTORY/]'`.
 """
 
 
@@ -63,7 +65,8 @@ People compared two to five answers to a prompt.
 
 - {_counted(counts["preferences"], "judgment prefers", "judgments prefer")} an answer: rows of `data`.
 - {_counted(counts["bad"], "judgment finds", "judgments find")} all answers bad: rows of `data` without a pair.
-{_apart(counts, ("ties", "skips", "overruled"))}{_agreed(agreement)}
+- {_counted(counts["edited"], EDITED[0], EDITED[1])}: the `sft_target` of a row of `data`, whatever else was said.
+{_apart(counts, ("ties", "skips", "overruled", "disputed"))}{_agreed(agreement)}
 - Written {datetime.now():%Y-%m-%d}.
 
 | field | meaning |
@@ -92,7 +95,11 @@ def _counted(count: int, one: str, many: str) -> str:
     return f"{count} {one if count == 1 else many}"
 
 
-WORDS = {"bad": "judgments that find both bad", "overruled": "judgments that a later one settled"}
+WORDS = {
+    "bad": "judgments that find both bad",
+    "overruled": "judgments that a later one settled",
+    "disputed": "judgments that others disagree with",
+}
 
 
 def _apart(counts: Counter, kinds: tuple[str, ...]) -> str:

@@ -25,6 +25,7 @@ def add_export(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser("export", help="export judgments as training data")
     parser.add_argument("path", type=Path, help="a directory, or a .jsonl or .parquet file")
     parser.add_argument("--names", action="store_true", help="write the names of labelers instead of numbers")
+    parser.add_argument("--agreed", action="store_true", help="leave out what labelers disagree on and nobody settled")
     return parser
 
 
@@ -80,7 +81,7 @@ def prepare_export(options: argparse.Namespace, settings):
     from preference_collection.exchange.export import counts_line, export_dataset, export_records
 
     write = export_records if options.path.suffix else export_dataset
-    return lambda store: counts_line(write(store, options.path, options.names))
+    return lambda store: counts_line(write(store, options.path, options.names, options.agreed))
 
 
 def prepare_score(options: argparse.Namespace, settings):

@@ -1,13 +1,14 @@
 """Exporting judgments as training data: a file of records, or a data set in the Hub's layout; and uploading to the Hub.
 
-A directory of programming problems has the columns that `lc` reads; one of any other text has records, as files have. Ties,
-skips and what was overruled are stored apart.
+A directory of programming problems alone has the columns of the public set that `lc` reads; one of any other text, or with
+answers that labelers wrote, has records, as files have. Ties, skips, and what was overruled or is disputed are stored apart.
 """
 
 import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
@@ -16,10 +17,13 @@ import pyarrow.parquet
 from preference_collection.exchange.cards import CARD_MARK, code_card, text_card
 from preference_collection.exchange.judged_rows import (
     ALL_KINDS,
+    DISPUTED,
+    EDITED,
     LC_SCHEMA,
     RECORD_SCHEMA,
     UNUSABLE,
     as_written,
+    has_edited,
     lc_rows,
     record_rows,
     task_kinds,
@@ -30,59 +34,84 @@ from preference_training.core.errors import UserError, first_line
 # The library `datasets` recognizes the first as data by its name, and ignores the others. The card does not list the files: if
 # it did, the library would cache by the directory's name, and find an earlier export instead of this one.
 TRAIN = "data/train-00000-of-00001.parquet"
-FILES = {"preferences": TRAIN} | {kind: f"apart/{kind}.parquet" for kind in ALL_KINDS[1:] if kind != UNUSABLE}
+TRAINED_ON = ("preferences", "bad", EDITED)
+APART = tuple(kind for kind in ALL_KINDS if kind not in (*TRAINED_ON, UNUSABLE))
+FILES = {"preferences": TRAIN} | {kind: f"apart/{kind}.parquet" for kind in ("bad", *APART)}
 
 # A directory with this file was written by `export_dataset`, and may be overwritten.
 CARD = "README.md"
-# What the counts of an export are called, where that is more than their names.
-EDITED = "edited"
+# What is counted, in words: of one, and of several.
+UNSETTLED = "unsettled"
 WORDS = {
-    "bad": "with all answers bad",
-    UNUSABLE: "unusable, since answers are empty or the same",
-    EDITED: "edited answers, which only files of records have: export FILE.jsonl",
+    "preferences": ("preference", "preferences"),
+    "bad": ("with all answers bad",) * 2,
+    "ties": ("tie", "ties"),
+    "skips": ("skip", "skips"),
+    "overruled": ("overruled by a settlement",) * 2,
+    DISPUTED: ("judgment left out, since labelers disagree", "judgments left out, since labelers disagree"),
+    UNUSABLE: ("unusable, since answers are empty or the same",) * 2,
+    EDITED: ("better answer written by a labeler", "better answers written by labelers"),
 }
 
 
 def counts_line(counts: Counter) -> str:
     """The counts of an export in words."""
     shown = ("preferences", "ties", "skips")
-    return ", ".join(f"{count:,} {WORDS.get(kind, kind)}" for kind, count in counts.items() if count or kind in shown)
+    some = {kind: counts[kind] for kind in WORDS if counts[kind] or kind in shown}
+    line = ", ".join(f"{count:,} {WORDS[kind][count != 1]}" for kind, count in some.items())
+    return f"{line}. {unsettled_line(counts[UNSETTLED])}" if counts[UNSETTLED] else line
 
 
-def export_records(store: Store, path: Path, names: bool = False) -> Counter:
-    """Write records to a .jsonl or .parquet file; ties, skips and what was overruled, if any, to files next to it.
+def unsettled_line(count: int) -> str:
+    """What is exported of a number of comparisons on which labelers disagree, and what to do about it."""
+    of = "1 comparison has" if count == 1 else f"{count:,} comparisons have"
+    return (
+        f"{of} opposite judgments that nobody settled, and all are exported: settle them on the Agreement page, or export "
+        "without them (--agreed)"
+    )
 
-    Answers that are all bad are records of their own: labels without a pair. Returns the count of each kind. Raises UserError
-    for another file type, if nothing can be trained on yet, and if the file cannot be written.
+
+def export_records(store: Store, path: Path, names: bool = False, agreed: bool = False) -> Counter:
+    """Write records to a .jsonl or .parquet file; what is no training data, if any, to files next to it, one for each kind.
+
+    Answers that are all bad are records of their own: labels without a pair; so are answers that labelers wrote where they
+    preferred none. agreed: leave out what labelers disagree on. Returns the count of each kind, and of disagreements that were
+    exported. Raises UserError for another file type, if nothing can be trained on yet, and if the file cannot be written.
     """
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"export: {path}: expected a .jsonl or .parquet file, or a directory.")
-    rows = _records(store, names, as_text=path.suffix == ".parquet")
-    counts = _counts(rows)
-    rows["preferences"] += rows.pop("bad")
-    for kind, some in rows.items():
-        target = path if kind == "preferences" else path.with_name(f"{path.stem}.{kind}{path.suffix}")
-        if some and kind != UNUSABLE:
-            _write_file(target, some)
-        elif kind != "preferences":
+    rows = _records(store, names, agreed, as_text=path.suffix == ".parquet")
+    counts = _counts(store, rows, agreed)
+    _write_file(path, _trained_on(rows))
+    for kind in APART:
+        target = path.with_name(f"{path.stem}.{kind}{path.suffix}")
+        if rows[kind]:
+            _write_file(target, rows[kind])
+        else:
             target.unlink(missing_ok=True)
     return counts
 
 
-def _records(store: Store, names: bool, as_text: bool) -> dict[str, list[dict]]:
+def _trained_on(rows: dict[str, list[dict]]) -> list[dict]:
+    return [row for kind in TRAINED_ON for row in rows[kind]]
+
+
+def _records(store: Store, names: bool, agreed: bool, as_text: bool) -> dict[str, list[dict]]:
     rows: dict[str, list[dict]] = {kind: [] for kind in ALL_KINDS}
-    for kind, row in record_rows(store, names):
+    for kind, row in record_rows(store, names, agreed):
         rows[kind].append(row if kind == UNUSABLE else as_written(row, as_text))
     return rows
 
 
-def _counts(rows: dict[str, list], usable: tuple[str, ...] = ("preferences", "bad")) -> Counter:
+def _counts(store: Store, rows: dict[str, list], agreed: bool, usable: Sequence[str] = TRAINED_ON) -> Counter:
     counts = Counter({kind: len(some) for kind, some in rows.items()})
     if not any(counts[kind] for kind in usable):
+        others = counts_line(counts).partition(", ")[2]
         raise UserError(
-            f"export: there are no preferences yet ({counts['ties']} ties, {counts['skips']} skips). Expected at least one "
-            "judgment that prefers an answer."
+            f"export: there are no preferences yet ({others}). Expected at least one judgment that prefers an answer."
         )
+    counts[EDITED] = sum(map(has_edited, store.judgments()))
+    counts[UNSETTLED] = 0 if agreed else len(store.disagreements())
     return counts
 
 
@@ -91,7 +120,7 @@ def _write_file(path: Path, rows: list[dict]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".parquet":
-            schema = RECORD_SCHEMA if "prompt" in rows[0] else LC_SCHEMA
+            schema = RECORD_SCHEMA if "responses" in rows[0] else LC_SCHEMA
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), partial)
         else:
             partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -102,30 +131,30 @@ def _write_file(path: Path, rows: list[dict]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def export_dataset(store: Store, directory: Path, names: bool = False) -> Counter:
+def export_dataset(store: Store, directory: Path, names: bool = False, agreed: bool = False) -> Counter:
     """Write a data set in the Hub's layout; `entry_of` trains on it.
 
-    Judgments of programming problems alone are written in the columns of `lc`, all others as records. Returns the count of each
-    kind. Raises UserError if nothing can be trained on yet, and for a directory with other content.
+    Judgments of programming problems alone are written in the columns of `lc`, unless labelers wrote answers; all others as
+    records. agreed: leave out what labelers disagree on. Returns the count of each kind, and of exported disagreements. Raises
+    UserError if nothing can be trained on yet, and for a directory with other content.
     """
     if directory.exists() and not _is_own(directory):
         raise UserError(f"export: {directory} contains other files. Expected a new or empty directory, or an earlier export.")
-    if task_kinds(store) == {"code"}:
+    if task_kinds(store) == {"code"} and not any(map(has_edited, store.judgments())):
         rows: dict[str, list[dict]] = {kind: [] for kind in ALL_KINDS}
-        for kind, row in lc_rows(store, names):
+        for kind, row in lc_rows(store, names, agreed):
             rows[kind].append(row)
-        counts = _counts(rows, ("preferences",))
-        counts[EDITED] = sum(bool(judged.judgment.edited) for judged in store.judgments())
+        counts = _counts(store, rows, agreed, ("preferences",))
         card = code_card(counts, store.agreement())
     else:
-        rows = _records(store, names, as_text=True)
-        counts = _counts(rows)
+        rows = _records(store, names, agreed, as_text=True)
+        counts = _counts(store, rows, agreed)
         card = text_card(counts, store.agreement())
-        rows["preferences"] += rows.pop("bad")
+        rows["preferences"], rows["bad"] = _trained_on(rows), []
     fresh = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     for kind, some in rows.items():
-        if some and kind != UNUSABLE:
+        if some and kind in FILES:
             _write_file(fresh / FILES[kind], some)
     (fresh / CARD).write_text(card, encoding="utf-8")
     if directory.exists():
@@ -147,8 +176,7 @@ def is_export(directory: Path) -> bool:
 
 def entry_of(directory: Path) -> str:
     """The entry of `datasets` that trains on an exported directory, as the command line has it."""
-    columns = pyarrow.parquet.read_schema(directory / TRAIN).names
-    return f"{{name: lc, data_dir: '{directory}'}}" if "version1" in columns else f"{{path: '{directory}'}}"
+    return f"'{str(directory).rstrip('/')}/'"
 
 
 def training_command(directory: Path) -> str:

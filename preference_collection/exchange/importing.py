@@ -8,9 +8,10 @@ tools, and `tools`, the JSON text of the tools that its prompt offers.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 from preference_collection.exchange.code_rows import CodeRow, code_row, content_id, older_rows
@@ -82,9 +83,9 @@ class Import:
         """A one-line summary."""
         judged, compared = len(self.judgments), len(self.comparisons)
         counts = (
-            (self.added, "task", "tasks", " added"), (self.known, "", "", "known"),
+            (self.added, "task", "tasks", " added"), (self.known, "known task", "known tasks", ""),
             (compared, "new comparison", "new comparisons", ""), (judged, "judgment", "judgments", ""),
-            (self.waiting, "answer", "answers", " to compare with another"),
+            (self.waiting, "single answer", "single answers", ", compared once `generate` has made another to the prompt"),
             (self.num_bad_rows, "invalid row", "invalid rows", " skipped"),
         )  # fmt: skip
         parts = [f"{count} {one if count == 1 else many}{rest}" for count, one, many, rest in counts if count]
@@ -113,7 +114,7 @@ class Import:
         self.comparisons[comparison.id] = comparison
         if row.label is not None:
             ranks = ranks_of_pick(row.label, len(answers))
-            judgment = Judgment(content_id(comparison.id, IMPORTED), comparison.id, IMPORTED, "ranked", (0, 1), ranks)
+            judgment = _imported(comparison, IMPORTED, "ranked", ranks)
             if self.judgments.setdefault(judgment.id, judgment) != judgment:
                 raise RowError("the same two solutions have the opposite preference in an earlier row")
 
@@ -154,18 +155,36 @@ class Import:
 
     def _judge(self, comparison: Comparison, choice: str, ranks: tuple[int, ...], edited: str) -> None:
         """Add a judgment. Different ones of the same answers are those of several labelers."""
-        order = tuple(range(len(comparison.answers)))
-        for number in range(1, len(self.judgments) + 2):
-            labeler = IMPORTED if number == 1 else f"{IMPORTED} {number}"
-            id = content_id(comparison.id, labeler)
-            judgment = Judgment(id, comparison.id, labeler, choice, order, ranks, edited=edited)
-            if id not in self.judgments:
-                self.judgments[id] = judgment
-                self.report.change(OPPOSED, number > 1)
+        for labeler in _imported_labelers():
+            judgment = _imported(comparison, labeler, choice, ranks, edited)
+            if judgment.id not in self.judgments:
+                self.judgments[judgment.id] = judgment
+                self.report.change(OPPOSED, labeler != IMPORTED)
                 return
-            if self.judgments[id] == judgment:
+            if self.judgments[judgment.id] == judgment:
                 self.report.change(REPEATED)
                 return
+
+    def leave_out_known(self, store: Store) -> None:
+        """Leave out the comparisons that a store has, and of their judgments those that `imported` has given before.
+
+        What `imported` has judged otherwise is the judgment of a further labeler.
+        """
+        known = set(store.comparison_ids())
+        of_known = {id: said for id, said in self.judgments.items() if said.comparison in known}
+        earlier: dict[str, dict[str, tuple]] = defaultdict(dict)
+        for each in store.standing_among({said.comparison for said in of_known.values()}):
+            earlier[each.comparison][each.labeler] = each.choice, each.ranks, each.edited
+        self.judgments = {id: said for id, said in self.judgments.items() if id not in of_known}
+        for said in of_known.values():
+            opinion, others = (said.choice, said.ranks, said.edited), earlier[said.comparison]
+            labeler = next(name for name in _imported_labelers() if others.get(name, opinion) == opinion)
+            if labeler not in others:
+                others[labeler] = opinion
+                again = _imported(self.comparisons[said.comparison], labeler, *opinion)
+                self.judgments[again.id] = again
+            self.report.change(OPPOSED, (labeler != IMPORTED) - (said.labeler != IMPORTED))
+        self.comparisons = {id: comparison for id, comparison in self.comparisons.items() if id not in known}
 
     def compare_singles(self) -> None:
         """Compare answers that stand in rows of their own, where a prompt has several; scores and labels judge them."""
@@ -214,9 +233,7 @@ def add_samples(store: Store) -> None:
 
 def _add(store: Store, found: Import) -> Import:
     found.added, found.known = store.add_tasks(found.tasks.values())
-    known = set(store.comparison_ids())
-    found.comparisons = {id: comparison for id, comparison in found.comparisons.items() if id not in known}
-    found.judgments = {id: judgment for id, judgment in found.judgments.items() if judgment.comparison not in known}
+    found.leave_out_known(store)
     store.add_comparisons(found.comparisons.values(), found.judgments.values())
     found.waiting = store.add_answers_to(found.answers.values())
     return found
@@ -300,6 +317,18 @@ def _code_answer(task: Task, text: str) -> Answer:
     found = extract_code(text, task.function_name, task.tests)
     parameters = {"function_name": found.function_name} if found.function_name else {}
     return Answer(content_id(task.id, text), IMPORTED, task.prompt, parameters, text, found.code)
+
+
+def _imported_labelers() -> Iterator[str]:
+    """The labelers of imported judgments: different ones of the same answers are those of several."""
+    yield IMPORTED
+    yield from (f"{IMPORTED} {number}" for number in count(2))
+
+
+def _imported(comparison: Comparison, labeler: str, choice: str, ranks: Sequence[int], edited: str = "") -> Judgment:
+    order = tuple(range(len(comparison.answers)))
+    id = content_id(comparison.id, labeler)
+    return Judgment(id, comparison.id, labeler, choice, order, tuple(ranks), edited=edited)
 
 
 def text_answer(task: Task, response: Response, tools: str = "") -> Answer:

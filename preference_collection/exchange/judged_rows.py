@@ -18,24 +18,25 @@ from preference_collection.store.store import Store
 from preference_training.data.rows.conversations import RowError, parse_serialized_turns
 from preference_training.data.rows.records import Prompt, Response, Turn, prompt_text, response_error
 
-# Kinds of rows. Rankings and answers that are all bad are training data. What was overruled by a judgment that settles the
-# comparison, ties and skips are stored apart. Unusable are rankings whose answers are empty, or all the same.
+# Kinds of rows. Rankings, answers that are all bad, and better answers that labelers wrote are training data. What was
+# overruled by a judgment that settles the comparison, what is disputed, ties and skips are stored apart. Unusable are rankings
+# whose answers are empty, or all the same.
 KINDS = {"ranked": "preferences", "bad": "bad", "tie": "ties", "skip": "skips"}
-OVERRULED, UNUSABLE = "overruled", "unusable"
-ALL_KINDS = (*KINDS.values(), OVERRULED, UNUSABLE)
+OVERRULED, DISPUTED, UNUSABLE, EDITED = "overruled", "disputed", "unusable", "edited"
+ALL_KINDS = (*KINDS.values(), OVERRULED, DISPUTED, UNUSABLE, EDITED)
 
 TEXT, COUNT = pyarrow.string(), pyarrow.int64()
 TEXTS, COUNTS = pyarrow.list_(TEXT), pyarrow.list_(COUNT)
-# The first columns are those of the public data set that `lc` reads.
+# The first columns are those of the public data set that `lc` reads, and the last those that are read without a name.
 LC_SCHEMA = pyarrow.schema(
     {
         "id": TEXT, "difficulty": TEXT, "title": TEXT, "description": TEXT, "version1": TEXT, "version2": TEXT,
         "preference": COUNT, "model1": TEXT, "model2": TEXT, "votes_version1": COUNT, "votes_version2": COUNT,
         "votes_tie": COUNT, "votes_skip": COUNT, "labeller": TEXT, "seconds": pyarrow.float64(), "shown_left": COUNT,
-        "reasons": TEXTS, "comment": TEXT, "judged": TEXT, "judgement": TEXT,
+        "reasons": TEXTS, "comment": TEXT, "judged": TEXT, "judgement": TEXT, "prompt": TEXT, "chosen": TEXT, "rejected": TEXT,
     }
 )  # fmt: skip
-OF_THE_RECORD = ("description", "version1", "version2", "preference")
+OF_THE_RECORD = ("description", "version1", "version2", "preference", "prompt", "chosen", "rejected")
 RECORD_SCHEMA = pyarrow.schema(
     [
         ("prompt", TEXT), ("responses", TEXTS), ("pairs", pyarrow.list_(COUNTS)), ("sft_target", TEXT),
@@ -52,14 +53,21 @@ def task_kinds(store: Store) -> set[str]:
     return {judged.task.kind for judged in store.judgments()}
 
 
-def _judgments(store: Store, names: bool, only: str | None) -> Iterator[tuple[str, str, Judged]]:
+def has_edited(judged: Judged) -> bool:
+    """Whether the labeler wrote a better answer."""
+    return not response_error(judged.judgment.edited)
+
+
+def _judgments(store: Store, names: bool, agreed: bool, only: str | None) -> Iterator[tuple[str, str, Judged]]:
     """(kind of the row, labeler, what was judged) of every current judgment of a kind of task."""
     numbers: dict[str, int] = {}
+    disputed = set(store.disagreements()) if agreed else set()
     for judged in store.judgments():
         said = judged.judgment
         number = numbers.setdefault(said.labeler, len(numbers) + 1)
         if only in (None, judged.task.kind):
             kind = KINDS[said.choice] if judged.settled in (None, said.id) else OVERRULED
+            kind = DISPUTED if kind in ("preferences", "bad") and said.comparison in disputed else kind
             yield kind, said.labeler if names else f"labeller {number}", judged
 
 
@@ -94,20 +102,25 @@ def given_prompt(judged: Judged) -> Prompt:
 # ---- the columns of `lc` ----------------------------------------------------------------------------------------------------
 
 
-def lc_rows(store: Store, names: bool = False) -> Iterator[tuple[str, dict]]:
+def lc_rows(store: Store, names: bool = False, agreed: bool = False) -> Iterator[tuple[str, dict]]:
     """(kind, row) of every two answers of every judgment of a problem, in LC_SCHEMA.
 
-    preference is 0 or 1, and None for ties and skips. Of more than two answers, those of equal rank are ties.
+    preference is 0 or 1, and None for ties and skips. Of more than two answers, those of equal rank are ties. agreed: as in
+    `record_rows`.
     """
-    for kind, labeler, judged in _judgments(store, names, "code"):
+    for kind, labeler, judged in _judgments(store, names, agreed, "code"):
         ranks, answers = judged.judgment.ranks, judged.comparison.answers
         prompt = given_prompt(judged)
         for i, j in combinations(range(len(answers)), 2):
             tied = not ranks or ranks[i] == ranks[j]
             better = None if tied else int(ranks[i] > ranks[j])
+            texts = answers[i].text, answers[j].text
+            best, worst = (None, None) if tied else (texts[better].strip(), texts[1 - better].strip())
             row = {
                 **_described(judged, labeler), "description": prompt if isinstance(prompt, str) else prompt_text(prompt),
-                "version1": answers[i].text, "version2": answers[j].text, "preference": better, **_of_two(judged, i, j),
+                "version1": texts[0], "version2": texts[1], "preference": better, **_of_two(judged, i, j),
+                "prompt": _serialized(prompt, "user"), "chosen": best and _serialized(best, "assistant"),
+                "rejected": worst and _serialized(worst, "assistant"),
             }  # fmt: skip
             yield "ties" if tied and kind == "preferences" else kind, {name: row[name] for name in LC_SCHEMA.names}
 
@@ -115,23 +128,34 @@ def lc_rows(store: Store, names: bool = False) -> Iterator[tuple[str, dict]]:
 # ---- records ----------------------------------------------------------------------------------------------------------------
 
 
-def record_rows(store: Store, names: bool = False, only: str | None = None) -> list[tuple[str, dict]]:
+def record_rows(store: Store, names: bool = False, agreed: bool = False, only: str | None = None) -> list[tuple[str, dict]]:
     """(kind, row) of every judgment, or of those of one kind of task: records, with prompts and responses as training has them.
 
-    Ranks are given where nothing else was said of the prompt: training joins the judgments of a prompt, and would order the
-    answers of several comparisons by their ranks.
+    A better answer that a labeler wrote is training data whatever becomes of the judgment: where that is none, it has a row of
+    its own. agreed: what labelers disagree on, and nobody has settled, is disputed. Ranks are given where nothing else was said
+    of the prompt: training joins the judgments of a prompt, and would order the answers of several comparisons by their ranks.
     """
     rows, said = [], defaultdict(set)
-    for kind, labeler, judged in _judgments(store, names, only):
+    for kind, labeler, judged in _judgments(store, names, agreed, only):
         row = _record(judged, labeler)
         usable = not any(map(response_error, row["responses"])) and (row["pairs"] or kind != "preferences")
-        rows.append((kind if usable else UNUSABLE, row))
+        kind = kind if usable else UNUSABLE
+        rows.append((kind, row))
+        if kind not in ("preferences", "bad") and has_edited(judged):
+            rows.append((EDITED, _edited_alone(row)))
         if kind == "preferences":
             said[row["prompt"], row["tools"]].add((judged.comparison.id, judged.judgment.ranks))
     for _, row in rows:
         if len(said[row["prompt"], row["tools"]]) > 1:
             row["ranks"] = None
     return rows
+
+
+def _edited_alone(row: dict) -> dict:
+    """The record of an answer that a labeler wrote, which is the target, beside answers that nothing is said of."""
+    responses = [text for text in dict.fromkeys(row["responses"]) if not response_error(text)] or [row["sft_target"]]
+    nothing = dict.fromkeys(("ranks", "chosen", "rejected"))
+    return row | nothing | {"responses": responses, "pairs": [], "labels": [None] * len(responses)}
 
 
 def _record(judged: Judged, labeler: str) -> dict:

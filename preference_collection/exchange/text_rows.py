@@ -227,7 +227,7 @@ class _Judged:
         more = {"edited": mapped.responses[n]} if len(mapped.responses) > n else {}
         if not mapped.pairs:
             labels = set(judged.labels)
-            choice = {frozenset([False]): "bad", frozenset([True]): "tie"}.get(frozenset(labels), "")
+            choice = {frozenset([False]): "bad", frozenset([True]): "tie"}.get(frozenset(labels), "skip" if more else "")
             return _text_row(row, judged, choice=choice, **more)
         choice, ranks = self._ranking(judged)
         return _text_row(row, judged, choice=choice, ranks=ranks, **more)

@@ -21,6 +21,8 @@ KNOWN_JUDGMENTS = "SELECT id, comparison, labeler FROM judgments WHERE id IN (SE
 SIZES = "SELECT id, len(answers) FROM comparisons WHERE id IN (SELECT unnest(?::VARCHAR[]))"
 COLUMNS = "id, comparison, labeler, choice, shown, ranks, seconds, reasons, comment, edited, edited_from, settles"
 STANDING_OF = f"SELECT {COLUMNS} FROM standing WHERE comparison = $comparison ORDER BY number"
+STANDING_AMONG = f"""SELECT {COLUMNS} FROM standing WHERE comparison IN (SELECT unnest($comparisons::VARCHAR[]))
+    ORDER BY number"""
 LAST_OF = f"SELECT {COLUMNS} FROM standing WHERE labeler = $labeler ORDER BY number DESC LIMIT 1"
 JUDGED_BY = "SELECT comparison, labeler, choice <> 'skip', settles FROM standing"
 ONE_JUDGED_BY = "SELECT comparison, labeler, choice <> 'skip', settles FROM standing WHERE comparison = $comparison"
@@ -134,6 +136,10 @@ class Judgments(Tasks):
     def standing(self, comparison: str) -> list[Judgment]:
         """The current judgments of a comparison, in chronological order."""
         return [_judgment(row) for row in self._rows(STANDING_OF, {"comparison": comparison})]
+
+    def standing_among(self, comparisons: Iterable[str]) -> list[Judgment]:
+        """The current judgments of some comparisons, in chronological order."""
+        return [_judgment(row) for row in self._rows(STANDING_AMONG, {"comparisons": list(comparisons)})]
 
     def judged_by(self, comparisons: Sequence[str] | None = None) -> list[tuple[str, str, bool, bool]]:
         """Who judged comparisons: (comparison, labeler, whether it is more than a skip, whether it settles).

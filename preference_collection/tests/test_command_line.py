@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from preference_collection.__main__ import main
+from preference_collection.settings import DEFAULTS
 
 
 def told(capsys, *line: str) -> str:
@@ -27,8 +28,8 @@ def test_from_rows_to_a_data_set(tmp_path, capsys):
     rows.write_text(json.dumps(row) + "\n")
     store = f"store={tmp_path / 'collection.duckdb'}"
     assert told(capsys, "import", str(rows), store).endswith("1 task added, 1 new comparison, 1 judgment")
-    assert told(capsys, "export", str(tmp_path / "out"), store).endswith("out: 1 preferences, 0 ties, 0 skips")
-    assert told(capsys, "export", str(tmp_path / "out.jsonl"), "--names", store).endswith("1 preferences, 0 ties, 0 skips")
+    assert told(capsys, "export", str(tmp_path / "out"), store).endswith("out: 1 preference, 0 ties, 0 skips")
+    assert told(capsys, "export", str(tmp_path / "out.jsonl"), "--names", store).endswith("1 preference, 0 ties, 0 skips")
     [record] = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert (record["chosen"], record["rejected"], record["labeller"]) == ("b", "a", "imported")
 
@@ -44,6 +45,24 @@ def test_columns_of_other_names_are_mapped_and_what_is_not_read_is_said(tmp_path
     told(capsys, "export", str(tmp_path / "out.jsonl"), store)
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert (record["prompt"], record["chosen"], record["rejected"]) == ("What is best?", "b", "a")
+
+
+def test_control_characters_in_columns_and_values_do_not_reach_the_terminal(tmp_path, capsys):
+    rows, store = tmp_path / "rows.jsonl", f"store={tmp_path / 'c.duckdb'}"
+    rows.write_text(json.dumps({"prompt": "What?", "chosen": "a", "rejected": "b", "x\x1b[2J": 1}) + "\n")
+    assert told(capsys, "import", str(rows), store).endswith(r"columns not read: x\x1b[2J")
+    rows.write_text(json.dumps({"description": "d", "version1": "a", "version2": "b", "preference": "\x1b]0;x\x07"}) + "\n")
+    said = refused(capsys, "import", str(rows), store)
+    assert r"preference is '\x1b]0;x\x07'" in said and "\x1b" not in said
+
+
+def test_an_import_brings_no_samples(tmp_path, capsys, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "What is best?"}) + "\n")
+    monkeypatch.setattr("preference_collection.settings.DEFAULTS", own := tmp_path / "collect.yaml")
+    text = DEFAULTS.read_text().replace("runs/collection.duckdb", str(tmp_path / "c.duckdb"))
+    own.write_text(text)
+    assert told(capsys, "import", str(rows)).startswith(f"{tmp_path / 'c.duckdb'}: 1 task added\n")
 
 
 def test_a_user_error_gives_one_line(tmp_path, capsys):

@@ -46,7 +46,7 @@ def lc_records(directory) -> dict:
 
 def test_the_lc_loader_reads_the_preferences_and_nothing_else(store, tmp_path):
     counts = export_dataset(judged_store(store), tmp_path / "out")
-    assert +counts == {"preferences": 4, "ties": 1, "skips": 1}
+    assert +counts == {"preferences": 4, "ties": 1, "skips": 1, "unsettled": 1}
     assert lc_records(tmp_path / "out") == {
         (Turn("user", "Add two numbers (a)."),): [("a one", "a two")] * 2,
         (Turn("user", "Add two numbers (b)."),): [("b two", "b one"), ("b one", "b two")],
@@ -70,7 +70,7 @@ def test_each_judgment_is_a_row_with_the_votes_on_its_pair(store, tmp_path):
 
 def test_an_undone_judgment_is_not_exported(store, tmp_path):
     judged_store(store).undo("bob")
-    assert +export_dataset(store, tmp_path / "out") == {"preferences": 4, "ties": 1}
+    assert +export_dataset(store, tmp_path / "out") == {"preferences": 4, "ties": 1, "unsettled": 1}
     assert not (tmp_path / "out" / "apart" / "skips.parquet").exists()
 
 

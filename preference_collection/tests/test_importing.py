@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preference_collection.exchange.code_rows import RowError, problem_of
-from preference_collection.exchange.importing import CONVERSATIONS, SAMPLES, add_samples, import_into
+from preference_collection.exchange.importing import CONVERSATIONS, OPPOSED, SAMPLES, add_samples, import_into
 from preference_collection.store.model import Query
 from preference_training.core.errors import UserError
 
@@ -64,7 +64,7 @@ def test_rows_of_every_file_type_keep_their_labels(store, tmp_path, name):
         choices[comparison.answers[0].text] = [(said.ranks, said.labeler) for said in store.standing(comparison.id)]
     assert choices == {"a": [((1, 2), "imported")], "c": [((2, 1), "imported")], "e": []}
     # A second import adds nothing.
-    assert import_into(store, path).line() == "4 known"
+    assert import_into(store, path).line() == "4 known tasks"
     assert store.progress().judgments == 2
 
 
@@ -81,6 +81,43 @@ def test_the_sample_conversations_are_a_dozen_of_our_own_without_a_preference(st
     assert set(sizes) == {2, 3, 4} and store.progress().judgments == 0
     add_samples(store)
     assert store.progress().tasks == 24
+
+
+def choices(store) -> list[tuple]:
+    """Who said what of the only comparison."""
+    [comparison] = store.comparisons()
+    texts = [answer.text for answer in comparison.answers]
+    return [(said.labeler, texts[said.ranks.index(1)]) for said in store.standing(comparison.id)]
+
+
+ASKED = {"question": "P1", "answer_a": "A", "answer_b": "B"}
+A_IS_BETTER = {"prompt": "P1", "chosen": "A", "rejected": "B"}
+B_IS_BETTER = {"prompt": "P1", "chosen": "B", "rejected": "A"}
+
+
+def test_a_preference_of_a_known_comparison_is_imported_once(store, tmp_path):
+    assert import_into(store, write(tmp_path / "asked.jsonl", [ASKED])).line() == "1 task added, 1 new comparison"
+    path = write(tmp_path / "a.jsonl", [A_IS_BETTER])
+    assert import_into(store, path).line() == "1 known task, 1 judgment"
+    assert import_into(store, path).line() == "1 known task"
+    assert choices(store) == [("imported", "A")]
+
+
+def test_an_opposite_preference_of_a_known_comparison_is_a_further_labelers(store, tmp_path):
+    import_into(store, write(tmp_path / "a.jsonl", [A_IS_BETTER]))
+    both = write(tmp_path / "b.jsonl", [B_IS_BETTER, A_IS_BETTER])
+    found = import_into(store, both)
+    assert found.line() == "1 known task, 1 judgment"
+    assert choices(store) == [("imported", "A"), ("imported 2", "B")]
+    assert [line for line in found.lines() if OPPOSED in line] == [f"  1 {OPPOSED}"]
+    assert import_into(store, both).line() == "1 known task"
+
+
+def test_a_label_of_known_solutions_is_imported(store, tmp_path):
+    row = {**ROWS[0], "preference": None}
+    assert import_into(store, write(tmp_path / "asked.jsonl", [row])).line() == "1 task added, 1 new comparison"
+    assert import_into(store, write(tmp_path / "a.jsonl", [ROWS[0]])).line() == "1 known task, 1 judgment"
+    assert choices(store) == [("imported", "a")]
 
 
 BAD = [

@@ -103,7 +103,7 @@ def test_the_defaults_are_valid_and_can_be_overridden():
         ("store=", "store: found nothing, expected a non-empty string."),
         ("port=99999", "port: found 99999, expected an integer from 1 to 65535."),
         ("temperature=hot", "temperature: found 'hot', expected a number from 0 to 10."),
-        ("samples=1", "samples: found 1, expected true or false."),
+        ("samples=1", "samples: found 1, expected true, false or null."),
         ("checkpoints=runs", "checkpoints: found 'runs', expected a list of non-empty strings."),
         ("limits=3", "'limits=3' overrides no setting"),
     ],
@@ -112,6 +112,11 @@ def test_an_invalid_setting_gives_one_message(override, said):
     with pytest.raises(UserError) as caught:
         load_settings([override])
     assert str(caught.value).startswith(said)
+
+
+def test_samples_are_for_the_default_store_unless_asked_for():
+    assert load_settings().samples and load_settings(["store=my.duckdb", "samples=true"]).samples
+    assert not load_settings(["store=my.duckdb"]).samples and not load_settings(["samples=false"]).samples
 
 
 def test_prose_is_no_yaml():

@@ -12,12 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import preference_datasets  # noqa: F401  registers lc
 from preference_collection.exchange.export import UNUSABLE, counts_line, entry_of, export_dataset, export_records
 from preference_collection.exchange.importing import add_samples, import_into, text_answer
 from preference_collection.store.model import Comparison, Judgment, Task, new_id, ranks_of_scores, shown_order
 from preference_collection.store.store import open_store
 from preference_collection.tests.conftest import a_comparison, a_judgment, a_task
+from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
+from preference_training.data.hub_sets import load_hub
 from preference_training.data.rows.records import Turn
 from tests.support.files import ROOT
 
@@ -42,7 +45,7 @@ def judgments(draw, comparison: Comparison) -> list[Judgment]:
         n = len(comparison.answers)
         ranks = ranks_of_scores(draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)))
         choice = draw(st.sampled_from(["ranked", "ranked", "tie", "bad", "skip"])) if max(ranks) > 1 else "tie"
-        edited = draw(st.sampled_from(["", " "]) | TEXT) if choice in ("ranked", "bad") else ""
+        edited = draw(st.sampled_from(["", " "]) | TEXT)
         order = shown_order(labeler, comparison.id, n)
         ranks = ranks if choice == "ranked" else ()
         said.append(Judgment(new_id(), comparison.id, labeler, choice, order, ranks, edited=edited))
@@ -95,11 +98,13 @@ def check_round_trip(tmp_path_factory, rows, data, name):
             for judgment in said:
                 store.judge(judgment)
             texts = [answer.text for answer in comparison.answers]
-            for judgment in what_counts(said):
-                if judgment.choice not in ("ranked", "bad"):
+            counted = what_counts(said)
+            for judgment in said:
+                trained = judgment in counted and judgment.choice in ("ranked", "bad")
+                if not trained and not judgment.edited.strip():
                     continue
                 pairs, targets = expected.setdefault(store.task(comparison.task).prompt, (Counter(), Counter()))
-                if judgment.choice == "ranked":
+                if trained and judgment.choice == "ranked":
                     better = {(i, j) for i, j in permutations(range(len(texts)), 2) if judgment.ranks[i] < judgment.ranks[j]}
                     pairs.update((texts[i], texts[j]) for i, j in better)
                     targets[judgment.edited if judgment.edited.strip() else texts[judgment.ranks.index(1)]] += 1
@@ -210,28 +215,85 @@ def test_both_kinds_together_are_records_and_code_alone_has_the_columns_of_lc(st
     store.add_comparisons([code])
     store.judge(a_judgment(code, (1, 2, 2)))
     counts = export_dataset(store, tmp_path / "out")
-    assert +counts == {"preferences": 2, "ties": 1} and entry_of(tmp_path / "out").startswith("{name: lc, data_dir: ")
+    assert +counts == {"preferences": 2, "ties": 1}
+    assert read(tmp_path / "out")["Add two numbers (sum)."][0] == Counter(
+        {("def add(a, b):\n    return a + b", text): 1 for text in ("no", "def add():\n    return 3")}
+    )
     task, text = a_text()
     store.add_tasks([task])
     store.add_comparisons([text])
     store.judge(a_judgment(text, "bad"))
     assert +export_dataset(store, tmp_path / "out") == {"preferences": 1, "bad": 1}
-    assert entry_of(tmp_path / "out") == f"{{path: '{tmp_path / 'out'}'}}"
+    assert entry_of(tmp_path / "out") == f"'{tmp_path / 'out'}/'"
     assert read(tmp_path / "out").keys() == {"Add two numbers (sum).", "What is best?"}
+    load_hub.cache_clear()
+    with pytest.raises(UserError, match=r"Rows of any other format are read by their path: datasets=\['.*/out/'\]"):
+        list(load_records(read_entry({"name": "lc", "data_dir": str(tmp_path / "out")}), "train"))
     assert "1 judgment finds all answers bad" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_answers_that_were_edited_are_said_where_the_columns_of_lc_lack_them(store, tmp_path):
+@pytest.mark.parametrize("choice", ["tie", "skip", "bad", 0])
+@pytest.mark.parametrize("name", ["picks.jsonl", "picks.parquet", "picks"])
+def test_an_edited_answer_is_a_target_whatever_the_choice(store, tmp_path, choice, name):
+    task, comparison = a_text(texts=("one", "two"))
+    store.add_tasks([task])
+    store.add_comparisons([comparison])
+    store.judge(a_judgment(comparison, choice, edited="better"))
+    counts = (export_records if "." in name else export_dataset)(store, tmp_path / name)
+    assert counts_line(counts).endswith("1 better answer written by a labeler")
+    [(pairs, targets, _)] = read(tmp_path / name).values()
+    assert (pairs, targets) == (Counter([("one", "two")] * (choice == 0)), Counter(["better"]))
+
+
+def test_an_edited_answer_is_a_target_where_another_judgment_settled_the_comparison(store, tmp_path):
+    _, comparison = a_text(texts=("one", "two"))
+    said = a_judgment(comparison, 0, "ada", edited="better"), a_judgment(comparison, 0, "chief", settles=True)
+    found = exported(store, tmp_path, *said, texts=("one", "two"))["What is best?"]
+    assert found[:2] == (Counter({("one", "two"): 1}), Counter(["one", "better"]))
+
+
+def test_an_edited_answer_is_a_target_where_the_others_are_empty(store, tmp_path):
+    _, comparison = a_text(texts=("one", " "))
+    found = exported(store, tmp_path, a_judgment(comparison, "skip", edited="better"), texts=("one", " "))["What is best?"]
+    assert found[:2] == (Counter(), Counter(["better"]))
+
+
+def test_an_edited_answer_comes_back_from_an_export(store, tmp_path):
+    _, comparison = a_text()
+    exported(store, tmp_path, a_judgment(comparison, "skip", edited="better"))
+    with closing(open_store(":memory:")) as other:
+        import_into(other, tmp_path / "picks.jsonl")
+        assert [judged.judgment.edited for judged in other.judgments()] == ["better"]
+
+
+def test_problems_with_edited_answers_are_exported_as_records(store, tmp_path):
     code = a_comparison()
     store.add_tasks([a_task()])
     store.add_comparisons([code])
     store.judge(a_judgment(code, 0, edited="def add(a, b):\n    return a + b"))
-    assert counts_line(export_dataset(store, tmp_path / "out")) == (
-        "1 preferences, 0 ties, 0 skips, 1 edited answers, which only files of records have: export FILE.jsonl"
-    )
-    export_records(store, tmp_path / "picks.jsonl")
-    [(_, targets, _)] = read(tmp_path / "picks.jsonl").values()
+    counts = export_dataset(store, tmp_path / "out")
+    assert counts_line(counts) == "1 preference, 0 ties, 0 skips, 1 better answer written by a labeler"
+    [(_, targets, _)] = read(tmp_path / "out").values()
     assert targets == Counter(["def add(a, b):\n    return a + b"])
+
+
+@pytest.mark.parametrize("name", ["picks.jsonl", "picks"])
+def test_opposite_judgments_are_said_and_left_out_on_request(store, tmp_path, name):
+    (task, disputed), (other, agreed) = a_text(texts=("one", "two")), a_text("u", "Else?", ("three", "four"))
+    store.add_tasks([task, other])
+    store.add_comparisons([disputed, agreed])
+    for said in ((disputed, 0, "ada"), (disputed, 1, "bob"), (agreed, 0, "ada"), (agreed, 0, "bob")):
+        store.judge(a_judgment(*said))
+    export = export_records if "." in name else export_dataset
+    line = counts_line(export(store, tmp_path / name))
+    assert line.startswith("4 preferences, 0 ties, 0 skips. 1 comparison has opposite judgments that nobody settled")
+    assert read(tmp_path / name)["What is best?"][0] == Counter({("one", "two"): 1, ("two", "one"): 1})
+    line = counts_line(export(store, tmp_path / name, agreed=True))
+    assert line == "2 preferences, 0 ties, 0 skips, 2 judgments left out, since labelers disagree"
+    assert read(tmp_path / name).keys() == {"Else?"}
+    store.judge(a_judgment(disputed, 1, "chief", settles=True))
+    line = counts_line(export(store, tmp_path / name))
+    assert line == "3 preferences, 0 ties, 0 skips, 2 overruled by a settlement"
 
 
 def test_an_unusable_ranking_is_counted_and_not_written(store, tmp_path):

@@ -188,7 +188,7 @@ def test_rows_of_a_folder_and_columns_of_other_names_are_imported_once(store, tm
     lines = ["columns not read: note", "where skips no row by stars: >= 3"]
     assert found.lines() == ["2 tasks added, 2 new comparisons, 2 judgments", *(f"  {line}" for line in lines)]
     assert [row.title for row in store.browse(Query())[0]] == ["What is one.jsonl?", "What is two.jsonl?"]
-    assert import_into(store, f"{tmp_path}/*.jsonl", given=columns).line() == "2 known"
+    assert import_into(store, f"{tmp_path}/*.jsonl", given=columns).line() == "2 known tasks"
 
 
 def test_pairs_that_a_run_questions_are_texts_unless_they_are_code(store, tmp_path):

@@ -25,7 +25,14 @@ class Server:
     def __init__(self, folder: Path, *overrides: str, **environment: str):
         self.folder, self.port = folder, free_port()
         self.url = f"http://localhost:{self.port}"
-        self.command = [sys.executable, "-m", "preference_collection", "serve", f"store={folder / 'collection.duckdb'}"]
+        self.command = [
+            sys.executable,
+            "-m",
+            "preference_collection",
+            "serve",
+            f"store={folder / 'collection.duckdb'}",
+            "samples=true",
+        ]
         self.command += [f"port={self.port}", f"export={folder / 'export'}", *overrides]
         self.environment = {**os.environ, **environment}
         self.start()

@@ -3,10 +3,32 @@
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from unicodedata import category
 
 
 class UserError(Exception):
-    """A user's mistake. `train.py` prints the message without a traceback and exits with status 2."""
+    """A user's mistake. `train.py` prints the message without a traceback and exits with status 2.
+
+    What it names may come from data, so that its control characters are shown, and never reach a terminal.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(visible(str(message)))
+
+
+def visible(text: str) -> str:
+    r"""A text with control characters, and those that hide or reverse text, as escapes: \x1b. Line ends and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter in "\n\t" or not _acts(letter) else _escaped(letter) for letter in text)
+
+
+def _acts(letter: str) -> bool:
+    return category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str | None = None) -> str:

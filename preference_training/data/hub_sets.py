@@ -90,9 +90,10 @@ class HubSet:
         loaded = load_hub(folder, None, None if data_dir else subset, hub_split, cache_dir)
         missing = [name for name in self.fields if name not in loaded.column_names]
         if missing:
+            instead = f" Rows of any other format are read by their path: datasets=['{folder}/']." if data_dir else ""
             raise UserError(
                 f"datasets: {folder}, split {hub_split}: no field {', '.join(missing)}; it has "
-                f"{', '.join(loaded.column_names)}. Expected the fields of {self.path}: {', '.join(self.fields)}."
+                f"{', '.join(loaded.column_names)}. Expected the fields of {self.path}: {', '.join(self.fields)}.{instead}"
             )
         return loaded
 

@@ -21,7 +21,7 @@ from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBu
 from preference_training.batching.schedule import Schedule
 from preference_training.configuration.keys import listed
 from preference_training.configuration.schema import RunConfig
-from preference_training.core.errors import UserError
+from preference_training.core.errors import UserError, visible
 from preference_training.core.files import first_existing
 from preference_training.core.machine import pick_device
 from preference_training.core.process_group import Ranks
@@ -215,7 +215,7 @@ def describe_examples(prompts: Iterable[TokenizedPrompt], kind: ExampleKind, tok
     ]
     for prompt in prompts:
         shown = tokens_shown(prompt.prompt_ids, tokenizer, False, color)
-        lines.append(f"  {prompt.source}\n    prompt    {shown}")
+        lines.append(f"  {visible(prompt.source)}\n    prompt    {shown}")
         names = response_names(prompt, kind)
         for index, name in enumerate(names):
             lines.append(f"    {name:9} {response_shown(prompt, index, tokenizer, color)}")
@@ -253,6 +253,8 @@ def tokens_shown(ids: Sequence[int], tokenizer, scored: bool, color: bool) -> st
     """Token ids as text, one by one."""
     special = set(tokenizer.all_special_ids)
     texts = [tokenizer.convert_ids_to_tokens(token) if token in special else visible_text(token, tokenizer) for token in ids]
+    # What is in the data never acts on a terminal.
+    texts = [visible(text) for text in texts]
     if not color:
         return f"«{'|'.join(texts)}»" if scored else "|".join(texts)
     start = "\033[32m" if scored else "\033[2m"

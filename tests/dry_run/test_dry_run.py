@@ -170,6 +170,14 @@ def test_tokens_are_shown_one_by_one_with_scored_ones_marked(tokenizer):
     assert "\033[32m" in tokens_shown(ids, tokenizer, True, color=True)
 
 
+@pytest.mark.parametrize("color", [False, True])
+def test_control_characters_in_examples_do_not_reach_the_terminal(tokenizer, color):
+    ids = tokenizer("red\x1b]0;x\x07 \x00\x08", add_special_tokens=False).input_ids
+    text = tokens_shown(ids, tokenizer, True, color)
+    assert not set("\x07\x00\x08") & set(text) and "\x1b]" not in text.replace("|", "")
+    assert all(name in text for name in (r"\x1b", r"\x07", r"\x00", r"\x08"))
+
+
 def shown(prompt: TokenizedPrompt, kind: str, tokenizer) -> list[str]:
     """What each response is, and its tokens: the lines behind that of the prompt."""
     return [line.strip() for line in describe_examples([prompt], kind, tokenizer, color=False)[2:]]

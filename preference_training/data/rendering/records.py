@@ -69,7 +69,8 @@ class Renderer:
     def render(self, record: PreferenceRecord) -> list[Rendered]:
         """Render the record; for SFT once for each target. Empty without anything to train on, or after an error."""
         if self.settings.version == 1:
-            record = replace(record, sft_targets=())
+            pairs = [] if self.settings.examples == "targets" else record.pairs
+            record = replace(record, sft_targets=(), pairs=pairs)
         parts = select(record, self.settings.examples, self.settings.margins, self.report)
         return [rendered for part in parts if (rendered := self._rendered(record, part)) is not None]
 

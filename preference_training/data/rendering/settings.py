@@ -14,9 +14,10 @@ VERSIONS = {
     "a beginning-of-sequence token that only a chat template writes is truncated with the start of a prompt; SFT learns one "
     "response to a prompt",
     2: "a prompt is held out by a hash of what the model reads; pairs of identical token ids are skipped; a truncated prompt "
-    "keeps its beginning-of-sequence token; SFT learns the response of each row; turns of a prompt field precede "
-    "conversations, serialized conversations are parsed, instruction includes input, responses lose a prompt that all repeat, "
-    "and with implicit_prompt keep the space before them; prompts end with what a chat template writes before responses",
+    "keeps its beginning-of-sequence token; SFT learns the response of each row, and of two that are preferred to each other "
+    "the majority's; turns of a prompt field precede conversations, serialized conversations are parsed, instruction includes "
+    "input, responses lose a prompt that all repeat, and with implicit_prompt keep the space before them; prompts end with "
+    "what a chat template writes before responses",
 }
 
 

@@ -9,13 +9,14 @@ from itertools import combinations
 from math import isfinite
 from typing import NamedTuple
 
-from preference_training.data.rows.records import DataReport, PreferenceRecord
+from preference_training.data.rows.records import DataReport, PreferenceRecord, Response
 from preference_training.losses.base import MISSING_NUMBERS, ExampleKind, MarginUse
 
 NO_PAIR_TO_COMPARE = "a prompt without a pair of responses (loss=sft learns single responses)"
 NO_MARGIN = "a pair without a margin (margins, a field margin, or scores of both responses give one)"
 MARGIN_NOT_POSITIVE = "a pair with a margin of 0 or less, which has no logarithm (loss.scale=log; linear learns from it)"
 UNDESIRABLE = "a response that is labeled undesirable, which SFT does not learn"
+OUTVOTED = "a target that no majority of rows prefers to the same other response, which SFT does not learn"
 LOWER = "a response with a lower score than the best of its prompt, which SFT does not learn"
 ALL_TIED = "a prompt whose responses all have the same score"
 NO_RANKING = "a prompt without a ranking (scores of two responses or more, or pairs of every two of them, give one)"
@@ -57,16 +58,28 @@ def select(record: PreferenceRecord, kind: ExampleKind, margins: MarginUse, repo
         yield from _labeled(record, report)
 
 
-def _targets(record: PreferenceRecord, report: DataReport) -> Sequence[str]:
+def _targets(record: PreferenceRecord, report: DataReport) -> Sequence[Response]:
     if record.scores:
         scores = [score for score in record.scores if score is not None]
         report.skip(LOWER, sum(score < max(scores) for score in scores))
-    if record.labels is None:
-        return record.targets
-    undesirable = {text for text, label in zip(record.responses, record.labels, strict=True) if label is False}
-    targets = [text for text in record.targets if text not in undesirable]
-    report.skip(UNDESIRABLE, len(record.targets) - len(targets))
+    targets = list(record.targets)
+    for reason, left_out in ((UNDESIRABLE, _undesirable(record)), (OUTVOTED, _outvoted(record))):
+        before, targets = len(targets), [text for text in targets if text not in left_out]
+        report.skip(reason, before - len(targets))
     return targets
+
+
+def _undesirable(record: PreferenceRecord) -> list[Response]:
+    labels = record.labels or [None] * len(record.responses)
+    return [text for text, label in zip(record.responses, labels, strict=True) if label is False]
+
+
+def _outvoted(record: PreferenceRecord) -> list[Response]:
+    """The responses that are preferred to another one no more often than it is preferred to them."""
+    if len(record.pairs) < 2:
+        return []
+    votes = Counter(record.pairs)
+    return [record.responses[i] for (i, j), count in votes.items() if votes[j, i] >= count]
 
 
 def used_responses(examples: Iterable[tuple[int, ...]]) -> list[int]:

@@ -120,6 +120,7 @@ class _Group:
         # By response; `formed` are those whose pairs are formed at the end.
         self.scores: dict[Response, float] = {}
         self.labels: dict[Response, bool | None] = {}
+        self.both: set[Response] = set()
         self.formed: list[tuple[Response, float]] = []
 
     def add(self, row: Row, report: DataReport) -> None:
@@ -137,12 +138,20 @@ class _Group:
                 known.extend(without if values is None else values[k] for k in different)
         if row.scores:
             self.scores |= dict(zip(row.responses, row.scores, strict=True))
-        for response, label in zip(row.responses, row.labels or (), strict=False) if row.labels else ():
-            if self.labels.setdefault(response, label) not in (label, None):
-                self.labels[response] = None
-                report.skip(BOTH_LABELS)
+        for response, label in zip(row.responses, row.labels or (), strict=False):
+            self._label(response, label, report)
         if different or not row.pairs:
             self.targets += row.targets
+
+    def _label(self, response: Response, label: bool | None, report: DataReport) -> None:
+        """Add a label; None says nothing. A response with both labels has none from then on."""
+        known = self.labels.setdefault(response, label)
+        if response in self.both or label in (known, None):
+            return
+        self.labels[response] = label if known is None else None
+        if known is not None:
+            self.both.add(response)
+            report.skip(BOTH_LABELS)
 
     def items(self, prompt: Prompt, tools: str, report: DataReport) -> Iterator[tuple[Prompt, dict]]:
         """The prompt and its record, if there is anything to learn from it."""
@@ -165,7 +174,9 @@ class _Group:
             yield prompt, record | {key: value for key, value in (("tools", tools), ("rows", self.rows)) if value}
 
 
-BOTH_LABELS = "a response is labeled desirable and undesirable"
+BOTH_LABELS = (
+    "the label of a response that rows call both desirable and undesirable; only losses of labels, such as kto, read it"
+)
 EQUAL_SCORES = "two responses have equal scores"
 SAME_RESPONSE = "a response has the text of another one"
 NO_PAIR = "no two responses have different scores"

@@ -23,7 +23,7 @@ from math import inf, isfinite, isnan
 from numbers import Integral, Real
 from typing import NamedTuple
 
-from preference_training.core.errors import UserError
+from preference_training.core.errors import UserError, visible
 
 
 class Turn(NamedTuple):
@@ -173,7 +173,7 @@ class DataReport:
         # The index of a table becomes a column without a name in CSV files.
         columns = f"columns not read: {', '.join(name or repr(name) for name in names)}" + f" ({hints})" * bool(hints)
         line = "; ".join([self.found] * bool(self.found) + [columns] * bool(names))
-        return [line] * bool(line) + self.notes
+        return [visible(each) for each in [line] * bool(line) + self.notes]
 
     def lines(self) -> list[str]:
         """The report as text: a line of counts, if there are any, remarks, and the first bad rows."""

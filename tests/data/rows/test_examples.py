@@ -13,6 +13,7 @@ from preference_training.data.rows.examples import (
     NO_MARGIN,
     NO_PAIR_TO_COMPARE,
     NO_RANKING,
+    OUTVOTED,
     PREFERRED_AND_NOT,
     TIED,
     UNDESIRABLE,
@@ -48,6 +49,23 @@ def test_each_target_is_an_example_of_its_own_but_not_one_that_is_labeled_undesi
     found, report = selected(given, "targets")
     assert found == [Selected(["a"], []), Selected(["x"], [])]
     assert report.left_out == {UNDESIRABLE: 1}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "learned"),
+    [
+        ([(0, 1), (1, 0)], []),
+        ([(0, 1), (1, 0), (0, 1)], ["a", "a"]),
+        ([(0, 1), (1, 0), (1, 0)], ["b", "b"]),
+        # b is worse than a and better than c, on which all agree.
+        ([(0, 1), (1, 2)], ["a", "b"]),
+    ],
+)
+def test_of_two_responses_that_are_preferred_to_each_other_sft_learns_the_majoritys(pairs, learned):
+    targets = tuple("abc"[preferred] for preferred, _ in pairs)
+    found, report = selected(record(pairs, responses="abc", sft_targets=targets), "targets")
+    assert found == [Selected([text], []) for text in learned]
+    assert report.left_out.get(OUTVOTED, 0) == len(pairs) - len(learned)
 
 
 def test_pairs_keep_their_weights_and_only_the_responses_that_they_use():

@@ -256,6 +256,13 @@ def test_a_response_that_is_labeled_both_ways_has_no_label_and_is_counted_once()
     assert report.left_out == {BOTH_LABELS: 1}
 
 
+def test_a_label_beside_no_label_is_the_label():
+    rows = [Row("p", ["a", "b"], [(0, 1)], 0, labels=[None, False]), Row("p", ["a", "b"], [(0, 1)], 0, labels=[True, None])]
+    report = DataReport()
+    ((_, record),) = group_rows(rows, report)
+    assert record["labels"] == [True, False] and report.left_out == {}
+
+
 def test_lists_keep_their_scores_and_form_no_pairs_with_other_rows():
     rows = [Row("p", ["a", "b"], [(0, 1)], 0, [2, 1]), Row("p", ["c", "a"], [(1, 0)], 1, [0, 3])]
     ((_, record),) = group_rows(rows, DataReport())

@@ -6,6 +6,7 @@ asks which loss, data set or trainer it serves.
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.checkpointing.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ from preference_training.core.signals import StoppedError
 from preference_training.distributed.placement import OneProcess, Placement, Sharded, TensorParallel
 from preference_training.distributed.utilization import Utilization
 from preference_training.tracking.tracker import Metrics
-from preference_training.training.evaluator import Evaluator
+from preference_training.training.evaluator import EvaluationStoppedError, Evaluator
 from preference_training.training.monitors import TrainingMonitor
 from preference_training.training.parts import Batches, Models, Observers, Pace, RunState
 from preference_training.training.step import PackResult, TrainingStep
@@ -86,10 +87,11 @@ class Trainer:
     def before_first_step(self) -> None:
         """Sample the reference's responses while it is the policy, and evaluate. Raises StoppedError where it is to stop."""
         if self.models.reference is not None:
-            self.state.reference_answers = self.evaluator.responses()
-        if self.config.do_first_eval:
+            with suppress(EvaluationStoppedError):
+                self.state.reference_answers = self.evaluator.responses()
+        if self.config.do_first_eval and not self.evaluator.stopped:
             self.evaluator.evaluate()
-        if self.state.evaluation_due:
+        if self.evaluator.stopped:
             reason = self.observers.stop.reason or "another process of the run is to stop"
             raise StoppedError(f"stopped before the first step: {reason}; nothing was trained", resumable=False)
 
@@ -104,7 +106,7 @@ class Trainer:
         )
         if evaluate:
             self.evaluator.evaluate()
-            self.stopping |= self.state.evaluation_due
+            self.stopping |= self.evaluator.stopped
         if was_due and not self.stopping:
             save, self.saved_at = True, None
         if save:

@@ -37,7 +37,7 @@ class Sampler:
     the seed, the stream (POLICY or OTHER), the prompt and its number among the prompt's responses; not on how many there are,
     nor on other prompts or their order, except for rounding: where two tokens are almost equally likely, the size of the batch
     may decide (almost never in float32, now and then in bfloat16). Global random streams are unchanged. Every rank takes all
-    prompts, and all ranks sample together.
+    prompts, and all ranks sample together. interrupt: called before each token is chosen; what it raises ends the sampling.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -46,6 +46,7 @@ class Sampler:
     ranks: Ranks = SINGLE_PROCESS
     settings: GenerationSettings | None = None
     ends: frozenset[int] = frozenset()
+    interrupt: Callable[[], None] | None = None
 
     def texts(self, model: nn.Module, prompts: Sequence[list[int]], stream: str = POLICY) -> list[str]:
         """The responses as text, without special tokens."""
@@ -85,6 +86,8 @@ class Sampler:
         """The responses of the given numbers to a batch of prompts."""
         ends = self._ends(model)
         noise = choice_of_tokens([(prompt, copy) for prompt in prompts for copy in copies], self.seed, stream, self.settings)
+        if self.interrupt is not None:
+            noise = _interruptible(noise, self.interrupt)
         limits = [self._limit(prompt) for prompt in prompts for _ in copies]
         shared = len(copies) if len(copies) > 1 and repeats_prompts(model, ends) else 1
         asked = [prompt for prompt in prompts for _ in range(len(copies) // shared)]
@@ -128,6 +131,14 @@ def choice_of_tokens(
     if settings is not None and settings.is_greedy:
         return lambda scores, _numbers=None: scores
     return PromptSeededNoise(rows, seed, stream)
+
+
+def _interruptible(choose: Callable[..., Tensor], interrupt: Callable[[], None]) -> Callable[..., Tensor]:
+    def asked_first(scores: Tensor, numbers: Sequence[int | None] | None = None) -> Tensor:
+        interrupt()
+        return choose(scores, numbers)
+
+    return asked_first
 
 
 class PromptSeededNoise:

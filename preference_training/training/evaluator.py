@@ -30,13 +30,17 @@ class EvaluationStoppedError(Exception):
 
 
 class Evaluator:
-    """Evaluates the policy of a run, and keeps in `state` what it finds. held_out: the newest result, None before the first."""
+    """Evaluates the policy of a run, and keeps in `state` what it finds.
+
+    held_out: the newest result, None before the first. stopped: whether a signal ended the newest evaluation, or its sampling.
+    """
 
     def __init__(self, placement: Placement, models: Models, batches: Batches, state: RunState, observers: Observers):
         self.config, self.ranks, self.tokenizer = placement.config, placement.ranks, placement.tokenizer
         self.models, self.batches, self.state, self.observers = models, batches, state, observers
         self.held_out: HeldOut | None = None
-        self.pruned = False
+        self.pruned = self.stopped = False
+        self.may_stop = True
         # What has been said, once in a run: the first evaluation, sampling, and that samples repeat.
         self.announced: set[str] = set()
         self.reference = models.reference
@@ -53,8 +57,10 @@ class Evaluator:
     def evaluate(self, may_stop: bool = True) -> None:
         """Score the held-out examples and sample responses, into the tracker; once for each number of examples.
 
-        may_stop: whether a signal ends it at the next batch. Nothing is recorded then, and `state.evaluation_due` is set.
+        may_stop: whether a signal ends it at the next batch, or the next token of a sample. If batches are left, nothing is
+        recorded, and `state.evaluation_due` is set; else only the samples are missing.
         """
+        self.may_stop = may_stop
         models, state, tracker = self.models, self.state, self.observers.tracker
         state.evaluation_due = False
         if not self.batches.held_out or state.evaluated_at == state.examples:
@@ -64,10 +70,10 @@ class Evaluator:
         if isinstance(self.reference, RememberedReference):
             self.reference.restart()
         try:
-            batches = self._until_stopped(may_stop)
+            batches = self._until_stopped()
             self.held_out = evaluate_held_out(models.policy, self.reference, models.loss, batches, self.ranks, compare)
         except EvaluationStoppedError:
-            state.evaluation_due = True
+            state.evaluation_due = self.stopped = True
             return
         if models.start_check is not None:
             models.start_check.check(self.ranks)
@@ -83,14 +89,13 @@ class Evaluator:
                 "of this one"
             )
         if self.batches.sample_prompts and self._is_time_to_sample(before):
-            tracker.log_samples(samples := self.sample(), state.examples)
-            self._check_samples(samples)
+            self._log_samples()
         if self.observers.ledger is not None:
             self.observers.ledger.write()
         self._prune()
         tracker.report()
 
-    def _until_stopped(self, may_stop: bool) -> Iterator[PackedBatch]:
+    def _until_stopped(self) -> Iterator[PackedBatch]:
         """The held-out batches, with a line now and then in the run's first evaluation. Raises EvaluationStoppedError."""
         batches, is_first = self.batches.held_out, "evaluation" not in self.announced
         if is_first:
@@ -98,7 +103,7 @@ class Evaluator:
             self._announce("evaluation", f"evaluating: {len(prompts):,} held-out prompt{'s' * (len(prompts) != 1)}")
         began = said = time.monotonic()
         for number, batch in enumerate(batches):
-            if may_stop and self.ranks.broadcast(self.ranks.all_reduce_min(self.observers.stop.signal is None) == 0):
+            if self.may_stop and self.ranks.broadcast(self.ranks.all_reduce_min(self.observers.stop.signal is None) == 0):
                 raise EvaluationStoppedError
             if is_first and number and time.monotonic() - said > SECONDS_BETWEEN_LINES:
                 said, share = time.monotonic(), number / len(batches)
@@ -165,13 +170,31 @@ class Evaluator:
         """A model's responses to the sample prompts; the policy's, unless another is given."""
         config, prompts = self.config, self.batches.sample_prompts
         longest = max(map(len, prompts), default=0) + (config.max_sample_length or config.max_length)
+        room = min(config.max_length, longest)
         if prompts:
-            number, room = len(prompts), min(config.max_length, longest)
+            number = len(prompts)
             which = f"sampling: responses to {number:,} held-out prompt{'s' * (number != 1)}"
             self._announce("sampling", f"{which}, up to {room:,} tokens with the prompt")
-        sampler = Sampler(self.tokenizer, min(config.max_length, longest), config.seed, self.ranks)
+
+        def interrupt() -> None:
+            # Several ranks sample in lockstep: none may leave.
+            if self.may_stop and self.ranks.size == 1 and self.observers.stop.signal is not None:
+                self.stopped = True
+                raise EvaluationStoppedError
+
+        sampler = Sampler(self.tokenizer, room, config.seed, self.ranks, interrupt=interrupt)
         with said_while_slow("still sampling"):
             return sampler.texts(self.models.policy if model is None else model, prompts)
+
+    def _log_samples(self) -> None:
+        """Sample responses, into the tracker, unless a signal asks the run to stop."""
+        try:
+            samples = self.sample()
+        except EvaluationStoppedError:
+            self.observers.tracker.log_message("sampling was stopped: this evaluation has no samples")
+            return
+        self.observers.tracker.log_samples(samples, self.state.examples)
+        self._check_samples(samples)
 
     def sample(self) -> list[dict]:
         """Responses of the policy, and of the reference where there is one, to the sample prompts.
@@ -201,7 +224,10 @@ class Evaluator:
         }
         found = {SAMPLES_REPEAT: repetition(ids["policy"], ids.get("reference"))}
         if isinstance(self.models.reference, LiveReference) and "reference" in ids:
-            found[SAMPLES_IMPROBABLE] = self._improbability(ids["policy"], ids["reference"])
+            device = compute_device(self.models.policy)
+            score = lambda batch: self.models.reference(batch.to(device))  # noqa: E731
+            batching = self.config.eval_batch_size, self.batches.train.budget
+            found[SAMPLES_IMPROBABLE] = improbability(score, self.batches.sample_prompts, *ids.values(), batching)
         for what, text in found.items():
             if text:
                 self._announce(
@@ -209,14 +235,6 @@ class Evaluator:
                     f"warning: after {self.state.examples} examples {text}: the model may be broken. Look at samples.jsonl; "
                     "lower lr, raise loss.beta, or use an earlier checkpoint.",
                 )
-
-    def _improbability(self, policy: list[list[int]], reference: list[list[int]]) -> str | None:
-        """Whether the reference would hardly say what the policy says: token ids of both models' samples."""
-        device = compute_device(self.models.policy)
-        batching = self.config.eval_batch_size, self.batches.train.budget
-        return improbability(
-            lambda batch: self.models.reference(batch.to(device)), self.batches.sample_prompts, policy, reference, batching
-        )
 
     # ---- resuming -------------------------------------------------------------------------------------------------------
 

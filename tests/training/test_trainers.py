@@ -350,6 +350,31 @@ def test_what_takes_long_before_the_first_step_is_announced_once(build, tokenize
     assert sum(line.startswith(("sampling: ", "evaluating: ")) for line in lines) == 2
 
 
+def test_a_signal_ends_sampling_before_the_first_step_and_nothing_was_trained(build, tokenized):
+    trainer = evaluated_run(build, tokenized, sample_prompts=[tokenized["pairs"][0].prompt_ids])
+    trainer.observers.stop.reason = "SIGINT"
+    with pytest.raises(StoppedError, match="before the first step: SIGINT; nothing was trained") as stopped:
+        trainer.before_first_step()
+    assert not stopped.value.resumable and trainer.state.reference_answers is None
+
+
+def test_a_signal_during_later_samples_leaves_the_evaluation_and_stops_the_run(build, tokenized, monkeypatch, capsys):
+    trainer = evaluated_run(build, tokenized, sample_prompts=[tokenized["pairs"][0].prompt_ids])
+    trainer.before_first_step()
+    trainer.train_step(micro_batches(tokenized["pairs"][:4], 4))
+    usual = trainer.evaluator._log_samples
+
+    def with_signal():
+        trainer.observers.stop.reason = "SIGINT"
+        usual()
+
+    monkeypatch.setattr(trainer.evaluator, "_log_samples", with_signal)
+    trainer.evaluator.evaluate()
+    assert trainer.evaluator.stopped and not trainer.state.evaluation_due
+    assert trainer.state.evaluated_at == trainer.state.examples
+    assert "sampling was stopped: this evaluation has no samples" in capsys.readouterr().out
+
+
 def test_samples_that_repeat_are_a_finding_said_once_and_never_before_the_first_step(build, tokenized, tmp_path, monkeypatch):
     trainer = evaluated_run(build, tokenized, sample_prompts=[tokenized["pairs"][0].prompt_ids])
     evaluator = trainer.evaluator

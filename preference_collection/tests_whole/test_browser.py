@@ -209,6 +209,30 @@ def test_digits_choose_reasons_while_these_have_the_focus_and_judge_nothing(brow
         assert "both are bad" in ask(browser, SAID)
 
 
+def test_guidelines_come_first_unlike_answers_stay_in_sight_and_one_can_be_enlarged(browser, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Name a city.", "responses": ["Paris, on the river. " * 9, "Wxyz! " * 30]}) + "\n")
+    command("import", str(rows), f"store={tmp_path / 'collection.duckdb'}")
+    with app(tmp_path, "samples=false", "guidelines=Prefer *correct* answers.") as server:
+        sign_in(browser, server.url)
+        wait_until(browser, "document.querySelector('dialog[open]')?.innerText.includes('Prefer correct answers.')")
+        press(browser, Keys.ENTER)
+        wait_until(browser, "!document.querySelector('dialog[open]') && document.body.dataset.state === 'ready'")
+        press(browser, "d")
+        wait_until(browser, f"{SAID}.includes('share too little')")
+        assert "Paris" in text_of(browser) and "Wxyz" in text_of(browser)
+        browser.find_element(By.CSS_SELECTOR, "[data-number='1'] [data-does=larger]").click()
+        widths = "[...document.querySelectorAll('.answer')].map((each) => each.offsetWidth)"
+        left, right = ask(browser, widths)
+        assert left > 2 * right
+        nothing_left = "document.querySelector('main.empty')"
+        press(browser, "2")
+        wait_until(browser, nothing_left)
+        browser.refresh()
+        wait_until(browser, nothing_left)
+        assert not ask(browser, "document.querySelector('dialog[open]')")
+
+
 def test_a_better_answer_is_written_and_kept_with_the_judgment(browser, filled):
     text = "document.getElementById('edited').value"
     with app(filled) as server:

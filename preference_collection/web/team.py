@@ -237,7 +237,8 @@ def unsettle(request: Request, data: dict) -> dict:
     if comparison is None:
         raise missing("comparison")
     done = shared.store.unsettle(labeler, comparison.id)
-    shared.queue.undone(labeler, comparison.id)
+    # It may need judgments again. Nobody is given it at once: who undoes a settlement is not judging.
+    shared.queue.judged(labeler, comparison.id)
     title = shared.task(comparison.task).title
     return {"said": f"No longer settled: “{title}”." if done else f"“{title}” is not settled."}
 

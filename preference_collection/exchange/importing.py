@@ -85,7 +85,7 @@ class Import:
         counts = (
             (self.added, "task", "tasks", " added"), (self.known, "known task", "known tasks", ""),
             (compared, "new comparison", "new comparisons", ""), (judged, "judgment", "judgments", ""),
-            (self.waiting, "single answer", "single answers", ", compared once `generate` has made another to the prompt"),
+            (self.waiting, "single answer", "single answers", " with no other answer to the prompt"),
             (self.num_bad_rows, "invalid row", "invalid rows", " skipped"),
         )  # fmt: skip
         parts = [f"{count} {one if count == 1 else many}{rest}" for count, one, many, rest in counts if count]
@@ -93,7 +93,7 @@ class Import:
 
     def lines(self) -> list[str]:
         """The summary, and what was changed, left out or not read."""
-        counts = [f"{count} {what}" for count, what in self.report.counts() if what != "bad rows skipped"]
+        counts = [f"{count} {what}" for count, what in self.report.counts() if not what.startswith("bad row")]
         lines = ["; ".join(counts)] * bool(counts) + self.report.remarks() + self.report.bad_row_lines()
         return [self.line(), *(f"  {line.removeprefix('datasets: ')}" for line in lines)]
 
@@ -218,10 +218,14 @@ def import_into(store: Store, path: Path | str, skip_bad_rows: bool = False, giv
     found.compare_singles()
     if found.num_bad_rows and not skip_bad_rows:
         rows = "\n".join(f"  {line.removeprefix('datasets: ')}" for line in found.report.bad_row_lines())
+        several = found.num_bad_rows > 1
+        invalid = f"{found.num_bad_rows} rows of {path} are" if several else f"1 row of {path} is"
         raise UserError(
-            f"import: {found.num_bad_rows} rows of {path} are invalid, and nothing was imported. Fix them, or skip them with "
-            f"--skip-bad-rows. The first of them:\n{rows}"
+            f"import: {invalid} invalid, and nothing was imported. Fix {'them, or skip them' if several else 'it, or skip it'} "
+            f"with --skip-bad-rows.{' The first of them:' * several}\n{rows}"
         )
+    if not (found.tasks or found.num_bad_rows or list(found.report.counts())):
+        raise UserError(f"import: {path} has no rows. Expected rows that training reads, or a store of the older layout.")
     return _add(store, found)
 
 

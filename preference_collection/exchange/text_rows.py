@@ -40,6 +40,7 @@ SUFFIXES = (tuple("abcde"), tuple("01234"), tuple("12345"))
 # Columns that describe the task.
 DESCRIBING = ("id", "title", "difficulty")
 
+SAID_MORE = "rows with reasons or a comment of a labeler, which are not kept"
 NO_ORDER = "rows whose pairs form no ranking, and are imported without a judgment"
 NUMBERS_OF_PAIRS = "rows with a margin or a weight of their pair, which is not kept"
 
@@ -222,6 +223,7 @@ class _Judged:
 
     def _of_record(self, row: dict, mapped: Row) -> TextRow:
         """A row of an export of the app, which has a further response if a labeler wrote one."""
+        self.report.change(SAID_MORE, not (is_empty(row.get("reasons")) and is_empty(row.get("comment"))))
         n = len(row["responses"])
         judged = mapped._replace(responses=mapped.responses[:n], scores=None, labels=(mapped.labels or [None])[:n])
         more = {"edited": mapped.responses[n]} if len(mapped.responses) > n else {}
@@ -332,6 +334,6 @@ class _Unjudged:
         if not isinstance(self.columns, list) or len(present) > 1:
             return _text_row(row, answers_in_row(self.found, self.columns, row))
         # One of several columns.
-        answer = answer_in(present[0], shown_names(self.columns))
-        prompt, responses = self.found.splitting.split(row, [(shown_names(self.columns), answer)])
+        name = self.columns[values.index(present[0])]
+        prompt, responses = self.found.splitting.split(row, [(name, answer_in(present[0], name))])
         return _text_row(row, prompt, answers=tuple(responses), tools=prompts.tools_text(row))

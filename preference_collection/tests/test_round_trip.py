@@ -21,7 +21,7 @@ from preference_collection.tests.conftest import a_comparison, a_judgment, a_tas
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.hub_sets import load_hub
-from preference_training.data.rows.records import Turn
+from preference_training.data.rows.records import DataReport, Turn
 from tests.support.files import ROOT
 
 CHARACTERS = st.characters(exclude_categories=["Cs"])
@@ -304,6 +304,18 @@ def test_an_unusable_ranking_is_counted_and_not_written(store, tmp_path):
     store.judge(Judgment(new_id(), "cu", "ada", "ranked", (0, 1), (1, 2)))
     assert export_records(store, tmp_path / "picks.jsonl")[UNUSABLE] == 1
     assert read(tmp_path / "picks.jsonl").keys() == found.keys() == {"What is best?"}
+
+
+@pytest.mark.parametrize("name", ["picks.jsonl", "picks", "code"])
+def test_training_knows_the_columns_of_an_export(store, tmp_path, name):
+    task, comparison = (a_task(), a_comparison()) if name == "code" else a_text()
+    store.add_tasks([task])
+    store.add_comparisons([comparison])
+    store.judge(a_judgment(comparison, 0, seconds=1.5, reasons=("clearer",), comment="so"))
+    (export_records if "." in name else export_dataset)(store, tmp_path / name)
+    report = DataReport()
+    assert list(load_records(read_entry({"path": str(tmp_path / name), "held_out_share": 0}), "train", report))
+    assert report.columns_not_read == {}
 
 
 # ---- with real processes ----------------------------------------------------------------------------------------------------

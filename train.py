@@ -61,7 +61,7 @@ def main(composed: DictConfig) -> float | None:
         # Not raised further: Hydra would add lines of its own to the message.
         sys.exit(refuse(str(error)))
     except StoppedError as stopped:
-        advice = "" if in_sweep or not stopped.resumable else "; resume=auto or resume=RUN_DIRECTORY continues from there"
+        advice = "" if in_sweep or not stopped.resumable else "; the same command with resume=auto continues from there"
         print(f"{stopped}{advice}", flush=True)
         sys.exit(STOPPED)
     finally:

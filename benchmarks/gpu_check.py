@@ -158,12 +158,14 @@ class Check:
         sys.path += [path for path in os.environ["PYTHONPATH"].split(os.pathsep) if path not in sys.path]
         from gpu_parts.found import Fork
 
-        for part in PARTS.values():
-            importlib.import_module(f"gpu_parts.{part.module}")
+        # What cannot be imported is the result of the parts that need it.
+        with suppress(Exception):
+            for part in PARTS.values():
+                importlib.import_module(f"gpu_parts.{part.module}")
         return Fork(PARTS[name].module, name, self.work, log)
 
     def _environment(self) -> dict[str, str]:
-        # What the machine lacks comes last: its own packages count.
+        # Packages of wheels come before the machine's own, so the folder should have only what it lacks.
         paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", ""), str(self.packages or "")]
         return os.environ | {
             "HF_HUB_OFFLINE": "1",

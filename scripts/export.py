@@ -42,13 +42,14 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Export a model. A user's mistake is reported as one message, with exit status 2."""
     options = vars(arguments())
-    from preference_training.core.machine import quiet_libraries
+    from preference_training.core.machine import quiet_libraries, said_while_slow
     from preference_training.export.checkpoint import export
     from preference_training.export.options import ExportOptions
 
     quiet_libraries()
     try:
-        lines = export(options.pop("source"), ExportOptions(**options))
+        with said_while_slow("still exporting: loading, writing, and comparing with the run's model", file=sys.stderr):
+            lines = export(options.pop("source"), ExportOptions(**options))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

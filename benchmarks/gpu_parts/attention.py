@@ -11,7 +11,7 @@ from gpu_parts.found import Found, Settings
 from gpu_parts.making import milliseconds
 from preference_training.batching.tries import BLOCK, TrieLayout, build_trie
 from preference_training.core.machine import pick_device
-from preference_training.modeling.prefix_sharing.block_attention import attention_by_blocks, compiled_attention
+from preference_training.modeling.prefix_sharing.block_attention import KERNEL_OPTIONS, attention_by_blocks, compiled_attention
 from preference_training.modeling.prefix_sharing.rules import Rules
 
 # Tokens of a row, and of each prompt and response in it.
@@ -66,12 +66,15 @@ def mask(layout: TrieLayout, settings: Settings) -> dict:
 
 
 def causal_flex(inputs: list[Tensor]) -> Callable[[], Tensor]:
-    """FlexAttention on the same tokens as one causal row."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """FlexAttention on the same tokens as one causal row, whose blocks are those of a trie of one sequence."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     length, device = inputs[0].shape[2], inputs[0].device
-    blocks = create_block_mask(lambda _b, _h, query, key: query >= key, None, None, length, length, device)
-    return lambda: compiled_attention(device.type)(*inputs, block_mask=blocks)
+    trie, _ = build_trie([[1] * length], [0])
+    rule = lambda _batch, _head, query, key: query >= key  # noqa: E731
+    found = TrieLayout(trie, device)._blocks(None, None)
+    blocks = BlockMask.from_kv_blocks(*found, BLOCK, rule, seq_lengths=(length, length))
+    return lambda: compiled_attention(device.type)(*inputs, block_mask=blocks, kernel_options=KERNEL_OPTIONS)
 
 
 def passes(attend: Callable[[], Tensor], inputs: list[Tensor], settings: Settings) -> dict:

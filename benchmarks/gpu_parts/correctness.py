@@ -53,6 +53,8 @@ def compare(family: str, dtype: str, tf32: bool, settings: Settings) -> dict:
     model.set_attn_implementation(usual)
     padded = logps_and_gradients(response_scores, model, batch, weights)
     exact_model = copy.deepcopy(model).to("cpu", torch.float32)
+    if "flash" in usual:
+        exact_model.set_attn_implementation("eager")
     exact = logps_and_gradients(response_scores, exact_model, batch.on_host, list(exact_model.parameters()))
     lengths = batch.on_host.response_lengths
     limit = WITH_TF32 if tf32 and dtype == "float32" else TOLERANCES[getattr(torch, dtype)]
@@ -75,10 +77,14 @@ def small(family: str, settings: Settings) -> dict:
 
 
 def is_right(result: dict) -> bool:
-    """Whether a case shares prefixes and is within its limits; gradients may differ by ten times as much."""
+    """Whether a case shares prefixes and is within its limits; gradients may differ by ten times as much.
+
+    Where padded rows differ by more, as experts do that rounding chooses, a trie may differ by twice as much as they.
+    """
     if not result["shares"] or result["first_margin"] != 0:
         return False
-    return result["trie"] <= result["limit"] and result["trie_gradient"] <= 10 * result["limit"]
+    values = result["trie"] <= max(result["limit"], 2 * result["padded"])
+    return values and result["trie_gradient"] <= max(10 * result["limit"], 2 * result["padded_gradient"])
 
 
 def first_margin(policy: nn.Module, reference: nn.Module, batch) -> float:

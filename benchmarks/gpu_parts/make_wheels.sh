@@ -1,13 +1,14 @@
 #!/bin/bash
-# Fetch what a machine with torch, transformers, accelerate and peft, but without a network, lacks for gpu_check.py:
+# Fetch what a machine lacks for gpu_check.py that has torch, transformers, accelerate, peft, pandas, pyarrow, xxhash, psutil and rich,
+# but no network:
 #   bash benchmarks/gpu_parts/make_wheels.sh FOLDER [trl]      then, there: python benchmarks/gpu_check.py --wheels FOLDER
 # For Python 3.12 on x86-64 Linux; PYTHON names the interpreter that runs pip here. With trl, its comparison runs too.
 set -eu
 folder=$1
 mkdir -p "$folder"
-packages=(hydra-core==1.3.8 omegaconf==2.3.1 datasets==5.2.0 dill multiprocess xxhash pyarrow beautifulsoup4==4.15.0 soupsieve
-  rensa==0.5.0 rich==15.0.0 markdown-it-py mdurl pygments uniplot==0.23.2 readchar psutil)
-[ $# -gt 1 ] && packages+=(trl==1.16.0)
+packages=(hydra-core==1.3.8 omegaconf==2.3.1 datasets==5.2.0 dill==0.4.0 multiprocess beautifulsoup4==4.15.0 soupsieve
+  uniplot==0.23.2 readchar)
+if [ $# -gt 1 ]; then packages+=(trl==1.16.0); fi
 platforms=(--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform any)
 python=${PYTHON:-python3}
 for package in "${packages[@]}"; do

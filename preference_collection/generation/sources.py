@@ -101,7 +101,9 @@ class ServerSource:
         if error.reason == TIMEOUT:
             return SourceError(f"{name} sent nothing for {self.silence_seconds:g} s. Try a smaller model.", is_retryable=True)
         if not error.has_answered:
-            return SourceError(f"{name} cannot be reached. Start it, or set its address.", is_retryable=True, is_final=True)
+            setting = "ollama_host" if self.kind == "ollama" else "openai_url"
+            said = f"{name} cannot be reached. Start it, or set its address ({setting})."
+            return SourceError(said, is_retryable=True, is_final=True)
         if self.kind == "ollama" and model and error.is_rejection and error.reason.startswith("status 404"):
             return SourceError(f"Ollama has no model {model!r}.{PULL}ollama pull {model}", is_final=True)
         hint = f" Expected one that has the model{server.key_hint()}." if error.is_rejection else ""

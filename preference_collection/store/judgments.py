@@ -26,6 +26,15 @@ STANDING_AMONG = f"""SELECT {COLUMNS} FROM standing WHERE comparison IN (SELECT 
 LAST_OF = f"SELECT {COLUMNS} FROM standing WHERE labeler = $labeler ORDER BY number DESC LIMIT 1"
 JUDGED_BY = "SELECT comparison, labeler, choice <> 'skip', settles FROM standing"
 ONE_JUDGED_BY = "SELECT comparison, labeler, choice <> 'skip', settles FROM standing WHERE comparison = $comparison"
+# What u undoes: no settlement, and nothing that stands again because a later judgment of the same comparison was undone.
+UNDOABLE = f"""SELECT {COLUMNS} FROM standing WHERE labeler = $labeler AND NOT settles AND number = (
+    SELECT max(number) FROM judgments later WHERE later.labeler = standing.labeler
+        AND later.comparison = standing.comparison AND later.undoes IS NULL AND NOT later.settles)
+    ORDER BY number DESC LIMIT 1"""
+SETTLED = f"""SELECT {COLUMNS} FROM standing WHERE settles
+    QUALIFY row_number() OVER (PARTITION BY comparison ORDER BY number DESC) = 1 ORDER BY number DESC LIMIT $limit"""
+SETTLEMENTS_OF = """SELECT id FROM judgments WHERE comparison = $comparison AND settles AND undoes IS NULL
+    AND id NOT IN (SELECT undoes FROM judgments WHERE undoes IS NOT NULL)"""
 ALL_STANDING = f"SELECT {COLUMNS}, moment FROM standing ORDER BY number"
 
 
@@ -78,6 +87,10 @@ class Judgments(Tasks):
         return (next(self._numbers), j.id, j.comparison, j.labeler, j.choice, as_json(j.order), as_json(j.ranks), j.seconds,
                 as_json(j.reasons), j.comment, j.edited, j.edited_from, j.settles, now(), None)  # fmt: skip
 
+    def _undoing(self, labeler: str, comparison: str, judgment: str) -> tuple:
+        return (next(self._numbers), new_id(), comparison, labeler, None, None, None, None, None, None, None, None,
+                False, now(), judgment)  # fmt: skip
+
     def undo(self, labeler: str) -> str | None:
         """Undo a labeler's newest judgment; their previous judgment of the comparison is current again.
 
@@ -88,10 +101,32 @@ class Judgments(Tasks):
             if row is None:
                 return None
             last = _judgment(row)
-            event = (next(self._numbers), new_id(), last.comparison, labeler, None, None, None, None, None, None, None, None,
-                     False, now(), last.id)  # fmt: skip
-            insert(cursor, INSERT_JUDGMENTS, [event])
+            insert(cursor, INSERT_JUDGMENTS, [self._undoing(labeler, last.comparison, last.id)])
         return last.comparison
+
+    def undo_label(self, labeler: str) -> Judgment | None:
+        """Undo what a labeler last judged on the labeling page, and return it; None if there is nothing.
+
+        Settlements are not undone by this, and older judgments of a comparison that stand again neither.
+        """
+        with self._writing() as cursor:
+            row = cursor.execute(UNDOABLE, {"labeler": labeler}).fetchone()
+            if row is None:
+                return None
+            last = _judgment(row)
+            insert(cursor, INSERT_JUDGMENTS, [self._undoing(labeler, last.comparison, last.id)])
+        return last
+
+    def settled(self, limit: int) -> list[Judgment]:
+        """The last word on each comparison that was settled, the newest first, `limit` at most."""
+        return [_judgment(row) for row in self._rows(SETTLED, {"limit": limit})]
+
+    def unsettle(self, labeler: str, comparison: str) -> bool:
+        """Undo all that settles a comparison; a labeler does so. Returns whether anything did."""
+        with self._writing() as cursor:
+            found = cursor.execute(SETTLEMENTS_OF, {"comparison": comparison}).fetchall()
+            insert(cursor, INSERT_JUDGMENTS, [self._undoing(labeler, comparison, id) for (id,) in found])
+        return bool(found)
 
     def last_judgment(self, labeler: str) -> Judgment | None:
         """A labeler's newest judgment that was not undone."""

@@ -20,6 +20,7 @@ PROGRESS_BY_LABELER = """
     SELECT labeler, count(*) FILTER (NOT settles), count(*) FILTER (choice = 'skip'), count(*) FILTER (settles),
         count(*) FILTER (moment >= $since), median(seconds) FILTER (NOT settles)
     FROM standing GROUP BY labeler ORDER BY 2 DESC, labeler"""
+LABELERS = "SELECT DISTINCT labeler FROM judgments ORDER BY labeler"
 FINISHED = """
     SELECT count(*) FROM (SELECT comparison FROM standing WHERE choice <> 'skip' GROUP BY comparison
         HAVING bool_or(settles) OR count(*) >= $overlap)"""
@@ -135,6 +136,10 @@ class Statistics(Judgments):
     def progress_by_labeler(self, since: datetime | None = None) -> list[LabelerProgress]:
         """What each labeler has done, whoever judged most first. since: when today began, in UTC; else this machine's."""
         return [LabelerProgress(*row) for row in self._rows(PROGRESS_BY_LABELER, {"since": since or midnight()})]
+
+    def labelers(self) -> list[str]:
+        """The names of all who ever judged, in order."""
+        return [name for (name,) in self._rows(LABELERS)]
 
     def finished(self, overlap: int) -> int:
         """How many comparisons have as many judgments as they need, without skips, or were settled."""

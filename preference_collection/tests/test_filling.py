@@ -146,7 +146,9 @@ def test_a_server_that_is_gone_ends_the_command_with_one_message_and_the_answers
 def test_where_nobody_listens_the_command_ends_at_once(store):
     with_tasks(store, "a")
     settings = load_settings(["ollama_host=127.0.0.1:1"])
-    with pytest.raises(UserError, match=r"Ollama at http://127.0.0.1:1 cannot be reached. Start it, or set its address.$"):
+    with pytest.raises(
+        UserError, match=r"at http://127.0.0.1:1 cannot be reached. Start it, or set its address \(ollama_host\).$"
+    ):
         fill(store, plan_of(settings, [model_named("ollama:x", settings)]), 1, 2, QUICK)
 
 
@@ -162,7 +164,7 @@ def test_a_server_that_goes_away_ends_the_command_and_the_answers_stay(store, se
     with pytest.raises(UserError) as caught:
         filled(store, server, "varied", workers=1)
     assert str(caught.value) == (
-        f"Ollama at {server.url} cannot be reached. Start it, or set its address.\n"
+        f"Ollama at {server.url} cannot be reached. Start it, or set its address (ollama_host).\n"
         "3 answers saved; run the command again to continue."
     )
     assert sum(len(store.answers_of(id)) for id in "abcd") == 3

@@ -249,10 +249,11 @@ def test_a_server_that_is_silent_too_long_times_out(server):
 def test_an_unreachable_server_is_reported():
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    for source, name in ((ServerSource("ollama", url, 5), "Ollama"), (ServerSource("openai", url, 5), "The server")):
+    ollama, other = ServerSource("ollama", url, 5), ServerSource("openai", url, 5)
+    for source, name, setting in ((ollama, "Ollama", "ollama_host"), (other, "The server", "openai_url")):
         with pytest.raises(UserError) as caught:
             source.models()
-        assert str(caught.value) == f"{name} at {url} cannot be reached. Start it, or set its address."
+        assert str(caught.value) == f"{name} at {url} cannot be reached. Start it, or set its address ({setting})."
         assert "cannot be reached" in failed(source)
 
 

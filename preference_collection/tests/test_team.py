@@ -6,11 +6,13 @@ import re
 
 import pytest
 
+from preference_collection.sandbox.running import TestRun
 from preference_collection.settings import load_settings
 from preference_collection.store.model import Verdict
 from preference_collection.store.statistics import Agreement, LabelerProgress
 from preference_collection.tests.conftest import a_comparison, a_judgment, a_task
 from preference_collection.tests.test_web import filled, signed_in
+from preference_collection.web.markup import rendered
 from preference_collection.web.team import alpha_words, guidelines_of, left_words, person_words, seconds_words, summary_words
 from preference_training.core.errors import UserError
 
@@ -38,7 +40,21 @@ def test_guidelines_are_markdown_of_the_settings_or_of_a_file(tmp_path):
     text = guidelines_of(load_settings([f"guidelines_file={file}"]))
     assert "<em>short</em>" in text and "<script>" not in text
     assert "<strong>first</strong>" in guidelines_of(load_settings(["guidelines=Read **first**."]))
-    assert "no guidelines yet" in guidelines_of(load_settings([]))
+    assert guidelines_of(load_settings([])) == ""
+
+
+def test_guidelines_are_shown_before_the_first_comparison_of_a_session(store):
+    client = signed_in(store)
+    assert "There are no guidelines." in client.get("/label").text
+    client.shared.guidelines = rendered("Prefer *short* answers.", 0)
+    assert "data-first" not in client.get("/label").text, "nothing is there to judge"
+    filled(store, "a")
+    client.shared.queue.added(["pair-a"])
+    first, then = (client.get("/label").text for _ in range(2))
+    assert "<em>short</em>" in first and "data-first" in first and "data-first" not in then
+    client.post("/sign-out")
+    client.post("/sign-in", data={"name": "Bo"})
+    assert "data-first" in client.get("/label").text
 
 
 @pytest.mark.parametrize("settings, said", [
@@ -131,11 +147,43 @@ def test_a_button_settles_a_disagreement_once(store):
     client = signed_in(store, "Ada")
     body = buttons_of(client.get("/agreement").text)["Answer 2 is better"]
     for _ in range(2):
-        assert client.post("/api/settle", json=body).json() == {"settled": comparison.id}
+        said = "Settled: answer 2 is better, of “The a”."
+        assert client.post("/api/settle", json=body).json() == {"settled": comparison.id, "said": said}
     settled = [judgment for judgment in store.standing(comparison.id) if judgment.settles]
     assert [(judgment.labeler, judgment.ranks) for judgment in settled] == [("Ada", (2, 1))]
     assert store.disagreements() == [] and store.agreement().judged == 1, "what both said before still counts as agreement"
     assert "No disagreement is left to settle." in client.get("/agreement").text
+
+
+def test_settlements_are_listed_and_undone_on_their_page_only(store):
+    comparison = judged(store, ("Ada", 0), ("Bo", 1))
+    judged(store, ("Ada", 0), ("Bo", 1), id="b")
+    client = signed_in(store, "Eve")
+    assert "2 left to settle." in client.get("/agreement").text
+    for choice in ("tie", "bad"):
+        body = {"id": choice, "comparison": comparison.id, "choice": choice, "ranks": []}
+        client.post("/api/settle", json=body)
+    page = client.get("/agreement").text
+    assert "1 left to settle." in page and "The a</a>: both are bad (Eve)" in page
+    assert client.post("/api/undo", json={}).json() == {"undone": None, "settled": True}
+    assert "both are bad (Eve)" in client.get("/agreement").text
+    # The older word of the same person does not come back.
+    said = client.post("/api/unsettle", json={"comparison": comparison.id}).json()["said"]
+    assert said == "No longer settled: “The a”." and store.settled(9) == [] and len(store.disagreements()) == 2
+    assert "is not settled" in client.post("/api/unsettle", json={"comparison": comparison.id}).json()["said"]
+    assert client.post("/api/unsettle", json={"comparison": "absent"}).status_code == 404
+
+
+def test_a_disagreement_shows_results_of_tests_and_better_answers(store):
+    comparison = a_comparison("a", ("one", "two"), id="pair-a")
+    store.add_tasks([a_task("a")])
+    store.add_comparisons([comparison], [
+        a_judgment(comparison, 0, "Ada", edited="mine <b>"), a_judgment(comparison, "tie", "Bo"),
+    ])  # fmt: skip
+    runs = {"one": TestRun(1, [{"status": "passed"}], True)}
+    page = signed_in(store, runs=runs).get("/agreement").text
+    assert "1 of 1" in page and "no tests run" in page
+    assert "A better answer, written by Ada" in page and "mine &lt;b&gt;" in page
 
 
 def test_three_answers_are_settled_by_the_best(store):

@@ -94,7 +94,7 @@ def test_a_missing_model_is_said_with_the_command_that_gets_it(client):
 def test_a_server_that_is_away_is_said(store):
     store.add_tasks([a_task()])
     client = signed_in(store, ollama_host="localhost:9")
-    assert "cannot be reached. Start it, or set its address." in client.get("/api/generate/sum").json()["html"]
+    assert "cannot be reached. Start it, or set its address (ollama_host)." in client.get("/api/generate/sum").json()["html"]
 
 
 @pytest.mark.parametrize(

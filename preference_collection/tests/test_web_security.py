@@ -104,10 +104,23 @@ def test_the_palette_is_that_of_the_reports():
     assert mine == palettes(REPORT) and len(mine) == 2 and len(mine[0]) == 13
 
 
+def test_names_that_differ_in_capitals_only_are_one_person(store):
+    filled(store, "a")
+    ada = signed_in(store, "Ada")
+    ada.post("/sign-out")
+    ada.post("/sign-in", data={"name": "ADA"})
+    ada.post("/api/judge", json=a_choice("pair-a"))
+    again = client_of(store)
+    assert '<option value="Ada">' in again.get("/").text
+    again.post("/sign-in", data={"name": "ada"})
+    assert 'data-labeler="Ada"' in again.get("/label").text and store.standing("pair-a")[0].labeler == "Ada"
+    assert "Ada" not in client_of(store, password="x").get("/").text
+
+
 def test_every_key_of_the_bar_is_shown_and_announced():
     text = (WEB / "templates" / "bar.html").read_text()
     keys = re.findall(r'press\("([^"]+)"', text)
-    assert keys == ["Backspace", "Enter", "=", "b", "s", "u", "n", "c", "e", "r", "d", "v", "f", "g", "?"]
+    assert keys == ["Backspace", "Enter", "=", "b", "s", "u", "n", "c", "e", "?", "r", "d", "v", "f", "g"]
     texts = "".join(path.read_text() for path in (WEB / "templates").glob("*.html"))
     does = set(re.findall(r'data-does="([\w-]+)"', texts)) | set(re.findall(r'press\("[^"]+", "(\w+)"', texts))
     script = (WEB / "static" / "app.js").read_text()

@@ -14,7 +14,7 @@ import pytest
 from preference_collection.store.store import open_store
 from preference_collection.tests.conftest import a_comparison, a_task
 from preference_collection.tests.test_web import a_choice, signed_in
-from preference_collection.web.serving import address_of, listen
+from preference_collection.web.serving import address_of, for_others, listen
 from preference_training.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +67,12 @@ def test_addresses_are_shown_as_a_browser_takes_them():
     assert address_of("::1", 2) == "http://[::1]:2"
     with pytest.raises(UserError, match=r"address, port: no\.such\.invalid:1 cannot be served"):
         listen("no.such.invalid", 1)
+
+
+def test_other_machines_are_told_an_address_of_this_one_and_that_nothing_is_encrypted():
+    said = for_others("0.0.0.0", 8000)
+    assert f"http://{socket.gethostname()}:8000. The connection is not encrypted" in said
+    assert "http://[fe80::1]:8000." in for_others("fe80::1", 8000)
 
 
 def test_a_judgment_with_10_000_comparisons_takes_a_part_of_a_second(store):

@@ -193,21 +193,45 @@ def test_pairs_and_rankings_are_judged_by_keys_alone(browser, filled):
         wait_for(browser, "Ada judged 2 comparisons")
 
 
+def test_digits_choose_reasons_while_these_have_the_focus_and_judge_nothing(browser, filled):
+    with app(filled) as server:
+        sign_in(browser, server.url)
+        open_task(browser, server.url, "Ferry pairs")
+        pair = ask(browser, SHOWN)
+        press(browser, "r", "1", "2", "2", "9", "0")
+        assert ask(browser, SHOWN) == pair
+        chosen = "[...document.querySelectorAll('.reason')].map((each) => each.getAttribute('aria-pressed') === 'true')"
+        assert ask(browser, chosen)[:2] == [True, False] and not any(ask(browser, chosen)[1:])
+        press(browser, Keys.ENTER)
+        assert ask(browser, "document.activeElement.tagName") == "H1"
+        # With Caps Lock, letters are capital.
+        next_after(browser, "B")
+        assert "both are bad" in ask(browser, SAID)
+
+
 def test_a_better_answer_is_written_and_kept_with_the_judgment(browser, filled):
+    text = "document.getElementById('edited').value"
     with app(filled) as server:
         sign_in(browser, server.url)
         open_task(browser, server.url, "Why the sky is blue")
+        press(browser, "e", "1 In short: ")
+        assert ask(browser, text) == "1 In short: "
+        browser.find_element(By.CSS_SELECTOR, "[data-does=begin][data-number='1']").click()
+        wait_until(browser, f"{text}.length > 50 && {text}.startsWith('1 In short: ')")
+        press(browser, Keys.ESCAPE)
+        # What is not judged yet outlives the page.
+        browser.refresh()
+        wait_until(browser, f"{text}.startsWith('1 In short: ') && document.body.dataset.state === 'ready'")
         press(browser, "e")
-        wait_until(browser, "document.querySelector('dialog.edit').open")
-        press(browser, "1")
-        wait_until(browser, "document.getElementById('edited').value !== ''")
-        press(browser, "In short: ")
         press_with_control(browser, Keys.ENTER)
         wait_until(browser, "!document.querySelector('dialog.edit').open && document.activeElement.tagName !== 'TEXTAREA'")
         next_after(browser, "1")
+        next_after(browser, "u")
+        assert ask(browser, text).startswith("1 In short: ")
+        next_after(browser, "1")
         export(browser, server.url)
     command("export", str(filled / "records.jsonl"), f"store={filled / 'collection.duckdb'}")
-    assert "In short: " in (filled / "records.jsonl").read_text()
+    assert "1 In short: " in (filled / "records.jsonl").read_text()
 
 
 def test_a_screen_reader_finds_names_for_everything(browser, filled):
@@ -375,4 +399,4 @@ def test_an_unreachable_server_is_reported_on_the_page(browser, tmp_path):
         sign_in(browser, server.url)
         open_task_without_answers(browser, server.url, "Ferry pairs")
         press(browser, "g")
-        wait_for(browser, "cannot be reached. Start it, or set its address.")
+        wait_for(browser, "cannot be reached. Start it, or set its address (ollama_host).")

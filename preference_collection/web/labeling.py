@@ -13,6 +13,8 @@ from preference_collection.web.shared import Shared, html, labeler_of, missing, 
 from preference_training.core.errors import UserError
 
 LONGEST_ID, LONGEST_COMMENT, LONGEST_SECONDS, MOST_REASONS = 64, 2000, 10**9, 100
+# Settled comparisons that are looked through and listed.
+MOST_SETTLED = 50
 
 
 def next_of(shared: Shared, labeler: str, after: str | None = None) -> dict:
@@ -62,7 +64,12 @@ def _nothing_left(shared: Shared, labeler: str) -> str:
 
 def _desk(request: Request, view: dict) -> Response:
     shared = shared_of(request)
-    return page(request, "label.html", fragment=view["html"], progress=view["progress"], guidelines=shared.guidelines)
+    # Guidelines are shown before the first comparison of a session.
+    first = bool(shared.guidelines and view.get("id") and not request.session.get("guided"))
+    if first:
+        request.session["guided"] = True
+    shown = {"fragment": view["html"], "progress": view["progress"], "guidelines": shared.guidelines}
+    return page(request, "label.html", **shown, first=first)
 
 
 def label(request: Request) -> Response:
@@ -124,25 +131,41 @@ def judge(request: Request, data: dict) -> dict:
     shared, labeler = shared_of(request), labeler_of(request)
     check_labeler(data, labeler)
     judgment = judgment_of(data, labeler)
+    earlier = own_of(shared, labeler, judgment.comparison)
     shared.store.judge(judgment)
     shared.queue.judged(labeler, judgment.comparison)
     verdicts = [pages.verdict_words(verdict, judgment.order) for verdict in shared.store.verdicts(judgment.comparison)]
     following = next_of(shared, labeler)
-    return {"saved": True, "progress": following["progress"], "verdicts": verdicts, "next": following}
+    replaced = earlier is not None and earlier.id != judgment.id
+    return {"saved": True, "replaced": replaced, "progress": following["progress"], "verdicts": verdicts, "next": following}
 
 
 def undo(request: Request, data: dict) -> dict:
-    """POST /api/undo: undo the labeler's newest judgment, and show its comparison again."""
+    """POST /api/undo: undo the labeler's newest judgment, say what it was, and show its comparison again.
+
+    What they settled is undone on the page of agreement.
+    """
     shared, labeler = shared_of(request), labeler_of(request)
     check_labeler(data, labeler)
-    last = shared.store.last_judgment(labeler)
-    undone = shared.store.undo(labeler)
-    if undone is None:
-        return {"undone": None}
-    shared.queue.undone(labeler, undone)
-    again = last if last and last.comparison == undone else None
-    view = view_of(shared, labeler, shared.comparison(undone), again)
-    return {"undone": undone, "html": view["html"], "next": view}
+    last = shared.store.undo_label(labeler)
+    if last is None:
+        settled = any(each.labeler == labeler for each in shared.store.settled(MOST_SETTLED))
+        return {"undone": None, "settled": settled}
+    shared.queue.undone(labeler, last.comparison)
+    comparison = shared.comparison(last.comparison)
+    order = pages.shown_order(labeler, comparison.id, len(comparison.answers))
+    again = own_of(shared, labeler, comparison.id)
+    view = view_of(shared, labeler, comparison, last)
+    return {
+        "undone": comparison.id, "html": view["html"], "next": view, "what": pages.judged_words(last, order),
+        "title": shared.task(comparison.task).title, "again": pages.judged_words(again, order) if again else "",
+    }  # fmt: skip
+
+
+def own_of(shared: Shared, labeler: str, comparison: str) -> Judgment | None:
+    """A labeler's own judgment of a comparison that stands."""
+    own = (each for each in shared.store.standing(comparison) if each.labeler == labeler and not each.settles)
+    return next(own, None)
 
 
 def pass_on(request: Request, data: dict) -> dict:

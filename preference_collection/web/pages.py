@@ -36,7 +36,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Shown:
-    """A comparison as shown to a labeler. polled: some tests still run. others: (address, name, whether it is this)."""
+    """A comparison as shown to a labeler. polled: some tests still run. others: (address, name, whether it is this).
+
+    repeated: the title is the beginning of the prompt, and need not be seen twice.
+    given_*: what they gave with the judgment that this one replaces. given_from: the number of the answer that theirs began as.
+    """
 
     id: str
     task: Task
@@ -46,16 +50,22 @@ class Shown:
     tests: tuple[str, ...]
     sides: tuple[Side, ...] = ()
     polled: bool = False
+    repeated: bool = False
     note: str = ""
     others: tuple[tuple[str, str, bool], ...] = ()
     reasons: tuple[str, ...] = ()
     given_reasons: tuple[str, ...] = ()
     given_comment: str = ""
+    given_edited: str = ""
+    given_from: int | None = None
 
 
 def show_task(shared: Shared, task: Task, **more) -> Shown:
     """A task without answers."""
     prompt, turns = Markup(), ()
+    said = [task.prompt] if isinstance(task.prompt, str) else [turn[1] for turn in task.prompt]
+    begins = " ".join(task.title.rstrip("….").split())
+    more["repeated"] = bool(begins) and not task.difficulty and any(" ".join(text.split()).startswith(begins) for text in said)
     if isinstance(task.prompt, str):
         prompt = rendered(task.prompt, shared.settings.fold_lines)
     else:
@@ -69,24 +79,35 @@ def show_comparison(
 ) -> Shown:
     """A comparison for a labeler.
 
-    again: their undone judgment of it, whose reasons and comment are kept. is_new: it comes from the queue, so that they have
-    not judged it.
+    again: their undone judgment of it, whose reasons, comment and better answer are kept. is_new: it comes from the queue, so
+    that they have not judged it.
     """
     task = shared.task(comparison.task)
     order = shown_order(labeler, comparison.id, len(comparison.answers))
     runs = runs_of(shared, comparison, task)
     sides = tuple(_side(shared, comparison, task, number, index, runs[index]) for number, index in enumerate(order, start=1))
     standing = [] if is_new else shared.store.standing(comparison.id)
-    own = next((judgment for judgment in standing if judgment.labeler == labeler), None)
+    own = next((judgment for judgment in standing if judgment.labeler == labeler and not judgment.settles), None)
     note = f"You judged: {judged_words(own, order)}. Judging again replaces it." if own else ""
-    given = own or again
     reasons = shared.settings.reasons if task.kind == "code" else shared.settings.text_reasons
     return show_task(
         shared, task, id=comparison.id, order=order, sides=sides, note=note,
         others=() if is_new else _others(shared, comparison),
         polled=any(run and not run.over for run in runs), reasons=tuple(reasons),
-        given_reasons=given.reasons if given else (), given_comment=given.comment if given else "",
+        **_given(again or own, order),
     )  # fmt: skip
+
+
+def _given(judgment: Judgment | None, order: tuple[int, ...]) -> dict:
+    if judgment is None:
+        return {}
+    begun = None if judgment.edited_from is None else order.index(judgment.edited_from) + 1
+    return {
+        "given_reasons": judgment.reasons,
+        "given_comment": judgment.comment,
+        "given_edited": judgment.edited,
+        "given_from": begun,
+    }
 
 
 def prepare(shared: Shared, id: str) -> None:
@@ -150,7 +171,8 @@ def _others(shared: Shared, comparison: Comparison) -> tuple[tuple[str, str, boo
 def judged_words(judgment: Judgment, order: tuple[int, ...]) -> str:
     """What a judgment says of the answers in the order shown."""
     if judgment.choice != "ranked":
-        return {"tie": "a tie", "bad": "all are bad", "skip": "skipped"}[judgment.choice]
+        bad = "both are bad" if len(order) == 2 else "all are bad"
+        return {"tie": "a tie", "bad": bad, "skip": "skipped"}[judgment.choice]
     return ranked_words(judgment.ranks, order)
 
 
@@ -178,7 +200,7 @@ def reason_words(verdict: Verdict, order: tuple[int, ...]) -> str:
 
 
 def progress_words(judged: int, left: int) -> str:
-    """The progress of a labeler."""
+    """The progress of a labeler: what is left may be judged by others first."""
     if not left:
         return f"{judged:,} judged by you · nothing left"
-    return f"{judged:,} of {judged + left:,} judged by you · {left:,} left"
+    return f"{judged:,} judged by you · up to {left:,} left"

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from preference_collection.exchange.importing import IMPORTED
 from preference_collection.web import generating, labeling, lists, team
 from preference_collection.web.security import Guard, HeadersAdded, is_local, session_key
 from preference_collection.web.shared import HERE, Shared, page, posted, shared_of
@@ -87,7 +88,9 @@ def sign_in_page(request: Request) -> Response:
 
 def _form(request: Request, name: str = "", fault: str = "") -> Response:
     password = bool(shared_of(request).password)
-    return page(request, "sign_in.html", 403 if fault else 200, name=name, fault=fault, password=password)
+    # Who works here is said to nobody before the password.
+    known = [] if password else [each for each in shared_of(request).store.labelers() if not each.startswith(IMPORTED)]
+    return page(request, "sign_in.html", 403 if fault else 200, name=name, fault=fault, password=password, known=known)
 
 
 async def sign_in(request: Request) -> Response:
@@ -100,7 +103,7 @@ async def sign_in(request: Request) -> Response:
         return _form(request, name, "Wrong password.")
     if not name:
         return _form(request, name, "Please enter your name.")
-    request.session["labeler"] = name
+    request.session["labeler"] = await run_in_threadpool(shared_of(request).known_name, name)
     # What others have judged meanwhile may have changed what comes first.
     await run_in_threadpool(shared_of(request).queue.reorder)
     return RedirectResponse("/label", 303)

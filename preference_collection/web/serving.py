@@ -17,6 +17,7 @@ from preference_collection.sandbox.sandbox import open_sandbox
 from preference_collection.settings import limits_of
 from preference_collection.store.queue import Queue
 from preference_collection.store.store import Store, open_store
+from preference_collection.web.security import is_local
 from preference_collection.web.server import build_app
 from preference_collection.web.shared import Shared
 from preference_collection.web.team import guidelines_of
@@ -46,6 +47,8 @@ def serve(settings: DictConfig, password: str) -> None:
             each.listen(BACKLOG)
         port = sockets[0].getsockname()[1]
         print(f"{address_of(settings.address, port)}  store {settings.store}; Ctrl-C stops", flush=True)
+        if not is_local(settings.address):
+            print(for_others(settings.address, port), flush=True)
         print(shared.runner.sandbox.isolation.line(), flush=True)
         closing.callback(shared.ahead.start().stop)
         closing.callback(shared.close)
@@ -65,6 +68,12 @@ def address_of(address: str, port: int) -> str:
     """The page's address for a browser."""
     name = "localhost" if address in ("0.0.0.0", "::") else f"[{address}]" if ":" in address else address
     return f"http://{name}:{port}"
+
+
+def for_others(address: str, port: int) -> str:
+    """The line about other machines: what they open, and that anyone between them and this one can read along."""
+    name = socket.gethostname() if address in ("0.0.0.0", "::") else address
+    return f"From other machines: {address_of(name, port)}. The connection is not encrypted: others on the way can read it."
 
 
 def listen(address: str, port: int) -> list[socket.socket]:

@@ -52,7 +52,8 @@ class Shared:
     """What all requests share.
 
     guidelines are HTML. writings are the replies on their way, by labeler and task. chosen is what each labeler last asked a
-    model with, and instructions the instruction, by labeler and kind of task. ahead is told who is active.
+    model with, and instructions the instruction, by labeler and kind of task. ahead is told who is active. names are those who
+    have signed in.
     """
 
     settings: DictConfig
@@ -66,6 +67,7 @@ class Shared:
     chosen: dict[str, dict] = field(default_factory=dict)
     instructions: dict[tuple[str, str], str] = field(default_factory=dict)
     ahead: Ahead | None = None
+    names: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         """Tasks and comparisons never change, so that those last asked for are remembered."""
@@ -86,6 +88,16 @@ class Shared:
         with suppress(LookupError):
             return self._remembered["task"](id)
         return None
+
+    def known_name(self, name: str) -> str:
+        """A name as it is known, whatever its capitals: "ada" is Ada. A new one is known from now on."""
+        known = [*self.store.labelers(), *self.names]
+        if name in known:
+            return name
+        found = next((each for each in known if each.casefold() == name.casefold()), None)
+        if found is None:
+            self.names.append(name)
+        return found or name
 
     def seen(self, labeler: str, prepare: Callable[[str], object]) -> None:
         """A labeler sees a comparison: `prepare` is called with the ids of the next ones, in the background."""

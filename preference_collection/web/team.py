@@ -13,9 +13,17 @@ from starlette.routing import Route
 from preference_collection.settings import guidelines_text
 from preference_collection.store.model import Judgment, Verdict, new_id, ranks_of_pick
 from preference_collection.store.statistics import Agreement, LabelerProgress
-from preference_collection.web.labeling import progress
+from preference_collection.web.labeling import MOST_SETTLED, progress
 from preference_collection.web.markup import rendered
-from preference_collection.web.pages import answer_html, judged_words, ranked_words, reason_words, show_task
+from preference_collection.web.pages import (
+    answer_html,
+    judged_words,
+    ranked_words,
+    reason_words,
+    runs_of,
+    show_task,
+    tests_of,
+)
 from preference_collection.web.shared import Shared, html, labeler_of, missing, page, posted, shared_of
 
 # Disagreements on one page.
@@ -30,15 +38,14 @@ def routes() -> list[Route]:
         Route("/agreement", agreement),
         Route("/progress", team_progress),
         Route("/api/settle", posted(settle), methods=["POST"]),
+        Route("/api/unsettle", posted(unsettle), methods=["POST"]),
     ]
 
 
 def guidelines_of(settings: DictConfig) -> Markup:
-    """The guidelines as HTML. Raises UserError if there are two, or their file cannot be read."""
+    """The guidelines as HTML, empty if there are none. Raises UserError if there are two, or their file cannot be read."""
     text = guidelines_text(settings)
-    if not text:
-        return Markup("<p>There are no guidelines yet. Set <code>guidelines</code> or <code>guidelines_file</code>.</p>")
-    return rendered(text, 0)
+    return rendered(text, 0) if text else Markup()
 
 
 # ---- progress ---------------------------------------------------------------------------------------------------------------
@@ -97,16 +104,18 @@ def seconds_words(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A comparison that people judge differently: its task, its answers as HTML, who said what and why, and ways to settle it.
+    """A comparison that people judge differently: its task, its answers, who said what and why, and ways to settle it.
 
-    said is (who, opinion, reasons, comment). ways are (words, body of the request).
+    answers are (HTML, badges of their tests). said is (who, opinion, reasons, comment), written (who, the better answer that
+    they wrote as HTML), ways are (words, body of the request).
     """
 
     id: str
     title: str
     prompt: Markup
-    answers: tuple[Markup, ...]
+    answers: tuple[tuple[Markup, Markup], ...]
     said: tuple[tuple[str, str, str, str], ...]
+    written: tuple[tuple[str, Markup], ...]
     ways: tuple[tuple[str, dict], ...]
 
 
@@ -121,6 +130,7 @@ def agreement(request: Request) -> Response:
         request, "agreement.html", progress=progress(shared, labeler), summary=alpha_words(found), found=found,
         people=shared.store.agreement_by_pair(), judges=shared.store.agreement_with_judges(), hidden=hidden,
         disagreements=[disagreement_of(shared, id) for id in open_ones[start : start + PAGE_SIZE]], start=start,
+        settled=settled_of(shared), most_settled=MOST_SETTLED,
         total=len(open_ones), size=PAGE_SIZE, read_only=shared.store.read_only, share=share,
     )  # fmt: skip
 
@@ -167,11 +177,14 @@ def disagreement_of(shared: Shared, comparison_id: str) -> Disagreement:
     comparison = shared.store.comparison(comparison_id)
     task = shared.store.task(comparison.task)
     count = len(comparison.answers)
-    said = [opinion_of(judgment, count) for judgment in shared.store.standing(comparison_id)]
+    standing = shared.store.standing(comparison_id)
+    said = [opinion_of(judgment, count) for judgment in standing]
     said += [verdict_of(verdict, count) for verdict in shared.store.verdicts(comparison_id)]
+    runs = runs_of(shared, comparison, task)
     return Disagreement(
         comparison_id, task.title, html("task.html", shown=show_task(shared, task)),
-        tuple(answer_html(shared, comparison, index) for index in range(count)), tuple(said),
+        tuple((answer_html(shared, comparison, index), tests_of(run, task)) for index, run in enumerate(runs)), tuple(said),
+        tuple((each.labeler, rendered(each.edited, shared.settings.fold_lines)) for each in standing if each.edited),
         ways_to_settle(comparison_id, count),
     )  # fmt: skip
 
@@ -213,7 +226,30 @@ def settle(request: Request, data: dict) -> dict:
         raise ValueError("expected an id, and a choice other than skip")
     shared.store.judge(judgment)
     shared.queue.judged(labeler, comparison.id)
-    return {"settled": comparison.id}
+    words = judged_words(judgment, judgment.order)
+    return {"settled": comparison.id, "said": f"Settled: {words}, of “{shared.task(comparison.task).title}”."}
+
+
+def unsettle(request: Request, data: dict) -> dict:
+    """POST /api/unsettle: a comparison is no longer settled."""
+    shared, labeler = shared_of(request), labeler_of(request)
+    comparison = shared.store.comparison(str(data.get("comparison")))
+    if comparison is None:
+        raise missing("comparison")
+    done = shared.store.unsettle(labeler, comparison.id)
+    shared.queue.undone(labeler, comparison.id)
+    title = shared.task(comparison.task).title
+    return {"said": f"No longer settled: “{title}”." if done else f"“{title}” is not settled."}
+
+
+def settled_of(shared: Shared) -> list[tuple[str, str, str, str]]:
+    """What was settled, the newest first: (comparison, title of its task, words, who settled it)."""
+    found = []
+    for judgment in shared.store.settled(MOST_SETTLED):
+        comparison = shared.comparison(judgment.comparison)
+        words = judged_words(judgment, tuple(range(len(comparison.answers))))
+        found.append((comparison.id, shared.task(comparison.task).title, words, judgment.labeler))
+    return found
 
 
 def _ranks(value) -> tuple[int, ...]:

@@ -1,8 +1,10 @@
-"""The process that computes: its device and precision, its memory, and what other libraries print in it."""
+"""The process that computes: its device and precision, its memory, what other libraries print in it, and signs of life."""
 
 import gc
 import os
 import sys
+import threading
+import time
 from contextlib import contextmanager
 
 
@@ -18,6 +20,27 @@ def infrequent_garbage_collection():
         yield
     finally:
         gc.set_threshold(*usual)
+
+
+@contextmanager
+def said_while_slow(what: str, every: float = 20.0, file=None):
+    """Inside, a line says every so many seconds that something is still under way: silence looks like a hang.
+
+    what: the line, before the seconds so far. file: where it goes, by default the standard output.
+    """
+    began, over = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(every):
+            print(f"{what}: {time.monotonic() - began:.0f} s so far", file=file or sys.stdout, flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
 
 
 def tune_malloc(keep_freed: bool) -> None:

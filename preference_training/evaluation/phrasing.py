@@ -3,7 +3,7 @@
 # With fewer prompts, even an interval is too uncertain to support a decision.
 MIN_PROMPTS = 10
 # What is to be done then.
-MORE_HELD_OUT = "Raise held_out_share, or n_eval_examples."
+MORE_HELD_OUT = "Raise held_out_share, or n_eval_examples if it leaves some out."
 
 
 def too_few(prompts: int, what: str) -> str | None:

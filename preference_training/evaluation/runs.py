@@ -19,6 +19,7 @@ from preference_training.configuration.saved import changed_config, known_values
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.files import write_atomically
+from preference_training.core.machine import said_while_slow
 from preference_training.core.values import UNREADABLE
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import Placement
@@ -32,6 +33,7 @@ from preference_training.generation.sampling import OTHER, POLICY, Sampler
 from preference_training.generation.settings import GenerationSettings
 from preference_training.modeling.token_budget import common_budget, token_budget
 from preference_training.tracking.run_files import ANSWERS, JUDGEMENTS, RESULTS_FILE
+from preference_training.tracking.tracker import held_out_line
 
 
 class EvaluationRun:
@@ -89,6 +91,9 @@ class EvaluationRun:
         if self.checkpoint is not None:
             self.load_checkpoint()
         self.evaluator.evaluate()
+        if self.ranks.is_rank_zero:
+            # Known before the responses are sampled, which takes longer.
+            print(f"held out: {held_out_line(self.evaluator.held_out.means())}", flush=True)
         trained = self.evaluator.state.examples
         results: dict = {"checkpoint": str(self.checkpoint.path) if self.checkpoint else None, "examples_trained": trained}
         responses = self.sample(models.policy) if options.judge or models.reference is not None else []
@@ -151,7 +156,8 @@ class EvaluationRun:
             longest = f"of up to {room:,} tokens" if room else f"up to max_length={self.config.max_length:,}"
             print(f"sampling responses to {len(self.sample_prompts):,} prompts, {longest}", flush=True)
         sampler = Sampler(self.tokenizer, self.config.max_length, self.config.seed, self.ranks, settings)
-        return sampler.responses(model, self.sample_prompts, stream)
+        with said_while_slow("still sampling"):
+            return sampler.responses(model, self.sample_prompts, stream)
 
     def load_other(self, archive: str) -> nn.Module:
         """The model of another checkpoint, placed like the policy."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from preference_training.core.errors import UserError, first_line
+from preference_training.core.machine import said_while_slow
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.files import format_of, read_rows
 from preference_training.data.rows.conversations import RowError
@@ -75,7 +76,9 @@ def write_answers(
     print(f"answering {len(prompts):,} prompts{together} ...", file=progress, flush=True)
     with opened as file:
         for start in range(0, len(prompts), CHUNK):
-            for row in _answered(responders, prompts[start : start + CHUNK], changes):
+            with said_while_slow("still answering", file=progress):
+                rows = list(_answered(responders, prompts[start : start + CHUNK], changes))
+            for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             done = min(len(prompts), start + CHUNK)

@@ -41,6 +41,12 @@ SHORT_NAMES = {
 }
 
 
+def held_out_line(metrics: Metrics) -> str:
+    """The metrics of an evaluation that a terminal shows."""
+    shown = (EVAL_LOSS, "accuracies", "margins")
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.endswith(shown))
+
+
 class Tracker:
     """The sinks of one run. Use as a context manager; `total` is the number of training examples, for the time left.
 
@@ -111,8 +117,7 @@ class Tracker:
         row = as_numbers(metrics)
         self._write(METRICS, [row])
         self.examples = row[EXAMPLES]
-        shown = ", ".join(f"{name} {row[name]:.4g}" for name in row if name.endswith((EVAL_LOSS, "accuracies", "margins")))
-        self.log_message(f"held out, after {row[EXAMPLES]:.0f} examples: {shown}")
+        self.log_message(f"held out, after {row[EXAMPLES]:.0f} examples: {held_out_line(row)}")
         for dashboard in self.dashboards:
             dashboard.log(row)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from preference_training.batching.packing import PackedBatch
+from preference_training.core.machine import said_while_slow
 from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_used, smaller_is_better
 from preference_training.distributed.placement import Placement
 from preference_training.evaluation.breakdown import change_metrics, interval_metrics, values_by_example
@@ -169,7 +170,8 @@ class Evaluator:
             which = f"sampling: responses to {number:,} held-out prompt{'s' * (number != 1)}"
             self._announce("sampling", f"{which}, up to {room:,} tokens with the prompt")
         sampler = Sampler(self.tokenizer, min(config.max_length, longest), config.seed, self.ranks)
-        return sampler.texts(self.models.policy if model is None else model, prompts)
+        with said_while_slow("still sampling"):
+            return sampler.texts(self.models.policy if model is None else model, prompts)
 
     def sample(self) -> list[dict]:
         """Responses of the policy, and of the reference where there is one, to the sample prompts.

@@ -24,7 +24,7 @@ from preference_training.data.preparation import Prepared, count_identical_pairs
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rendering.choice import choose_templates
 from preference_training.data.rendering.settings import VERSION, VERSIONS, TokenSettings
-from preference_training.evaluation.phrasing import MORE_HELD_OUT, too_few
+from preference_training.evaluation.phrasing import too_few
 from preference_training.evaluation.pruning import build_pruner
 from preference_training.evaluation.task_suites import check_harness
 from preference_training.losses.base import Loss
@@ -268,7 +268,8 @@ def few_held_out(config: RunConfig, held_out: PromptTable) -> str | None:
     """The warning for too few held-out prompts to decide anything by; None for enough, or none at all."""
     prompts = evaluation_prompts(held_out, config.n_eval_examples, config.seed)
     text = too_few(len(prompts), "held-out metrics") if len(prompts) else None
-    return text and f"warning: {text}. {MORE_HELD_OUT}"
+    remedy = "Raise held_out_share." if len(prompts) == len(held_out) else "Raise n_eval_examples, which leaves some out."
+    return text and f"warning: {text}. {remedy}"
 
 
 def remarks_on(split: str, table: PromptTable, loss: Loss) -> list[str]:

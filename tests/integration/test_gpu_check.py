@@ -8,14 +8,13 @@ import time
 import zipfile
 from math import inf, nan
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from torch.nn.attention import flex_attention
+import torch
 from transformers import AutoConfig
 
 from preference_training.configuration.composition import force_open_sections
-from preference_training.modeling.prefix_sharing import block_attention, tree_attention
-from tests.support import forked
 from tests.support.files import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -34,38 +33,65 @@ def part(name: str, tmp_path: Path) -> dict:
     return json.loads(found.path.read_text())
 
 
-@pytest.fixture
-def light_runs(monkeypatch, tmp_path):
-    """Runs of train.py are forks, which need not import what all of them import; the overrides of each."""
-    commands = []
-
-    def start(overrides: tuple[str, ...]) -> tuple[int, str]:
-        commands.append(overrides)
-        done = forked.run([ROOT / "train.py", *overrides], tmp_path)
-        return done.returncode, done.stdout + done.stderr
-
-    monkeypatch.setattr(whole_runs, "start", start)
-    return commands
-
-
 # ---- parts ----------------------------------------------------------------------------------------------------------------
 
-CHANGED = (
-    (flex_attention, "_validate_device"),
-    (block_attention, "compiled_attention"),
-    (tree_attention, "block_attention_fault"),
-)
-QUICK = {"environment", "speed_hh", "speed_trl", "several_gpus", "memory"}
+# The others take seconds: the whole check runs them all.
+QUICK = ("environment", "speed_trl", "several_gpus", "memory")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in PARTS])
-def test_every_part_runs_on_a_cpu_and_finds_nothing_wrong(name, tmp_path, light_runs, monkeypatch):
-    # Some parts change FlexAttention for their process, which here has other tests to run.
-    for module, attribute in CHANGED:
-        monkeypatch.setattr(module, attribute, getattr(module, attribute))
+@pytest.mark.parametrize("name", QUICK)
+def test_a_part_runs_on_a_cpu_and_finds_nothing_wrong(name, tmp_path):
     found = part(name, tmp_path)
     assert found.pop("failed") == []
     assert found, "it found nothing"
+
+
+class SmallGpu(Settings):
+    """A GPU that is a CPU: what only a GPU does is done, in small sizes."""
+
+    device = "cpu"
+
+    def choose(self, on_gpu, on_cpu):
+        return on_cpu
+
+
+@pytest.fixture
+def small_gpu(monkeypatch, tmp_path):
+    """What the parts ask CUDA, answered."""
+    # It looks for a GPU when it is imported.
+    importlib.import_module("peft")
+    properties = SimpleNamespace(name="NVIDIA H200", total_memory=140 << 30, multi_processor_count=132)
+    answers = {
+        "device_count": 1, "get_device_properties": properties, "get_device_capability": (9, 0),
+        "get_device_name": "NVIDIA H200", "mem_get_info": (10 << 30, 140 << 30), "memory_allocated": 1 << 20,
+        "max_memory_allocated": 1 << 30, "max_memory_reserved": 1 << 30, "synchronize": None, "empty_cache": None,
+        "reset_peak_memory_stats": None, "set_sync_debug_mode": None,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    cpu = torch.device("cpu")
+    for module in (making, importlib.import_module("gpu_parts.attention")):
+        monkeypatch.setattr(module, "pick_device", lambda: cpu)
+    monkeypatch.setattr("preference_training.distributed.placement.pick_device", lambda: cpu)
+    monkeypatch.setattr("preference_training.batching.micro_batches._prepared", lambda batch: batch.for_gpu())
+    monkeypatch.setattr("measure.gemm_flops", lambda width, dtype: 7e14)
+    return SmallGpu(tmp_path, is_cpu=False)
+
+
+# What is measured is not as it must be on a GPU.
+GPU_WAYS = {"environment": {"kernels"}, "speed_hh": {"trie"}, "speed_large": {"trie"}, "profile": set(), "memory": set()}
+
+
+@pytest.mark.parametrize("name", GPU_WAYS)
+def test_what_a_part_does_on_a_gpu_only_is_done_to_its_end(name, small_gpu, tmp_path, monkeypatch):
+    if name == "environment":
+        # Nowhere else: torch and others would begin to use it.
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr("gpu_parts.environment.unsupported_device", lambda device: "it needs the package triton")
+    found = Found(tmp_path / f"{name}.json")
+    getattr(importlib.import_module(f"gpu_parts.{PARTS[name].module}"), name)(found, small_gpu)
+    errors = {key: value["error"] for key, value in found.facts.items() if isinstance(value, dict) and "error" in value}
+    assert not errors and set(found.failed) == GPU_WAYS[name]
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -208,7 +234,6 @@ def test_every_run_of_a_gpu_is_one_that_train_py_accepts(overrides, compose):
 
 
 def test_the_large_models_have_the_parameters_that_their_names_say():
-    import torch
     from transformers import AutoModelForCausalLM
 
     for values, expected in ((making.BILLION, 1.4e9), (making.EIGHT_BILLION, 8.0e9)):

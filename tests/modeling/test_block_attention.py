@@ -139,6 +139,20 @@ def test_models_train_on_changing_lengths_within_eight_graphs(blocks, model_type
     assert not counters["graph_break"]
 
 
+def test_short_rows_are_computed_by_the_kernel_of_all_others(monkeypatch):
+    """Torch's kernel for decoding, which it prefers below 128 tokens, does not compile for grouped heads."""
+    asked = []
+
+    def attend(query, key, value, **options):
+        asked.append(options["kernel_options"])
+        return query
+
+    monkeypatch.setattr(block_attention, "compiled_attention", lambda _: attend)
+    trie, _ = build_trie([[1, 2, 3], [1, 2, 4]], [0, 0])
+    attention_by_blocks(*(each.transpose(1, 2) for each in random_inputs(4)), TrieLayout(trie, CPU), Rules())
+    assert asked == [{"BACKEND": "TRITON"}]
+
+
 def test_what_does_not_compile_goes_branch_by_branch_and_says_so_once(blocks, monkeypatch, capsys):
     def fails(*_, **__):
         raise torch._dynamo.exc.FailOnRecompileLimitHit("recompile_limit reached")

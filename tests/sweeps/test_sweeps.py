@@ -69,7 +69,7 @@ def test_of_a_sweep_with_a_failed_job_that_is_killed_the_next_start_runs_what_is
     first.wait(60)
     found = jobs(tmp_path / "sweep")
     assert [job["state"] for job in found.values()] == ["complete", "complete", "failed", "running"]
-    assert "datasets: 2.jsonl, row 1: no field" in found["2"]["error"]
+    assert "datasets: 2.jsonl: loss=dpo compares answers" in found["2"]["error"]
     (complete,) = {(tmp_path / "sweep" / name / "metrics.jsonl").stat().st_mtime_ns for name in "1"}
 
     write(tmp_path / "2.jsonl", rows_of(2))

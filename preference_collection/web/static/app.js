@@ -6,7 +6,8 @@ const said = document.getElementById("said");
 const bar = document.getElementById("bar");
 const labeler = document.body.dataset.labeler;
 const KEPT = `judgments of ${labeler}`;  // in localStorage: those that the server has not confirmed
-const GUARD = 200;   // a key within this time of a new comparison was meant for the one before; milliseconds
+const DRAFT = `draft of ${labeler}: `;   // in localStorage: a better answer to a comparison that is not judged yet
+const GUARD = 400;   // a key within this time of a new comparison was meant for the one before; milliseconds
 const SLOW = 400;    // a request that takes longer is shown to be on its way; milliseconds
 const LOOK = 2000;   // between looks for a comparison where nothing is left; milliseconds
 const POLL = 300;    // between looks at running tests and replies; milliseconds
@@ -17,7 +18,6 @@ let shownAt = 0;       // when the comparison was shown
 let seenFor = 0;       // how long it was visible before the tab was last hidden; milliseconds
 let visibleSince = 0;  // null while the tab is hidden
 let ranks = [];        // numbers of answers, best first, while several are ranked
-let edited = null;     // {text, number}: a better answer and the one that it began as
 
 const one = (selector, within = document) => within.querySelector(selector);
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
@@ -89,7 +89,7 @@ function mount() {
   const template = one("template.bar", work);
   bar.replaceChildren(...(template ? [template.content] : []));
   ranks = [];
-  edited = null;
+  if (main()) restore();
   seenFor = 0;
   visibleSince = document.hidden ? null : performance.now();
   shownAt = performance.now();
@@ -151,7 +151,7 @@ function judge(choice, best = []) {
     choice, order: order(), ranks: choice === "ranked" ? ranksOf(best) : [], seconds: seconds(),
     reasons: all("[data-reason][aria-pressed=true]").map((button) => button.dataset.reason),
     comment: document.getElementById("comment").value.trim(),
-    edited: edited ? edited.text : "", edited_from: edited && edited.number ? order()[edited.number - 1] : null,
+    ...written(),
   };
   keep(judgment.id, { judgment, what });
   return change(() => send(judgment, what));
@@ -162,13 +162,15 @@ function random_id() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-// The name of an answer as the page shows it: left, upper, answer 3.
+// The name of an answer as the page shows it: left, upper, answer 3; and words in which two answers have these names.
+const two = () => main() && main().dataset.count === "2";
+const named = (words) => (two() ? words.replace(/answer ([12])/g, (_, number) => name(number)) : words);
 const name = (number) => one(`[data-does=pick][data-number="${number}"] .name`).innerText.trim();
 
 function said_of(choice, best) {
-  const names = { tie: "a tie", bad: main().dataset.count === "2" ? "both are bad" : "all are bad", skip: "skipped" };
+  const names = { tie: "a tie", bad: two() ? "both are bad" : "all are bad", skip: "skipped" };
   if (choice !== "ranked") return names[choice];
-  return best.length === 1 && main().dataset.count === "2" ? `${name(best[0])} is better` : best.map(name).join(" > ");
+  return best.length === 1 && two() ? `${name(best[0])} is better` : best.map(name).join(" > ");
 }
 
 // What was judged stays in the browser until the server has confirmed it.
@@ -189,10 +191,11 @@ async function send(judgment, what) {
     try {
       const answer = await ask("/api/judge", judgment);
       keep(judgment.id);
+      localStorage.removeItem(DRAFT + judgment.comparison);
       const here = main() && main().dataset.comparison === judgment.comparison;
       const verdicts = (answer.verdicts || []).map((each) => verdict_line(each, here));
       show(answer.next);
-      say(`Saved: ${what}. u undoes.`);
+      say(`Saved: ${what}. ${answer.replaced ? "You judged this before; your new judgment replaces it. " : ""}u undoes.`);
       said.append(...verdicts);
       return;
     } catch (error) {
@@ -212,10 +215,8 @@ async function send(judgment, what) {
 function verdict_line(verdict, here) {
   const line = document.createElement("span");
   line.className = "verdict";
-  const words = verdict.number && here ? `${name(verdict.number)} is better` : verdict.words;
-  const two = here && main().dataset.count === "2";
-  const reason = two ? verdict.reason.replace(/answer ([12])/g, (_, number) => name(number)) : verdict.reason;
-  line.textContent = `${verdict.judge}, a model: ${words}. ${reason}`;
+  const words = `${verdict.words}. ${verdict.reason}`;
+  line.textContent = `${verdict.judge}, a model: ${here ? named(words) : words}`;
   return line;
 }
 
@@ -238,6 +239,8 @@ function show_ranks() {
 
 // ---- what the buttons do ----------------------------------------------------------------------------------------------------
 
+const leave = () => one("h1", work).focus({ preventScroll: true });
+
 const toggled = (button) => {
   const on = button.getAttribute("aria-pressed") !== "true";
   button.setAttribute("aria-pressed", String(on));
@@ -254,7 +257,12 @@ const does = {
   undo: () => change(async () => {
     const answer = await ask("/api/undo", { labeler });
     if (answer.next) show(answer.next);
-    say(answer.undone ? "Undone. Judge it again, or press n." : "There is nothing to undo.");
+    if (!answer.undone) {
+      say(`There is nothing to undo.${answer.settled ? " What you settled is undone on the Agreement page." : ""}`);
+      return;
+    }
+    const again = answer.again ? ` Your earlier judgment (${named(answer.again)}) stands again.` : "";
+    say(`Undone: ${named(answer.what)}, of “${answer.title}”.${again} Judge it again, or press n.`);
   }),
   next: () => change(async () => {
     const left = main() ? main().dataset.comparison : "";
@@ -262,7 +270,8 @@ const does = {
     show(next);
     say(next.id && next.id === left ? "It is the only one left." : left ? "Not judged; it comes again later." : "");
   }),
-  reason: (button) => toggled(button),
+  // Pressed with the mouse, a reason does not keep the focus: the next digit judges.
+  reason: (button, event) => { toggled(button); if (event.detail) leave(); },
   reasons: () => one(".reason").focus(),
   comment: () => comment(true),
   differences,
@@ -274,24 +283,19 @@ const does = {
     all("[data-does=larger]").forEach((other) => other !== button && other.setAttribute("aria-pressed", "false"));
   },
   guidelines: () => open(document.getElementById("guidelines")),
-  edit: () => { document.getElementById("edited").value = edited ? edited.text : ""; open(one("dialog.edit")); },
+  edit: () => { open(one("dialog.edit")); box().focus(); },
+  // What was written stays: the answer comes in where the cursor is.
   begin: async (button) => {
-    const number = Number(button.dataset.number);
-    const box = document.getElementById("edited");
-    box.dataset.number = number;
-    const address = `/text/${main().dataset.comparison}/${order()[number - 1]}`;
-    box.value = number ? await (await fetch(address)).text() : "";
-    box.focus();
-    box.setSelectionRange(0, 0);
+    const field = box();
+    field.focus();
+    const address = `/text/${main().dataset.comparison}/${order()[button.dataset.number - 1]}`;
+    const answer = await fetch(address).catch(() => null);
+    if (!answer || !answer.ok) { say("The server does not answer."); return; }
+    if (field.value.trim() === "") field.dataset.number = button.dataset.number;
+    field.setRangeText(await answer.text(), field.selectionStart, field.selectionStart, "start");
+    draft();
   },
-  "keep-edit": () => {
-    const box = document.getElementById("edited");
-    edited = box.value.trim() ? { text: box.value, number: Number(box.dataset.number || 0) } : null;
-    one("[data-does=edit]").setAttribute("aria-pressed", String(Boolean(edited)));
-    one("dialog.edit").close();
-    if (edited) say("Your answer is kept with your judgment. Judge the answers now.");
-  },
-  "drop-edit": () => { document.getElementById("edited").value = ""; does["keep-edit"](); },
+  "drop-edit": (button) => { box().value = ""; draft(); does.close(button); },
   close: (button) => button.closest("dialog").close(),
   generate,
   start: (button) => start(button.closest("form")),
@@ -314,7 +318,8 @@ const does = {
   // On other pages: post the object in data-body to data-post, then load the page again.
   post: async (button) => {
     try {
-      await ask(button.dataset.post, JSON.parse(button.dataset.body));
+      const answer = await ask(button.dataset.post, JSON.parse(button.dataset.body));
+      sessionStorage.setItem("told", answer.said || "");
       location.reload();
     } catch (error) { alert(error.message); }
   },
@@ -324,12 +329,52 @@ function open(dialog) {
   if (dialog && !dialog.open) dialog.showModal();
 }
 
+// ---- a better answer --------------------------------------------------------------------------------------------------------
+
+const box = () => document.getElementById("edited");
+
+// A better answer as it is judged with: its text, and the index of the answer that it began as.
+function written() {
+  const { value, dataset } = box();
+  const text = value.trim() ? value : "";
+  return { edited: text, edited_from: text && dataset.number ? order()[dataset.number - 1] : null };
+}
+
+function draft() {
+  const text = written().edited;
+  const key = DRAFT + main().dataset.comparison;
+  one("[data-does=edit]").setAttribute("aria-pressed", String(Boolean(text)));
+  try {
+    if (text) localStorage.setItem(key, JSON.stringify({ text, number: box().dataset.number }));
+    else localStorage.removeItem(key);
+  } catch (error) { /* no storage: kept in the page alone */ }
+}
+
+function restore() {
+  let found = null;
+  try { found = JSON.parse(localStorage.getItem(DRAFT + main().dataset.comparison)); } catch (error) { /* none */ }
+  if (found) { box().value = found.text; box().dataset.number = found.number || ""; }
+  draft();
+}
+
+document.addEventListener("input", (event) => { if (event.target === box()) draft(); });
+
+document.addEventListener("close", (event) => {
+  if (event.target.matches(".edit") && event.target.isConnected && written().edited) {
+    say("Your answer is kept with your judgment. Judge the answers now.");
+  }
+  // The time spent on the guidelines is none of the comparison's.
+  if (event.target.matches("[data-first]")) { seenFor = 0; visibleSince = performance.now(); event.target.removeAttribute("data-first"); }
+}, true);
+
+// ---- panels and views -------------------------------------------------------------------------------------------------------
+
 function comment(on) {
   const field = one(".bar .field");
   field.hidden = !on;
   const written = document.getElementById("comment").value.trim() !== "";
   one("[data-does=comment]").setAttribute("aria-pressed", String(on || written));
-  if (on) document.getElementById("comment").focus(); else one("h1", work).focus({ preventScroll: true });
+  if (on) document.getElementById("comment").focus(); else leave();
 }
 
 function view(stacked, kept = false) {
@@ -348,67 +393,16 @@ async function differences(button) {
     panel.innerHTML = answer.html;
     panel.dataset.filled = "yes";
   }
+  // Where nothing can be marked, the answers stay in sight.
+  if (!one(".difference", panel)) {
+    button.setAttribute("aria-pressed", "false");
+    say([...new Set(all(".summary", panel).map((each) => each.textContent))].join(" "));
+    return;
+  }
   const on = button.getAttribute("aria-pressed") === "true";
   panel.hidden = !on;
   one(".answers", work).classList.toggle("compared", on);
 }
-
-// ---- generating answers -----------------------------------------------------------------------------------------------------
-
-const task_here = () => one("[data-task]", work)?.dataset.task;
-
-async function generate() {
-  const task = task_here();
-  const dialog = document.getElementById("writing");
-  if (!task || !dialog) return;
-  open(dialog);
-  dialog.textContent = "Looking for models …";
-  await fill(dialog, `/api/generate/${encodeURIComponent(task)}`);
-}
-
-async function fill(dialog, address, body) {
-  try {
-    const answer = await ask(address, body);
-    if (answer.next) { show(answer.next); say(answer.said || ""); return; }
-    if (answer.closed) { dialog.close(); return; }
-    const begins = !one("[data-writing]", dialog);
-    const focus = dialog.contains(document.activeElement) ? document.activeElement : null;
-    const pressed = focus && focus.dataset.does;
-    dialog.innerHTML = answer.html;
-    // Replacing what had the focus must not lose it.
-    const same = pressed && one(`[data-does="${pressed}"]`, dialog);
-    if (same) same.focus(); else if (begins || focus) one("h2", dialog).focus();
-    all(".replies .text", dialog).forEach((text) => { text.scrollTop = text.scrollHeight; });
-    const at = one("[data-writing]", dialog);
-    const again = () => dialog.open && fill(dialog, `/api/writing/${encodeURIComponent(task_here())}`);
-    if (at && at.dataset.writing === "on") setTimeout(again, POLL);
-  } catch (error) {
-    dialog.textContent = error.message;
-  }
-}
-
-function start(form) {
-  if (!form.reportValidity()) return;
-  const given = Object.fromEntries(new FormData(form));
-  fill(form.closest("dialog"), "/api/generate", { task: task_here(), ...given, temperature: Number(given.temperature) });
-}
-
-function steer(action, number) {
-  const body = number === undefined ? {} : { number: Number(number) };
-  fill(document.getElementById("writing"), `/api/writing/${encodeURIComponent(task_here())}/${action}`, body);
-}
-
-document.addEventListener("change", (event) => {
-  if (!event.target.matches("[data-fills]")) return;
-  const dialog = event.target.closest("dialog");
-  fill(dialog, `/api/generate/${encodeURIComponent(task_here())}?source=${encodeURIComponent(event.target.value)}`);
-});
-
-document.addEventListener("submit", (event) => {
-  if (!event.target.matches("form.request")) return;
-  event.preventDefault();
-  start(event.target);
-});
 
 // ---- keys -------------------------------------------------------------------------------------------------------------------
 
@@ -429,19 +423,31 @@ document.addEventListener("keydown", (event) => {
   const ends = { comment: enters || event.key === "Escape", edited: enters && (event.ctrlKey || event.metaKey) };
   if (ends[at.id]) {
     event.preventDefault();
-    if (at.id === "comment") comment(false); else does["keep-edit"]();
+    if (at.id === "comment") comment(false); else does.close(at);
     return;
   }
   if (writes(at) || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === "Escape" && at.classList.contains("reason")) { one("h1", work).focus({ preventScroll: true }); return; }
+  if (at.closest(".reasons") && chosen(event)) { event.preventDefault(); return; }
   if (scrolled(event)) { event.preventDefault(); return; }
   // Enter and the space bar press the button that has the focus.
   if (event.key === "Enter" && at.closest("button, summary, a")) return;
   if (event.repeat) return;
   const scope = one("dialog[open]") || document;
-  const button = all("[data-key]", scope).find((each) => each.dataset.key === event.key && !each.disabled);
+  const buttons = all("[data-key]", scope).filter((each) => !each.disabled);
+  // With Caps Lock, letters are capital.
+  const pressed = (key) => buttons.find((each) => each.dataset.key === key);
+  const button = pressed(event.key) || pressed(event.key.toLowerCase());
   if (button) { event.preventDefault(); button.click(); }
 });
+
+// While the reasons have the focus, digits choose them and judge nothing, and Enter, Escape or r leaves.
+function chosen(event) {
+  if (["Enter", "Escape", "r", "R"].includes(event.key)) { if (!event.repeat) leave(); return true; }
+  if (!/^[0-9]$/.test(event.key)) return false;
+  const reason = all(".reason")[event.key - 1];
+  if (reason && !reason.disabled && !event.repeat && !held) { reason.focus(); toggled(reason); }
+  return true;
+}
 
 // Arrows and page keys scroll all answers together while the focus is in none of them.
 function scrolled(event) {
@@ -459,9 +465,15 @@ function scrolled(event) {
 
 // ---- the beginning ----------------------------------------------------------------------------------------------------------
 
+const told = document.getElementById("told");
+if (told) {
+  told.textContent = sessionStorage.getItem("told");
+  sessionStorage.removeItem("told");
+}
 if (work) {
   mount();
   setTimeout(ready, GUARD);
   if (kept().length) change(async () => { for (const { judgment, what } of kept()) await send(judgment, what); });
   if (one("[data-open=generate]", work)) generate();
+  open(one("dialog[data-first]"));
 }

@@ -104,7 +104,7 @@ def _json_lines(lines: Iterator[tuple[int, bytes]], place: str, report: DataRepo
             ends = " where the line ends" if error.pos == len(text) else ""
             where, problem = (
                 f"row {number}",
-                f"not JSON: {error.msg} at column {error.colno}{ends}. Expected one object a line.",
+                f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}{ends}. Expected one object a line.",
             )
         except UNREADABLE_JSON as error:
             where, problem = f"row {number}", f"cannot be read as JSON: {error}. Expected objects with texts."

@@ -21,6 +21,9 @@ from preference_training.modeling.prefix_sharing.rules import Rules
 
 # The oldest NVIDIA GPUs that FlexAttention has kernels for: A100, RTX 30.
 MIN_CAPABILITY = (8, 0)
+# One kernel for all lengths. Left to choose, torch takes another one below 128 tokens, for decoding, which does not compile
+# where several query heads share a key head.
+KERNEL_OPTIONS = {"BACKEND": "TRITON"}
 # Why the kernel is not used any more, by the type of device; empty before the first fault.
 _faults: dict[str, str] = {}
 
@@ -66,6 +69,7 @@ def attention_by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: TrieL
         "block_mask": layout.block_mask(rules.window, rules.chunk),
         "scale": rules.scaling,
         "enable_gqa": query.shape[1] != key.shape[1],
+        "kernel_options": KERNEL_OPTIONS,
     }
     if rules.sinks is None:
         return attend(query, key, value, **arguments)

@@ -193,7 +193,9 @@ def _kind_with_state(model: nn.Module) -> str | None:
 
 def _compare(model: nn.Module, lengths: dict[str, int], comparison: _Comparison) -> _Failure | None:
     """Compare a random trie under tree attention with its sequences alone, with some lengths changed; None where they agree."""
-    batch = random_tries(_vocabulary(model), comparison.longest).to(compute_device(model))
+    batch, device = random_tries(_vocabulary(model), comparison.longest), compute_device(model)
+    # As a run prepares its batches, so that its own kernel is tried.
+    batch = (batch.for_gpu() if device.type == "cuda" else batch).to(device)
     batch.layout.by_branches = comparison.by_branches or batch.layout.by_branches
     trained = [weight for name, weight in model.named_parameters() if weight.requires_grad and not is_head_weight(name)]
     # The first and the last: one of them is the B matrix of a new LoRA adapter, whose A matrices have zero gradients.

@@ -5,6 +5,7 @@ import time
 from torch import nn
 
 from preference_training.core.errors import UserError
+from preference_training.core.machine import said_while_slow
 from preference_training.modeling.prefix_sharing.block_attention import unsupported_device
 from preference_training.modeling.prefix_sharing.proof import find_sharing_failure
 from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead
@@ -25,11 +26,12 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
     is_plain_head = type(head) is nn.Linear
     if is_plain_head:
         head.__class__ = ScoringHead
-    failure = find_sharing_failure(model)
-    if failure and is_plain_head:
-        # Logits may be changed after the head, by a soft-cap for instance: then prefixes are shared without a scoring head.
-        head.__class__ = nn.Linear
+    with said_while_slow("prefix sharing: its proof on this model (prefix_sharing=off does without)"):
         failure = find_sharing_failure(model)
+        if failure and is_plain_head:
+            # Logits may be changed after the head, by a soft-cap for instance: then prefixes are shared without a scoring head.
+            head.__class__ = nn.Linear
+            failure = find_sharing_failure(model)
     if failure is None:
         model.set_attn_implementation(TREE_ATTENTION)
         seconds = time.perf_counter() - began

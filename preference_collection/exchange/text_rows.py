@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
+from preference_collection.exchange.code_rows import judgment_in
 from preference_collection.store.model import ranks_of_scores
 from preference_training.core.errors import UserError
 from preference_training.data.entries import read_entry
@@ -51,7 +52,7 @@ class TextRow:
 
     choice is "ranked", "tie" or "bad" (see `Judgment`), "" if nobody has compared them; ranks is given if it is "ranked". score
     and label are of a single answer, which is compared with others to the same prompt. edited is an answer that a labeler
-    wrote. tools is the JSON text of a list, or "".
+    wrote. tools is the JSON text of a list, or "". judgment is the id of the judgment that the row was exported of, or "".
     """
 
     prompt: Prompt
@@ -64,6 +65,7 @@ class TextRow:
     tools: str = ""
     title: str = ""
     difficulty: str = ""
+    judgment: str = ""
 
 
 def open_rows(path: str, given: dict, report: DataReport) -> tuple[Source, FieldMap, Iterator[tuple[int, dict]]]:
@@ -147,6 +149,7 @@ def answers_in_row(field_map: FieldMap, columns: str | list[str], row: dict) -> 
 def _text_row(row: dict, mapped: Row | Prompt, **more) -> TextRow:
     """A row with the title and the difficulty that it has."""
     described = {name: row[name].strip() for name in DESCRIBING[1:] if isinstance(row.get(name), str)}
+    described["judgment"] = judgment_in(row)
     if not isinstance(mapped, Row):
         return TextRow(mapped, **described, **more)
     answers = more.pop("answers", tuple(mapped.responses))

@@ -318,6 +318,23 @@ def test_training_knows_the_columns_of_an_export(store, tmp_path, name):
     assert report.columns_not_read == {}
 
 
+@pytest.mark.parametrize("name", ["picks.jsonl", "picks/"])
+@pytest.mark.parametrize("is_code", [False, True])
+def test_an_export_adds_no_judgment_to_the_store_that_it_is_of(store, tmp_path, name, is_code):
+    row = {"description": "Say 1.", "version1": "one", "version2": "two"} if is_code else {
+        "prompt": "What?", "answer_a": "one", "answer_b": "two"}  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    import_into(store, tmp_path / "rows.jsonl")
+    [comparison] = store.comparisons()
+    store.judge(a_judgment(comparison, 0))
+    (export_records if "." in name else export_dataset)(store, tmp_path / name)
+    import_into(store, f"{tmp_path}/{name}")
+    assert store.progress().judgments == 1
+    with closing(open_store(":memory:")) as other:
+        import_into(other, f"{tmp_path}/{name}")
+        assert other.progress().judgments == 1
+
+
 # ---- with real processes ----------------------------------------------------------------------------------------------------
 
 

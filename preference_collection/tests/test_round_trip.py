@@ -227,7 +227,7 @@ def test_both_kinds_together_are_records_and_code_alone_has_the_columns_of_lc(st
     assert entry_of(tmp_path / "out") == f"'{tmp_path / 'out'}/'"
     assert read(tmp_path / "out").keys() == {"Add two numbers (sum).", "What is best?"}
     load_hub.cache_clear()
-    with pytest.raises(UserError, match=r"Rows of any other format are read by their path: datasets=\['.*/out/'\]"):
+    with pytest.raises(UserError, match=r"Records are read by their path: datasets=\['.*/out/'\]"):
         list(load_records(read_entry({"name": "lc", "data_dir": str(tmp_path / "out")}), "train"))
     assert "1 judgment finds all answers bad" in (tmp_path / "out" / "README.md").read_text()
 

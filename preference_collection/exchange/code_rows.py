@@ -18,6 +18,7 @@ from preference_collection.store.model import Task
 from preference_collection.store.schema import connect
 from preference_training.core.errors import UserError
 from preference_training.data.files import EXPECTED
+from preference_training.data.rows.column_names import MARK_OF_JUDGMENTS
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.records import DataReport, text_error, type_name
 
@@ -31,11 +32,15 @@ TABLES = "SELECT table_name FROM information_schema.tables WHERE table_catalog =
 
 @dataclass(frozen=True)
 class CodeRow:
-    """A problem, its two versions, and the index of the better one. No versions, or no label: nobody has written or judged."""
+    """A problem, its two versions, and the index of the better one. No versions, or no label: nobody has written or judged.
+
+    judgment: the id of the judgment that the row was exported of, or "".
+    """
 
     task: Task
     versions: tuple[str, ...] = ()
     label: int | None = None
+    judgment: str = ""
 
 
 def code_row(row: dict) -> CodeRow:
@@ -45,7 +50,13 @@ def code_row(row: dict) -> CodeRow:
     label = _label(row)
     if label is not None and not all(texts):
         raise RowError("it has a preference, but version1 or version2 is empty")
-    return CodeRow(task, texts if all(texts) else (), label)
+    return CodeRow(task, texts if all(texts) else (), label, judgment_in(row))
+
+
+def judgment_in(row: dict) -> str:
+    """The id of the judgment that a row was exported of, "" for other rows."""
+    id = row.get(MARK_OF_JUDGMENTS)
+    return id if isinstance(id, str) else ""
 
 
 def problem_of(row: dict) -> Task:

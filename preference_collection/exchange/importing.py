@@ -50,6 +50,7 @@ OF_PROBLEMS = {"function_name", "tests", "version1", "version2"}
 
 MORE_ANSWERS = f"answers left out: of more than {MOST_ANSWERS} answers to a prompt, the first {MOST_ANSWERS} are compared"
 REPEATED = "judgments that repeat an earlier one, and count once"
+OWN = "judgments that this store has, from which they were exported"
 OPPOSED = "judgments that differ from an earlier one of the same answers, and are a further labeler's"
 ANSWER_ALONE = "an answer without a prompt, which nothing can be compared with"
 TOOLS_OF_PROMPT = "prompts without an answer whose tools are not kept"
@@ -61,7 +62,8 @@ class Import:
     """The content of the rows, and the counts after adding it.
 
     answers: those that have none to be compared with yet, with their tasks. singles: answers in rows of their own, by task,
-    with the score and the label of each. added, known: numbers of tasks. waiting: the number of answers added alone.
+    with the score and the label of each. store_has: the ids of the store's judgments. added, known: numbers of tasks. waiting:
+    the number of answers added alone.
     """
 
     tasks: dict[str, Task] = field(default_factory=dict)
@@ -70,6 +72,7 @@ class Import:
     judgments: dict[str, Judgment] = field(default_factory=dict)
     report: DataReport = field(default_factory=lambda: DataReport(skip_bad_rows=True))
     singles: dict[str, list[tuple[Answer, float | None, bool | None]]] = field(default_factory=dict)
+    store_has: set[str] = field(default_factory=set)
     added: int = 0
     known: int = 0
     waiting: int = 0
@@ -85,7 +88,7 @@ class Import:
         counts = (
             (self.added, "task", "tasks", " added"), (self.known, "known task", "known tasks", ""),
             (compared, "new comparison", "new comparisons", ""), (judged, "judgment", "judgments", ""),
-            (self.waiting, "single answer", "single answers", ", compared once `generate` has made another to the prompt"),
+            (self.waiting, "single answer", "single answers", " with no other answer to the prompt"),
             (self.num_bad_rows, "invalid row", "invalid rows", " skipped"),
         )  # fmt: skip
         parts = [f"{count} {one if count == 1 else many}{rest}" for count, one, many, rest in counts if count]
@@ -93,7 +96,7 @@ class Import:
 
     def lines(self) -> list[str]:
         """The summary, and what was changed, left out or not read."""
-        counts = [f"{count} {what}" for count, what in self.report.counts() if what != "bad rows skipped"]
+        counts = [f"{count} {what}" for count, what in self.report.counts() if not what.startswith("bad row")]
         lines = ["; ".join(counts)] * bool(counts) + self.report.remarks() + self.report.bad_row_lines()
         return [self.line(), *(f"  {line.removeprefix('datasets: ')}" for line in lines)]
 
@@ -112,7 +115,7 @@ class Import:
             return
         comparison = Comparison(content_id(*(answer.id for answer in answers)), task.id, answers)
         self.comparisons[comparison.id] = comparison
-        if row.label is not None:
+        if row.label is not None and not self._is_own(row):
             ranks = ranks_of_pick(row.label, len(answers))
             judgment = _imported(comparison, IMPORTED, "ranked", ranks)
             if self.judgments.setdefault(judgment.id, judgment) != judgment:
@@ -130,9 +133,18 @@ class Import:
         elif len(answers) == 1:
             self.singles.setdefault(task.id, []).append((answers[0], row.score, row.label))
         else:
-            self._compare(task, answers, row.choice, row.ranks, row.edited)
+            said = () if self._is_own(row) else (row.choice, row.ranks, row.edited)
+            self._compare(task, answers, *said)
 
-    def _compare(self, task: Task, answers: Sequence[Answer], choice: str, ranks: Sequence[int], edited: Response = "") -> None:
+    def _is_own(self, row: CodeRow | TextRow) -> bool:
+        """Whether a row is an export of one of the store's own judgments, which counts once."""
+        is_own = row.judgment in self.store_has
+        self.report.change(OWN, is_own)
+        return is_own
+
+    def _compare(
+        self, task: Task, answers: Sequence[Answer], choice: str = "", ranks: Sequence[int] = (), edited: Response = ""
+    ) -> None:
         """Add a comparison of answers, each once, and what a row says of them."""
         first = {answer.id: k for k, answer in reversed(list(enumerate(answers)))}
         kept = sorted(first.values())
@@ -210,7 +222,7 @@ def import_into(store: Store, path: Path | str, skip_bad_rows: bool = False, giv
     given: keys of an entry of `datasets` that say which column is which. Raises UserError for an unreadable file and, unless
     skip_bad_rows, for invalid rows, listing the first ten kinds with their numbers, counted from 1.
     """
-    found = Import()
+    found = Import(store_has=store.judgment_ids())
     try:
         _read(expanded(str(path)), given or {}, found)
     except UserError as error:
@@ -218,10 +230,14 @@ def import_into(store: Store, path: Path | str, skip_bad_rows: bool = False, giv
     found.compare_singles()
     if found.num_bad_rows and not skip_bad_rows:
         rows = "\n".join(f"  {line.removeprefix('datasets: ')}" for line in found.report.bad_row_lines())
+        several = found.num_bad_rows > 1
+        invalid = f"{found.num_bad_rows} rows of {path} are" if several else f"1 row of {path} is"
         raise UserError(
-            f"import: {found.num_bad_rows} rows of {path} are invalid, and nothing was imported. Fix them, or skip them with "
-            f"--skip-bad-rows. The first of them:\n{rows}"
+            f"import: {invalid} invalid, and nothing was imported. Fix {'them, or skip them' if several else 'it, or skip it'} "
+            f"with --skip-bad-rows.{' The first of them:' * several}\n{rows}"
         )
+    if not (found.tasks or found.num_bad_rows or list(found.report.counts())):
+        raise UserError(f"import: {path} has no rows. Expected rows that training reads, or a store of the older layout.")
     return _add(store, found)
 
 

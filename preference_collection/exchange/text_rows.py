@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
+from preference_collection.exchange.code_rows import judgment_in
 from preference_collection.store.model import ranks_of_scores
 from preference_training.core.errors import UserError
 from preference_training.data.entries import read_entry
@@ -40,6 +41,7 @@ SUFFIXES = (tuple("abcde"), tuple("01234"), tuple("12345"))
 # Columns that describe the task.
 DESCRIBING = ("id", "title", "difficulty")
 
+SAID_MORE = "rows with reasons or a comment of a labeler, which are not kept"
 NO_ORDER = "rows whose pairs form no ranking, and are imported without a judgment"
 NUMBERS_OF_PAIRS = "rows with a margin or a weight of their pair, which is not kept"
 
@@ -50,7 +52,7 @@ class TextRow:
 
     choice is "ranked", "tie" or "bad" (see `Judgment`), "" if nobody has compared them; ranks is given if it is "ranked". score
     and label are of a single answer, which is compared with others to the same prompt. edited is an answer that a labeler
-    wrote. tools is the JSON text of a list, or "".
+    wrote. tools is the JSON text of a list, or "". judgment is the id of the judgment that the row was exported of, or "".
     """
 
     prompt: Prompt
@@ -63,6 +65,7 @@ class TextRow:
     tools: str = ""
     title: str = ""
     difficulty: str = ""
+    judgment: str = ""
 
 
 def open_rows(path: str, given: dict, report: DataReport) -> tuple[Source, FieldMap, Iterator[tuple[int, dict]]]:
@@ -146,6 +149,7 @@ def answers_in_row(field_map: FieldMap, columns: str | list[str], row: dict) -> 
 def _text_row(row: dict, mapped: Row | Prompt, **more) -> TextRow:
     """A row with the title and the difficulty that it has."""
     described = {name: row[name].strip() for name in DESCRIBING[1:] if isinstance(row.get(name), str)}
+    described["judgment"] = judgment_in(row)
     if not isinstance(mapped, Row):
         return TextRow(mapped, **described, **more)
     answers = more.pop("answers", tuple(mapped.responses))
@@ -222,6 +226,7 @@ class _Judged:
 
     def _of_record(self, row: dict, mapped: Row) -> TextRow:
         """A row of an export of the app, which has a further response if a labeler wrote one."""
+        self.report.change(SAID_MORE, not (is_empty(row.get("reasons")) and is_empty(row.get("comment"))))
         n = len(row["responses"])
         judged = mapped._replace(responses=mapped.responses[:n], scores=None, labels=(mapped.labels or [None])[:n])
         more = {"edited": mapped.responses[n]} if len(mapped.responses) > n else {}
@@ -332,6 +337,6 @@ class _Unjudged:
         if not isinstance(self.columns, list) or len(present) > 1:
             return _text_row(row, answers_in_row(self.found, self.columns, row))
         # One of several columns.
-        answer = answer_in(present[0], shown_names(self.columns))
-        prompt, responses = self.found.splitting.split(row, [(shown_names(self.columns), answer)])
+        name = self.columns[values.index(present[0])]
+        prompt, responses = self.found.splitting.split(row, [(name, answer_in(present[0], name))])
         return _text_row(row, prompt, answers=tuple(responses), tools=prompts.tools_text(row))

@@ -141,6 +141,10 @@ class Judgments(Tasks):
         """The current judgments of some comparisons, in chronological order."""
         return [_judgment(row) for row in self._rows(STANDING_AMONG, {"comparisons": list(comparisons)})]
 
+    def judgment_ids(self) -> set[str]:
+        """The ids of all judgments, also of those that were undone."""
+        return {id for (id,) in self._rows("SELECT id FROM judgments WHERE undoes IS NULL")}
+
     def judged_by(self, comparisons: Sequence[str] | None = None) -> list[tuple[str, str, bool, bool]]:
         """Who judged comparisons: (comparison, labeler, whether it is more than a skip, whether it settles).
 

@@ -122,10 +122,8 @@ def connect(address: str, read_only: bool) -> duckdb.DuckDBPyConnection:
     if remote and not any(os.environ.get(name) for name in TOKENS):
         raise UserError(f"store: {address} is a MotherDuck address, but {TOKENS[0]} is not set. Set it to your token.")
     file = None if remote or address == ":memory:" else Path(address).expanduser()
-    if file and not file.exists():
-        if read_only:
-            raise UserError(f"store: {address}: no such file. Expected an existing store.")
-        file.parent.mkdir(parents=True, exist_ok=True)
+    if file:
+        _check_place(address, file, read_only)
     try:
         if not SHARE.fullmatch(address):
             return duckdb.connect(str(file or address), read_only=read_only and not remote)
@@ -137,10 +135,34 @@ def connect(address: str, read_only: bool) -> duckdb.DuckDBPyConnection:
         raise _refusal(address, error) from error
 
 
+def _check_place(address: str, file: Path, read_only: bool) -> None:
+    """Raise UserError where no store can be, and make its folder; no more, since a mistyped path must not become a tree."""
+    if file.is_dir():
+        raise UserError(f"store: {address} is a directory. Expected a file in it, such as {file / 'collection.duckdb'}.")
+    if file.exists():
+        return
+    if read_only:
+        raise UserError(f"store: {address}: no such file. Expected an existing store.")
+    if not file.parent.parent.is_dir():
+        raise UserError(f"store: {address}: there is no directory {file.parent.parent}. Create it, or name another place.")
+    try:
+        file.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"store: {address} cannot be written: {error.strerror}. Name a file in a directory of yours."
+        ) from error
+
+
 def _refusal(address: str, error: Exception) -> UserError:
     message = first_line(error, 400)
     if "onflicting lock" in message or "already open" in message:
-        return UserError(f"store: {address} is open in another process, and only one can open it. Close the other. {message}.")
+        holder = f" (process {found[1]})" if (found := re.search(r"PID (\d+)", message)) else ""
+        return UserError(
+            f"store: {address} is open in another process{holder}, probably the labeling app's server. Only one can open it: "
+            "stop that one first, or use its pages, such as Export."
+        )
+    if "ermission denied" in message or "ead-only file system" in message:
+        return UserError(f"store: {address} cannot be opened: no permission. Name a file that you may read and write.")
     if "not a valid DuckDB" in message:
         return UserError(f"store: {address} is not a DuckDB file. Expected a store of this app, or a new file name.")
     return UserError(f"store: {address} cannot be opened: {message}. Expected a DuckDB file or a MotherDuck address.")

@@ -56,6 +56,19 @@ def test_control_characters_in_columns_and_values_do_not_reach_the_terminal(tmp_
     assert r"preference is '\x1b]0;x\x07'" in said and "\x1b" not in said
 
 
+def test_a_place_where_no_store_can_be_is_one_message_and_makes_no_directories(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "What?"}) + "\n")
+    assert refused(capsys, "import", str(rows), f"store={tmp_path}") == (
+        f"store: {tmp_path} is a directory. Expected a file in it, such as {tmp_path / 'collection.duckdb'}."
+    )
+    assert refused(capsys, "import", str(rows), f"store={tmp_path / 'a' / 'b' / 'c.duckdb'}") == (
+        f"store: {tmp_path / 'a' / 'b' / 'c.duckdb'}: there is no directory {tmp_path / 'a'}. Create it, or name another place."
+    )
+    assert list(tmp_path.iterdir()) == [rows]
+    assert refused(capsys, "import", str(rows), "store=/proc/mine/c.duckdb").startswith("store: /proc/mine/c.duckdb cannot be ")
+
+
 def test_an_import_brings_no_samples(tmp_path, capsys, monkeypatch):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "What is best?"}) + "\n")

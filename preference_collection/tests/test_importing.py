@@ -145,7 +145,9 @@ def test_an_invalid_row_is_reported_by_number_and_nothing_is_imported(store, tmp
     with pytest.raises(UserError) as caught:
         import_into(store, path)
     assert f"rows.jsonl, row 2: {fault}" in str(caught.value)
-    assert str(caught.value).startswith(f"import: 1 rows of {path} are invalid, and nothing was imported.")
+    assert str(caught.value).startswith(
+        f"import: 1 row of {path} is invalid, and nothing was imported. Fix it, or skip it with"
+    )
     assert store.progress().tasks == 0
     assert (
         import_into(store, path, skip_bad_rows=True).line()
@@ -171,10 +173,29 @@ def test_invalid_rows_of_one_kind_are_one_line_and_all_are_counted(store, tmp_pa
     assert "row 1: description is empty. (11 more rows like it)" in str(caught.value)
 
 
+def test_a_skipped_row_is_counted_once(store, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [ROWS[0], {"description": ""}])
+    first, *others = import_into(store, path, skip_bad_rows=True).lines()
+    assert first.endswith("1 invalid row skipped") and not any("bad row" in line for line in others)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[]"])
+def test_a_file_without_rows_is_refused(store, tmp_path, content):
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"import: .*rows.jsonl has no rows\. Expected"):
+        import_into(store, tmp_path / "rows.jsonl")
+
+
+def test_an_answer_that_is_no_text_is_named_by_its_own_column(store, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"question": "P", "answer_a": "A", "answer_b": 3}])
+    with pytest.raises(UserError, match="field 'answer_b' is int"):
+        import_into(store, path)
+
+
 def test_broken_lines_are_reported_too(store, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"description": "d"}\n{"description": \n')
-    with pytest.raises(UserError, match="row 2: not JSON"):
+    with pytest.raises(UserError, match="row 2: not JSON: Expecting value at column 16 where the line ends"):
         import_into(store, path)
 
 

@@ -21,7 +21,7 @@ from preference_collection.tests.conftest import a_comparison, a_judgment, a_tas
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.hub_sets import load_hub
-from preference_training.data.rows.records import Turn
+from preference_training.data.rows.records import DataReport, Turn
 from tests.support.files import ROOT
 
 CHARACTERS = st.characters(exclude_categories=["Cs"])
@@ -227,7 +227,7 @@ def test_both_kinds_together_are_records_and_code_alone_has_the_columns_of_lc(st
     assert entry_of(tmp_path / "out") == f"'{tmp_path / 'out'}/'"
     assert read(tmp_path / "out").keys() == {"Add two numbers (sum).", "What is best?"}
     load_hub.cache_clear()
-    with pytest.raises(UserError, match=r"Rows of any other format are read by their path: datasets=\['.*/out/'\]"):
+    with pytest.raises(UserError, match=r"Records are read by their path: datasets=\['.*/out/'\]"):
         list(load_records(read_entry({"name": "lc", "data_dir": str(tmp_path / "out")}), "train"))
     assert "1 judgment finds all answers bad" in (tmp_path / "out" / "README.md").read_text()
 
@@ -304,6 +304,35 @@ def test_an_unusable_ranking_is_counted_and_not_written(store, tmp_path):
     store.judge(Judgment(new_id(), "cu", "ada", "ranked", (0, 1), (1, 2)))
     assert export_records(store, tmp_path / "picks.jsonl")[UNUSABLE] == 1
     assert read(tmp_path / "picks.jsonl").keys() == found.keys() == {"What is best?"}
+
+
+@pytest.mark.parametrize("name", ["picks.jsonl", "picks", "code"])
+def test_training_knows_the_columns_of_an_export(store, tmp_path, name):
+    task, comparison = (a_task(), a_comparison()) if name == "code" else a_text()
+    store.add_tasks([task])
+    store.add_comparisons([comparison])
+    store.judge(a_judgment(comparison, 0, seconds=1.5, reasons=("clearer",), comment="so"))
+    (export_records if "." in name else export_dataset)(store, tmp_path / name)
+    report = DataReport()
+    assert list(load_records(read_entry({"path": str(tmp_path / name), "held_out_share": 0}), "train", report))
+    assert report.columns_not_read == {}
+
+
+@pytest.mark.parametrize("name", ["picks.jsonl", "picks/"])
+@pytest.mark.parametrize("is_code", [False, True])
+def test_an_export_adds_no_judgment_to_the_store_that_it_is_of(store, tmp_path, name, is_code):
+    row = {"description": "Say 1.", "version1": "one", "version2": "two"} if is_code else {
+        "prompt": "What?", "answer_a": "one", "answer_b": "two"}  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    import_into(store, tmp_path / "rows.jsonl")
+    [comparison] = store.comparisons()
+    store.judge(a_judgment(comparison, 0))
+    (export_records if "." in name else export_dataset)(store, tmp_path / name)
+    import_into(store, f"{tmp_path}/{name}")
+    assert store.progress().judgments == 1
+    with closing(open_store(":memory:")) as other:
+        import_into(other, f"{tmp_path}/{name}")
+        assert other.progress().judgments == 1
 
 
 # ---- with real processes ----------------------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ def test_a_store_open_in_another_process_is_refused(tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         message = refused(path)
-        assert message.startswith(f"store: {path} is open in another process, and only one can open it. Close the other.")
+        assert message.startswith(f"store: {path} is open in another process (process {process.pid}), probably the labeling")
+        assert "stop that one first" in message and "http" not in message
         assert str(process.pid) in message
         process.stdin.close()
     open_store(str(path)).close()
@@ -63,7 +64,7 @@ def test_an_unrelated_database_is_refused(tmp_path):
 
 
 def test_a_directory_and_a_missing_file_give_one_message_each(tmp_path):
-    assert f"store: {tmp_path} cannot be opened" in refused(tmp_path)
+    assert f"store: {tmp_path} is a directory" in refused(tmp_path)
     absent = tmp_path / "absent.duckdb"
     assert refused(absent, read_only=True) == f"store: {absent}: no such file. Expected an existing store."
 

@@ -423,7 +423,7 @@ def test_the_page_exports(store, tmp_path):
     client = signed_in(store, export=tmp_path / "out")
     client.post("/api/judge", json=a_choice("pair-a"))
     answer = client.post("/api/export", json={}).json()
-    assert "1 preferences" in answer["said"] and (tmp_path / "out").is_dir()
+    assert "1 preference, " in answer["said"] and (tmp_path / "out").is_dir()
 
 
 def test_every_response_has_the_headers_those_to_errors_included(store, monkeypatch):

@@ -45,10 +45,13 @@ def export_page(request: Request) -> Response:
 
 
 def export(request: Request, data: dict) -> dict:
-    """POST /api/export: write the judgments as a data set, to the directory in the settings."""
+    """POST /api/export: write the judgments as a data set, to the directory in the settings.
+
+    With `agreed`, what labelers disagree on and nobody has settled is left out.
+    """
     shared = shared_of(request)
     target = Path(shared.settings.export).absolute()
-    counts = export_dataset(shared.store, target)
+    counts = export_dataset(shared.store, target, agreed=data.get("agreed") is True)
     return {
         "said": f"Exported to {target}: {counts_line(counts)}.",
         "command": training_command(target),

@@ -90,7 +90,8 @@ class HubSet:
         loaded = load_hub(folder, None, None if data_dir else subset, hub_split, cache_dir)
         missing = [name for name in self.fields if name not in loaded.column_names]
         if missing:
-            instead = f" Rows of any other format are read by their path: datasets=['{folder}/']." if data_dir else ""
+            is_export = data_dir and {"responses", "pairs", "sft_target"} <= set(loaded.column_names)
+            instead = f" Records are read by their path: datasets=['{folder}/']." if is_export else ""
             raise UserError(
                 f"datasets: {folder}, split {hub_split}: no field {', '.join(missing)}; it has "
                 f"{', '.join(loaded.column_names)}. Expected the fields of {self.path}: {', '.join(self.fields)}.{instead}"

@@ -74,6 +74,13 @@ def listed_answer(answer, name: str, index: int) -> str | Turns:
     return answer_in(answer, name)
 
 
+def answer_of(answers: list, names: str | list[str], index: int) -> tuple[str, str | Turns]:
+    """One of several answers with the name of its field: a column of its own, or that of their list. Raises RowError."""
+    if isinstance(names, list):
+        return names[index], answer_in(answers[index], names[index])
+    return names, listed_answer(answers[index], names, index)
+
+
 # ---- conversations --------------------------------------------------------------------------------------------------------
 
 

@@ -84,3 +84,13 @@ class Columns:
 def plain(name: str) -> str:
     """A name as names are compared."""
     return "".join(character for character in name.lower() if character not in " -_")
+
+
+# The columns by which the labeling app describes its judgments, and the one that its exports alone have. Training reads none of
+# them, and need not say so.
+MARK_OF_JUDGMENTS = "judgement"
+OF_JUDGMENTS = frozenset(
+    ("id", "difficulty", "title", "description", "version1", "version2", "preference", "model1", "model2", "votes_version1",
+     "votes_version2", "votes_tie", "votes_skip", "votes_bad", "votes", "labeller", "seconds", "shown_left", "shown", "reasons",
+     "comment", "judged", "judgement", "task_kind", "models", "settles")
+)  # fmt: skip

@@ -18,10 +18,10 @@ from preference_training.data.rows.answers import (
     LeftOut,
     Splitting,
     answer_in,
+    answer_of,
     answers_in,
     conversation_in,
     last_turns_replaced,
-    listed_answer,
     rounds_in,
     without_empty,
 )
@@ -252,9 +252,7 @@ class FieldMap:
         report.change(EMPTY_ANSWER, len(answers) - missing - len(present))
         report.change(NO_SCORE, len(present) - len(rated))
         columns = [self.responses[k] for k in rated] if isinstance(self.responses, list) else self.responses
-        found = rounds_in(row, self.prompt, columns) or [
-            (shown_names(self.responses), listed_answer(answers[k], shown_names(self.responses), k)) for k in rated
-        ]
+        found = rounds_in(row, self.prompt, columns) or [answer_of(answers, self.responses, k) for k in rated]
         sign = 1 if self.scores else -1
         scores = [sign * as_number(comparable_number(numbers[k]), shown_names(numbers_name)) for k in rated]
         pairs = pairs_by_score(scores)

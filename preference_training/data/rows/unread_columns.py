@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 
+from preference_training.data.rows.column_names import MARK_OF_JUDGMENTS, OF_JUDGMENTS
 from preference_training.data.rows.conversations import (
     MESSAGE_FIELDS,
     TURN_KEYS,
@@ -52,10 +53,14 @@ class ReadColumns:
         self.unread_media = frozenset(name for name in MEDIA if name not in self.tree)
 
     def unread(self, row: dict) -> list[str]:
-        """The non-empty columns of a row that are not read, each once, with dotted names for nested ones."""
+        """The non-empty columns of a row that are not read, each once, with dotted names for nested ones.
+
+        Those by which the labeling app describes a judgment are known, and not among them.
+        """
         found: list[str] = []
+        of_app = OF_JUDGMENTS if MARK_OF_JUDGMENTS in row else ()
         for column, value in row.items():
-            if is_empty(value) or (column in self.names and is_plain_text(value)):
+            if column in of_app or is_empty(value) or (column in self.names and is_plain_text(value)):
                 continue
             if column in self.names:
                 found += _beside_turns(value, column)

@@ -95,14 +95,16 @@ def _json_lines(lines: Iterator[tuple[int, bytes]], place: str, report: DataRepo
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
+            yield number, json.loads(text)
             continue
         except UnicodeDecodeError as error:
             where, problem = f"line {number}, byte {error.start + 1} of the line", "not UTF-8 text. Convert it to UTF-8."
         except json.JSONDecodeError as error:
+            ends = " where the line ends" if error.pos == len(text) else ""
             where, problem = (
                 f"row {number}",
-                f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}. Expected one object a line.",
+                f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}{ends}. Expected one object a line.",
             )
         except UNREADABLE_JSON as error:
             where, problem = f"row {number}", f"cannot be read as JSON: {error}. Expected objects with texts."

@@ -227,7 +227,9 @@ class Evaluator:
             device = compute_device(self.models.policy)
             score = lambda batch: self.models.reference(batch.to(device))  # noqa: E731
             batching = self.config.eval_batch_size, self.batches.train.budget
-            found[SAMPLES_IMPROBABLE] = improbability(score, self.batches.sample_prompts, *ids.values(), batching)
+            found[SAMPLES_IMPROBABLE] = improbability(
+                score, self.batches.sample_prompts, ids["policy"], ids["reference"], batching
+            )
         for what, text in found.items():
             if text:
                 self._announce(

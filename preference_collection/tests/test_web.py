@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from preference_collection.generation.sources import sources_of
 from preference_collection.sandbox.running import TestRun
 from preference_collection.settings import load_settings
-from preference_collection.store.model import Comparison, Task, Verdict, new_id, shown_order
+from preference_collection.store.model import Comparison, Judgment, Task, Verdict, new_id, shown_order
 from preference_collection.store.queue import Queue
 from preference_collection.store.store import open_store
 from preference_collection.tests.conftest import a_comparison, a_task
@@ -424,6 +424,17 @@ def test_the_page_exports(store, tmp_path):
     client.post("/api/judge", json=a_choice("pair-a"))
     answer = client.post("/api/export", json={}).json()
     assert "1 preference, " in answer["said"] and (tmp_path / "out").is_dir()
+
+
+def test_the_page_exports_without_disagreements_if_asked(store, tmp_path):
+    filled(store, "a", "b")
+    client = signed_in(store, export=tmp_path / "out")
+    client.post("/api/judge", json=a_choice("pair-a"))
+    client.post("/api/judge", json=a_choice("pair-b", ranks=[1, 2]))
+    store.judge(Judgment(new_id(), "pair-b", "Ben", "ranked", (0, 1), (2, 1)))
+    assert 'id="agreed"' in client.get("/export").text
+    said = [client.post("/api/export", json={"agreed": agreed}).json()["said"] for agreed in (False, True)]
+    assert said[0].startswith("3 preferences, ") and said[1].startswith("1 preference, ")
 
 
 def test_every_response_has_the_headers_those_to_errors_included(store, monkeypatch):

@@ -308,7 +308,7 @@ const does = {
     button.disabled = true;
     box.textContent = "Exporting …";
     try {
-      const answer = await ask("/api/export", {});
+      const answer = await ask("/api/export", { agreed: document.getElementById("agreed").checked });
       const command = document.createElement("pre");
       command.textContent = answer.command;
       box.replaceChildren(`${answer.said} Train on it:`, command);

@@ -1,5 +1,7 @@
 """What the processes of `test_real_scaling.py` do: a real step of a sharded trainer, with everything held and sent counted."""
 
+import gc
+
 import torch
 
 from preference_training.batching.iterator import BatchIterator, Packing
@@ -48,8 +50,9 @@ def real_step(config, device: torch.device) -> dict:
         counter.kind = "reference"
         reference = placement.reference(policy)
         counter.kind = "activations"
-        # Those that the model was proved with are not a step's.
+        # Those that the model was proved with are not a step's, nor is what the proof left for Python to collect.
         clear_mask_cache()
+        gc.collect()
         trainer = build_trainer(config, policy, build_loss("dpo", beta=0.1), reference, placement=placement)
         pieces, batch = packs_and_step(placement.ranks)
         held: dict[str, int] = {}

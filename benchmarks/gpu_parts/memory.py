@@ -31,7 +31,7 @@ def memory(found: Found, settings: Settings) -> None:
 
 
 def fill(model: nn.Module, tokens: int, settings: Settings) -> dict:
-    """One forward and backward of so many tokens: its peak, and what of it is no weight or gradient."""
+    """A forward and backward pass of `tokens` tokens: peak memory, and that of activations alone."""
     prompts = random_prompts(0, max(1, tokens // (3 * PART)), prompt=(PART, PART), response=(PART, PART))
     batch = packed(prompts, settings)
     held = 0 if settings.is_cpu else torch.cuda.memory_allocated()

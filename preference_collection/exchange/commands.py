@@ -25,7 +25,11 @@ def add_export(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser("export", help="export judgments as training data")
     parser.add_argument("path", type=Path, help="a directory, or a .jsonl or .parquet file")
     parser.add_argument("--names", action="store_true", help="write the names of labelers instead of numbers")
-    parser.add_argument("--agreed", action="store_true", help="leave out what labelers disagree on and nobody settled")
+    parser.add_argument(
+        "--agreed",
+        action="store_true",
+        help="exclude judgments of comparisons on which labelers disagree and that nobody has settled",
+    )
     return parser
 
 

@@ -75,7 +75,7 @@ def export_records(store: Store, path: Path, names: bool = False, agreed: bool =
     """Write records to a .jsonl or .parquet file; what is no training data, if any, to files next to it, one for each kind.
 
     Answers that are all bad are records of their own: labels without a pair; so are answers that labelers wrote where they
-    preferred none. agreed: leave out what labelers disagree on. Returns the count of each kind, and of disagreements that were
+    preferred none. agreed: exclude unsettled disagreements. Returns the count of each kind, and of disagreements that were
     exported. Raises UserError for another file type, if nothing can be trained on yet, and if the file cannot be written.
     """
     if path.suffix not in (".jsonl", ".parquet"):
@@ -135,7 +135,7 @@ def export_dataset(store: Store, directory: Path, names: bool = False, agreed: b
     """Write a data set in the Hub's layout; `entry_of` trains on it.
 
     Judgments of programming problems alone are written in the columns of `lc`, unless labelers wrote answers; all others as
-    records. agreed: leave out what labelers disagree on. Returns the count of each kind, and of exported disagreements. Raises
+    records. agreed: exclude unsettled disagreements. Returns the count of each kind, and of exported disagreements. Raises
     UserError if nothing can be trained on yet, and for a directory with other content.
     """
     if directory.exists() and not _is_own(directory):

@@ -177,8 +177,8 @@ class Import:
                 self.report.change(REPEATED)
                 return
 
-    def leave_out_known(self, store: Store) -> None:
-        """Leave out the comparisons that a store has, and of their judgments those that `imported` has given before.
+    def drop_known(self, store: Store) -> None:
+        """Drop the comparisons that a store has, and of their judgments those that `imported` has given before.
 
         What `imported` has judged otherwise is the judgment of a further labeler.
         """
@@ -249,7 +249,7 @@ def add_samples(store: Store) -> None:
 
 def _add(store: Store, found: Import) -> Import:
     found.added, found.known = store.add_tasks(found.tasks.values())
-    found.leave_out_known(store)
+    found.drop_known(store)
     store.add_comparisons(found.comparisons.values(), found.judgments.values())
     found.waiting = store.add_answers_to(found.answers.values())
     return found

@@ -131,9 +131,9 @@ def lc_rows(store: Store, names: bool = False, agreed: bool = False) -> Iterator
 def record_rows(store: Store, names: bool = False, agreed: bool = False, only: str | None = None) -> list[tuple[str, dict]]:
     """(kind, row) of every judgment, or of those of one kind of task: records, with prompts and responses as training has them.
 
-    A better answer that a labeler wrote is training data whatever becomes of the judgment: where that is none, it has a row of
-    its own. agreed: what labelers disagree on, and nobody has settled, is disputed. Ranks are given where nothing else was said
-    of the prompt: training joins the judgments of a prompt, and would order the answers of several comparisons by their ranks.
+    A better answer that a labeler wrote is always training data: where the judgment is none, it has a row of its own. agreed:
+    what labelers disagree on, and nobody has settled, is disputed. Ranks are given where nothing else was said of the prompt:
+    training joins the judgments of a prompt, and would order the answers of several comparisons by their ranks.
     """
     rows, said = [], defaultdict(set)
     for kind, labeler, judged in _judgments(store, names, agreed, only):

@@ -1,7 +1,7 @@
 """Reading rows of prompts and answers from any file that training reads, and from files that only a labeler can use.
 
 Rows are read by the readers of an entry of `datasets`, with the same field map, found in the columns unless it is given. What
-these leave out is read here: ties, answers that nobody has compared, prompts with one answer or with none.
+these skip is read here: ties, answers that nobody has compared, prompts with one answer or with none.
 
     file, field map -> (row number, TextRow)
 """
@@ -71,7 +71,7 @@ class TextRow:
 def open_rows(path: str, given: dict, report: DataReport) -> tuple[Source, FieldMap, Iterator[tuple[int, dict]]]:
     """The source of a file's rows, the field map that is given, and the rows. given: keys of an entry of `datasets`.
 
-    Columns of answers alone, `responses` or `answers` without numbers or a verdict, are left out of the map.
+    Columns of answers alone, `responses` or `answers` without numbers or a verdict, are not part of the map.
     Raises UserError for an invalid map, and for a file that cannot be read.
     """
     entry = read_entry({"path": path, **{key: value for key, value in given.items() if key not in compared(given)}})

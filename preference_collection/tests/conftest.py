@@ -1,7 +1,8 @@
 """Shared fixtures of the app's tests: a store with content, and a stand-in for Ollama."""
 
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import settings
@@ -23,6 +24,25 @@ def store(tmp_path):
     opened = open_store(str(tmp_path / "collection.duckdb"))
     yield opened
     opened.close()
+
+
+def all_at_once(label: Callable[[str], None], labelers: int) -> None:
+    """Have so many labelers label, each in a thread; fails where one of them does."""
+    failures = []
+
+    def watched(name: str) -> None:
+        try:
+            label(name)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    threads = [threading.Thread(target=watched, args=(f"labeler {number}",)) for number in range(labelers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
 
 
 def a_task(id: str = "sum", **changed) -> Task:

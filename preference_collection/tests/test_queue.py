@@ -1,6 +1,5 @@
 """The queue gives each labeler something else, nobody one twice, and nobody waits while something is left for them."""
 
-import threading
 from collections import Counter
 from contextlib import closing
 from time import perf_counter
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from preference_collection.store.model import Verdict
 from preference_collection.store.queue import Queue
 from preference_collection.store.store import open_store
-from preference_collection.tests.conftest import a_comparison, a_judgment, a_task
+from preference_collection.tests.conftest import a_comparison, a_judgment, a_task, all_at_once
 
 
 @pytest.fixture
@@ -331,28 +330,19 @@ def test_fifty_labelers_judge_ten_thousand_comparisons_and_none_twice():
     labelers, n, overlap = 50, 10_000, 2
     events = Events(n)
     queue = Queue(events, overlap)
-    failures, seconds = [], []
+    seconds = []
 
     def label(name: str) -> None:
-        try:
-            while True:
-                begun = perf_counter()
-                id = queue.next(name)
-                seconds.append(perf_counter() - begun)
-                if id is None:
-                    return
-                events.said[id][name] = True
-                queue.judged(name, id)
-        except BaseException as error:
-            failures.append(error)
-            raise
+        while True:
+            begun = perf_counter()
+            id = queue.next(name)
+            seconds.append(perf_counter() - begun)
+            if id is None:
+                return
+            events.said[id][name] = True
+            queue.judged(name, id)
 
-    threads = [threading.Thread(target=label, args=(f"labeler {number}",)) for number in range(labelers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    all_at_once(label, labelers)
     assert Counter(len(names) for names in events.said.values()) == {overlap: n}, "nothing is lost, and nobody is asked twice"
     assert len(seconds) == n * overlap + labelers
     print(f"next, with waiting for others: median {sorted(seconds)[len(seconds) // 2] * 1e3:.3f} ms")

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from contextlib import closing
 from dataclasses import replace
 from math import factorial
@@ -27,7 +26,7 @@ from preference_collection.store.model import (
 )
 from preference_collection.store.statistics import Progress
 from preference_collection.store.store import open_store
-from preference_collection.tests.conftest import a_comparison, a_judgment, a_task
+from preference_collection.tests.conftest import a_comparison, a_judgment, a_task, all_at_once
 from preference_training.data.rows.records import Turn
 
 ROOT = Path(__file__).parent.parent.parent
@@ -359,27 +358,17 @@ def judge_at_once(store, labelers: int, each: int) -> None:
     """Each labeler, in a thread, judges the comparisons in turn, undoes one in ten, and browses now and then."""
     comparisons = with_comparisons(store, *(f"p{index}" for index in range(each)))
     opinions = (0, 1, "tie", "bad", "skip")
-    failures = []
 
     def label(name: str) -> None:
-        try:
-            for index, comparison in enumerate(comparisons):
+        for index, comparison in enumerate(comparisons):
+            judged(store, comparison, opinions[index % 5], name)
+            if index % 10 == 0:
+                store.undo(name)
                 judged(store, comparison, opinions[index % 5], name)
-                if index % 10 == 0:
-                    store.undo(name)
-                    judged(store, comparison, opinions[index % 5], name)
-                if index % 25 == 0:
-                    store.browse(Query(labeler=name, only="unlabeled"))
-        except BaseException as error:
-            failures.append(error)
-            raise
+            if index % 25 == 0:
+                store.browse(Query(labeler=name, only="unlabeled"))
 
-    threads = [threading.Thread(target=label, args=(f"labeler {number}",)) for number in range(labelers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    all_at_once(label, labelers)
     assert store.progress("labeler 0") == Progress(each, each, each, labelers * each, each, labelers)
     numbers = "SELECT count(*), count(DISTINCT id), count(DISTINCT number) FROM judgments"
     written = labelers * (each + 2 * (-(-each // 10)))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preference_collection.exchange.literals import arguments_in, enclosed, literal_in, plain_value
-from preference_collection.sandbox.sandbox import COMPARISONS
 from preference_collection.store.model import Task
 from preference_collection.store.schema import connect
 from preference_training.core.errors import UserError
@@ -21,6 +20,7 @@ from preference_training.data.files import EXPECTED
 from preference_training.data.rows.column_names import MARK_OF_JUDGMENTS
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.records import DataReport, text_error, type_name
+from preference_training.sandbox.sandbox import COMPARISONS
 
 # The index of the better version.
 LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from preference_collection.exchange.code_rows import CodeRow, code_row, content_id, older_rows
 from preference_collection.exchange.text_rows import TextRow, text_rows
-from preference_collection.generation.replies import extract_code
 from preference_collection.store.model import (
     MOST_ANSWERS,
     Answer,
@@ -34,6 +33,7 @@ from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.records import SAME_TEXT, DataReport, Prompt, Response, prompt_text
 from preference_training.data.rows.values import is_empty
 from preference_training.data.sources.storage import expanded, is_pattern, is_remote
+from preference_training.sandbox.replies import extract_code
 
 SAMPLE_FOLDER = Path(__file__).parent.parent / "samples"
 # Programming problems, and prompts and conversations with answers.

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from preference_collection.generation.replies import LONGEST_REPLY, Extracted, extract_code, only_function
+from preference_training.sandbox.replies import LONGEST_REPLY, Extracted, extract_code, only_function
 
 CODE = "def add(a, b):\n    return a + b"
 

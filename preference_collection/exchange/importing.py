@@ -48,6 +48,9 @@ FIRST_ROWS = 100
 # Columns that only programming problems have.
 OF_PROBLEMS = {"function_name", "tests", "version1", "version2"}
 
+# Columns that make a prompt with tests a row of answers like any other.
+ANSWERS = {"response", "responses", "completion", "rejected"}
+
 MORE_ANSWERS = f"answers left out: of more than {MOST_ANSWERS} answers to a prompt, the first {MOST_ANSWERS} are compared"
 REPEATED = "judgments that repeat an earlier one, and count once"
 OWN = "judgments that this store has, from which they were exported"
@@ -284,11 +287,13 @@ def _contents(path: str, given: dict, report: DataReport) -> Iterator[tuple[int,
 
 
 def has_problems(rows: Iterator[dict]) -> bool:
-    """Whether rows are programming problems: they have a description, and what only problems have or no other prompt."""
+    """Whether rows are programming problems: a description with what only they have or no prompt, or a prompt with tests."""
     rows = list(rows)
     names = {name for row in rows for name in row}
     prompts = {name for row in rows for name, value in row.items() if not is_empty(value)} & {*PROMPTS, "chosen", "text"}
-    return "description" in names and (bool(names & OF_PROBLEMS) or not prompts)
+    if "description" not in names:
+        return "tests" in names and prompts == {"prompt"} and not names & ANSWERS
+    return bool(names & OF_PROBLEMS) or not prompts
 
 
 def _of_code(path: str, rows: Iterator[tuple[int, dict]], report: DataReport) -> Iterator[tuple[int, CodeRow | TextRow]]:

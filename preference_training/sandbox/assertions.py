@@ -27,7 +27,7 @@ def read_tests(tests: Sequence[str | dict], function_name: str = "") -> tuple[st
         function_name = function_name or name
         found.append({key: plain[key] for key in ("args", "expected", "compare") if key in plain})
     if found and not function_name:
-        raise ValueError("there are tests but no function_name")
+        raise ValueError("it has tests but no function_name")
     return function_name, tuple(found)
 
 
@@ -57,12 +57,12 @@ def _of_assertion(text: str, number: int) -> tuple[str, dict]:
                 expected = True
             case _:
                 raise ValueError
-        args = [ast.literal_eval(each) for each in call.args]
+        args, expected = [_plain(ast.literal_eval(each)) for each in call.args], _plain(expected)
         if call.keywords or not isinstance(call.func, ast.Name):
             raise ValueError
     except (SyntaxError, ValueError, AttributeError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"test {number} is {str(text)[:60]!r}, expected an assertion such as {SHAPES}") from error
-    test = {"args": [_plain(each) for each in args], "expected": _plain(expected)}
+    test = {"args": args, "expected": expected}
     return call.func.id, test | ({"compare": compare} if compare != "equal" else {})
 
 
@@ -76,4 +76,4 @@ def _plain(value):
         return {str(key): _plain(item) for key, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise ValueError(f"{value!r} has no JSON")
+    raise TypeError(f"{value!r} has no JSON")

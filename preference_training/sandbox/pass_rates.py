@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,7 +53,10 @@ def run_tests(
     if empty := [number for number, (_, some) in enumerate(read, start=1) if not some]:
         raise ValueError(f"program {empty[0]} has no tests")
     sandbox = isolated_sandbox(limits)
-    code = [extract_code(program, name) for program, (name, _) in zip(programs, read, strict=True)]
+    with warnings.catch_warnings():
+        # Python warns of much that models write.
+        warnings.simplefilter("ignore", SyntaxWarning)
+        code = [extract_code(program, name) for program, (name, _) in zip(programs, read, strict=True)]
     keys = [(each.code, json.dumps(key)) for each, key in zip(code, read, strict=True)]
     work = {key: (each, *of_tests) for key, each, of_tests in zip(keys, code, read, strict=True)}
     with ThreadPoolExecutor(workers, thread_name_prefix="tests") as threads:

@@ -1,8 +1,8 @@
 """Running unit tests of model-written code, which is untrusted.
 
 Each test, or all tests of one program, runs in its own process, without network, seeing only an interpreter and an empty /tmp
-of the machine's files and processes, unable to start other processes, with limits on CPU time, wall-clock time, memory, files and
-output. Return values are compared outside the sandbox; the expected values never enter it. `open_sandbox` verifies that the
+of the machine's files and processes, unable to start other processes, with limits on CPU time, wall-clock time, memory, files
+and output. Return values are compared outside the sandbox; the expected values never enter it. `open_sandbox` verifies that the
 machine can isolate code like this. The labeling app otherwise runs nothing unless told to, and `run_tests` nothing at all.
 """
 

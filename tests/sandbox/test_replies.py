@@ -37,6 +37,11 @@ def test_code_is_found_in_typical_replies(reply):
     assert (found.code, found.fault) == (CODE, None)
 
 
+def test_code_alone_is_taken_whole():
+    code = f"ZERO = 0\n\n{CODE} + ZERO\n\nadd = abs(add)"
+    assert extract_code(code, "add").code == code
+
+
 def test_the_last_of_several_solutions_counts():
     slow = "```python\ndef add(a, b):\n    return sum([a, b])\n```"
     assert extract_code(f"{slow}\nBetter:\n```python\n{CODE}\n```", "add").code == CODE

@@ -24,7 +24,7 @@ SEED = 150
 
 @dataclass(frozen=True)
 class Word:
-    """An item of the vocabulary: its name, its code (of an item {x} or a list {L}, with constants {K} and {C}), how it is said."""
+    """An item of the vocabulary: its name, its code (of an item {x} or a list {L}, with constants {K}, {C}), how it is said."""
 
     name: str
     code: str

@@ -43,14 +43,14 @@ class Settings:
     sft_epochs: int = 4
     sft_lr: float = 2e-3
     rounds: int = 3
-    round_prompts: int = 250
+    round_prompts: int = 300
     samples: int = 8
-    pairs_per_prompt: int = 4
+    pairs_per_prompt: int = 8
     temperature: float = 1.0
     loss: str = "dpo"
     beta: float = 0.1
-    dpo_lr: float = 1e-4
-    dpo_epochs: int = 1
+    dpo_lr: float = 3e-4
+    dpo_epochs: int = 2
     eval_samples: int = 8
 
 
@@ -139,16 +139,18 @@ def evaluated(checkpoint: Path, problems: list[dict], settings: Settings) -> dic
 def run(folder: Path, settings: Settings) -> list[dict]:
     """SFT and all rounds: a row each."""
     folder.mkdir(parents=True, exist_ok=True)
-    problems = training_problems(settings.sft_prompts + settings.rounds * settings.round_prompts, settings.seed)
-    random.Random(settings.seed).shuffle(problems)
-    for_sft, rest = problems[: settings.sft_prompts], problems[settings.sft_prompts :]
-    make_tokenizer(folder / "tokenizer", [f"{each.prompt}\n{each.solution}" for each in for_sft], settings.vocab_size)
+    for_sft = training_problems(settings.sft_prompts, settings.seed)
+    # Rounds ask other problems than SFT showed, but where they are drawn twice.
+    rest = training_problems(settings.rounds * settings.round_prompts, settings.seed + 1000)
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.exists():
+        make_tokenizer(tokenizer, [f"{each.prompt}\n{each.solution}" for each in for_sft], settings.vocab_size)
     held_out = read_problems("held_out")
     common = (
-        f"model.tokenizer_name_or_path={folder}/tokenizer", f"model.from_config.hidden_size={settings.hidden_size}",
+        f"model.tokenizer_name_or_path={tokenizer}", f"model.from_config.hidden_size={settings.hidden_size}",
         f"model.from_config.intermediate_size={3 * settings.hidden_size}", "max_length=160", "max_prompt_length=96",
         f"model.from_config.num_hidden_layers={settings.num_layers}", f"seed={settings.seed}", "eval_every=1000000",
-        "do_first_eval=false", "n_eval_examples=16",
+        "do_first_eval=false", "n_eval_examples=16", "batch_size=16",
     )  # fmt: skip
     started, rows = time.monotonic(), []
 
@@ -157,20 +159,18 @@ def run(folder: Path, settings: Settings) -> list[dict]:
         print(json.dumps({key: value for key, value in rows[-1].items() if key != "shares"}), flush=True)
 
     sft = rows_file(folder / "sft.jsonl", [{"prompt": each.prompt + "\n", "response": each.solution} for each in for_sft])
-    train(
-        folder / "sft", *common, f"datasets=[{sft}]", "loss=sft", f"n_epochs={settings.sft_epochs}", f"lr={settings.sft_lr}",
-        "batch_size=16",
-    )  # fmt: skip
+    if not (folder / "sft" / "LATEST").exists():
+        options = ("loss=sft", f"n_epochs={settings.sft_epochs}", f"lr={settings.sft_lr}", "warmup_steps=20")
+        train(folder / "sft", *common, f"datasets=[{sft}]", *options)
     checkpoint = folder / "sft" / "LATEST"
     report("sft", checkpoint)
     for number in range(1, settings.rounds + 1):
         some = rest[(number - 1) * settings.round_prompts : number * settings.round_prompts]
         pairs, facts = one_round(checkpoint, some, settings, number)
         file = rows_file(folder / f"pairs_{number}.jsonl", pairs)
-        train(
-            folder / f"round_{number}", *common, f"datasets=[{file}]", f"loss={settings.loss}", f"loss.beta={settings.beta}",
-            f"lr={settings.dpo_lr}", f"n_epochs={settings.dpo_epochs}", "batch_size=16", f"model.archive={checkpoint}",
-        )  # fmt: skip
+        options = (f"loss={settings.loss}", f"loss.beta={settings.beta}", f"lr={settings.dpo_lr}", "warmup_steps=5")
+        options += (f"n_epochs={settings.dpo_epochs}", f"model.archive={checkpoint}")
+        train(folder / f"round_{number}", *common, f"datasets=[{file}]", *options)
         checkpoint = folder / f"round_{number}" / "LATEST"
         report(f"round {number}", checkpoint, **facts)
     return rows

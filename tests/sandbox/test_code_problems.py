@@ -35,6 +35,7 @@ def test_there_are_a_hundred_to_train_and_fifty_held_out_of_every_difficulty():
     assert len({row["id"] for row in ROWS}) == len({row["prompt"] for row in ROWS}) == 150
 
 
+@pytest.mark.long
 def test_the_file_is_what_the_vocabulary_composes(problems):
     assert json.loads(json.dumps(problems.benchmark())) == ROWS
 

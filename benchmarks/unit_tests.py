@@ -2,8 +2,8 @@
 
     python benchmarks/unit_tests.py --programs 1000
 
-Half of the programs are right, four in ten wrong, and the rest do not end. Compares one process a program (`run_tests`) with one
-a test (the labeling app), and writes wall and CPU time to benchmarks/results/.
+Half of the programs are right, four in ten wrong, and the rest do not end. Compares one process a program (`run_tests`) with
+one a test (the labeling app), and writes wall and CPU time to benchmarks/results/.
 """
 
 import argparse

@@ -7,9 +7,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from preference_collection.sandbox.sandbox import Limits
 from preference_collection.store.model import ORDERS
 from preference_training.core.errors import UserError, first_line, nearest
+from preference_training.sandbox.sandbox import Limits
 
 DEFAULTS = Path(__file__).parent.parent / "config" / "collect.yaml"
 

@@ -1,8 +1,9 @@
 """Reading programming problems: from rows with a `description`, and from stores of the older layout.
 
-A row has a `description`, and optionally `id`, `title`, `difficulty`, `function_name`, `tests` (a list, or its JSON); and
-`version1`, `version2` with a `preference` (0: the first is better, 1: the second; blank: not judged). A store of the older
-layout has such rows in a table `leetcode_problems`, and may have their tests in `leetcode_tests`: see `older_tests`.
+A row has a `description` (or a `prompt` and `tests`), and optionally `id`, `title`, `difficulty`, `function_name`, `tests` (a
+list, or its JSON: objects or assertions); and `version1`, `version2` with a `preference` (0: the first is better, 1: the
+second; blank: not judged). A store of the older layout has such rows in a table `leetcode_problems`, and may have their tests
+in `leetcode_tests`: see `older_tests`.
 """
 
 import hashlib
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preference_collection.exchange.literals import arguments_in, enclosed, literal_in, plain_value
-from preference_collection.sandbox.sandbox import COMPARISONS
 from preference_collection.store.model import Task
 from preference_collection.store.schema import connect
 from preference_training.core.errors import UserError
@@ -21,6 +21,7 @@ from preference_training.data.files import EXPECTED
 from preference_training.data.rows.column_names import MARK_OF_JUDGMENTS
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.records import DataReport, text_error, type_name
+from preference_training.sandbox.assertions import read_tests
 
 # The index of the better version.
 LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
@@ -61,13 +62,10 @@ def judgment_in(row: dict) -> str:
 
 def problem_of(row: dict) -> Task:
     """The problem of a row. Raises RowError."""
-    description = _text(row, "description", needed=True)
+    description = _text(row, "prompt" if "prompt" in row and "description" not in row else "description", needed=True)
     id = _id(row) or content_id(description)[:12]
     title = _text(row, "title") or description.strip().splitlines()[0][:80]
-    name = function_name_in(row)
-    tests = _tests(row.get("tests"))
-    if tests and not name:
-        raise RowError("it has tests but no function_name")
+    name, tests = _tests(row.get("tests"), function_name_in(row))
     return Task(id, title, _text(row, "difficulty").strip().lower(), description, name, tests, "code")
 
 
@@ -110,23 +108,21 @@ def _label(row: dict) -> int | None:
     return LABELS[value]
 
 
-def _tests(value) -> tuple[dict, ...]:
+def _tests(value, name: str) -> tuple[str, tuple[dict, ...]]:
+    """(the function that the tests call, the tests)."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise RowError(f"tests are not JSON: {error}") from error
     if not value or value != value:
-        return ()
+        return name, ()
     if not isinstance(value, list):
         raise RowError(f"tests are {type_name(value)}, expected a list")
-    for number, test in enumerate(value, start=1):
-        if not isinstance(test, dict) or not isinstance(test.get("args"), list) or "expected" not in test:
-            raise RowError(f"test {number} is not an object with args (a list) and expected")
-        if test.get("compare", "equal") not in COMPARISONS:
-            raise RowError(f"test {number} has compare {test['compare']!r}, expected one of {', '.join(COMPARISONS)}")
-    kept = ("args", "expected", "compare")
-    return tuple({key: test[key] for key in kept if key in test} for test in value)
+    try:
+        return read_tests(value, name)
+    except ValueError as error:
+        raise RowError(str(error)) from error
 
 
 # ---- stores of the older layout ---------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from preference_collection.exchange.code_rows import CodeRow, code_row, content_id, older_rows
 from preference_collection.exchange.text_rows import TextRow, text_rows
-from preference_collection.generation.replies import extract_code
 from preference_collection.store.model import (
     MOST_ANSWERS,
     Answer,
@@ -34,6 +33,7 @@ from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.records import SAME_TEXT, DataReport, Prompt, Response, prompt_text
 from preference_training.data.rows.values import is_empty
 from preference_training.data.sources.storage import expanded, is_pattern, is_remote
+from preference_training.sandbox.replies import extract_code
 
 SAMPLE_FOLDER = Path(__file__).parent.parent / "samples"
 # Programming problems, and prompts and conversations with answers.
@@ -47,6 +47,9 @@ FIRST_ROWS = 100
 
 # Columns that only programming problems have.
 OF_PROBLEMS = {"function_name", "tests", "version1", "version2"}
+
+# Columns that make a prompt with tests a row of answers like any other.
+ANSWERS = {"response", "responses", "completion", "rejected"}
 
 MORE_ANSWERS = f"answers left out: of more than {MOST_ANSWERS} answers to a prompt, the first {MOST_ANSWERS} are compared"
 REPEATED = "judgments that repeat an earlier one, and count once"
@@ -284,11 +287,13 @@ def _contents(path: str, given: dict, report: DataReport) -> Iterator[tuple[int,
 
 
 def has_problems(rows: Iterator[dict]) -> bool:
-    """Whether rows are programming problems: they have a description, and what only problems have or no other prompt."""
+    """Whether rows are programming problems: a description with what only they have or no prompt, or a prompt with tests."""
     rows = list(rows)
     names = {name for row in rows for name in row}
     prompts = {name for row in rows for name, value in row.items() if not is_empty(value)} & {*PROMPTS, "chosen", "text"}
-    return "description" in names and (bool(names & OF_PROBLEMS) or not prompts)
+    if "description" not in names:
+        return "tests" in names and prompts == {"prompt"} and not names & ANSWERS
+    return bool(names & OF_PROBLEMS) or not prompts
 
 
 def _of_code(path: str, rows: Iterator[tuple[int, dict]], report: DataReport) -> Iterator[tuple[int, CodeRow | TextRow]]:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from preference_collection.generation.asking import Request, Sampling, filled, new_seeds, requests_for
-from preference_collection.generation.replies import Extracted, extract_code
 from preference_collection.generation.sources import Source
 from preference_collection.generation.stopping import Stop
 from preference_collection.store.model import Answer, Comparison, Task, new_id
 from preference_training.core.errors import UserError, first_line
+from preference_training.sandbox.replies import Extracted, extract_code
 
 
 @dataclass

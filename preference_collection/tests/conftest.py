@@ -1,6 +1,5 @@
 """Shared fixtures of the app's tests: a store with content, and a stand-in for Ollama."""
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
 
@@ -9,9 +8,6 @@ from hypothesis import settings
 
 from preference_collection.store.model import Answer, Comparison, Judgment, Task, new_id, ranks_of_pick
 from preference_collection.store.store import open_store
-
-# Isolation needs Linux; elsewhere its tests are not collected. `Isolation` says so on the page too.
-collect_ignore = [] if sys.platform == "linux" else ["test_sandbox.py"]
 
 # How long an example takes says how busy the machine is, and nothing of the code.
 settings.register_profile("here", deadline=None)

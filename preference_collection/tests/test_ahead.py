@@ -5,21 +5,21 @@ import time
 
 import pytest
 
+from preference_collection import running
 from preference_collection.generation import ahead as ahead_module
 from preference_collection.generation.ahead import Ahead
 from preference_collection.generation.asking import Sampling
 from preference_collection.generation.sources import model_named
 from preference_collection.generation.writing import answer_of, write_answers
-from preference_collection.sandbox import running
-from preference_collection.sandbox.running import TestRunner
-from preference_collection.sandbox.sandbox import Isolation, TestResult, open_sandbox
+from preference_collection.running import TestRunner
 from preference_collection.settings import limits_of, load_settings
 from preference_collection.store.queue import Queue
 from preference_collection.tests.conftest import a_comparison, a_judgment, a_task
 from preference_collection.tests.models import QUICK, REPLIES, settings_for, with_tasks
 from preference_collection.tests.ollama_stand_in import ollama_stand_in
-from preference_collection.tests.test_replies import STANDING_IN
 from preference_training.core.errors import UserError
+from preference_training.sandbox.sandbox import Isolation, TestResult, open_sandbox
+from tests.sandbox.test_replies import STANDING_IN
 
 
 @pytest.fixture

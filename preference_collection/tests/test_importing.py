@@ -120,6 +120,19 @@ def test_a_label_of_known_solutions_is_imported(store, tmp_path):
     assert choices(store) == [("imported", "a")]
 
 
+def test_a_prompt_with_assertions_is_a_problem(store, tmp_path):
+    row = {"prompt": "Write f.", "tests": ["assert f(1) == 2", "assert not f(0)"], "solution": "def f(n): return 2 * n"}
+    assert import_into(store, write(tmp_path / "a.jsonl", [row])).line() == "1 task added"
+    [task] = store.tasks_without_comparison()
+    assert (task.prompt, task.function_name, task.kind) == ("Write f.", "f", "code")
+    assert task.tests == ({"args": [1], "expected": 2}, {"args": [0], "expected": False})
+
+
+def test_a_prompt_with_tests_and_two_answers_is_a_comparison(store, tmp_path):
+    row = {"prompt": "Write f.", "tests": ["assert f(1) == 2"], "chosen": "def f(n): return 2", "rejected": "def f(n): pass"}
+    assert import_into(store, write(tmp_path / "a.jsonl", [row])).line() == "1 task added, 1 new comparison, 1 judgment"
+
+
 BAD = [
     ({"description": " "}, "description is empty"),
     ({}, "description is None, expected a text"),
@@ -133,6 +146,7 @@ BAD = [
         "test 1 has compare 'as'",
     ),
     ({"description": "d", "tests": [{"args": [], "expected": 1}]}, "it has tests but no function_name"),
+    ({"description": "d", "tests": ["assert f(1) == 2", "assert f(x)"]}, "test 2 is 'assert f"),
     ({"description": "d", "version1": "a", "version2": "b", "preference": 2}, "preference is '2', expected 0"),
     ({"description": "d", "version1": "a", "preference": 1}, "it has a preference, but version1 or version2 is empty"),
     ({"description": "\ud800"}, "description holds half a surrogate pair"),

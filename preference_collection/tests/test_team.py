@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from preference_collection.sandbox.running import TestRun
+from preference_collection.running import TestRun
 from preference_collection.settings import load_settings
 from preference_collection.store.model import Verdict
 from preference_collection.store.statistics import Agreement, LabelerProgress

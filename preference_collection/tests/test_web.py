@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from preference_collection.generation.sources import sources_of
-from preference_collection.sandbox.running import TestRun
+from preference_collection.running import TestRun
 from preference_collection.settings import load_settings
 from preference_collection.store.model import Comparison, Judgment, Task, Verdict, new_id, shown_order
 from preference_collection.store.queue import Queue

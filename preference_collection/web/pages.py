@@ -6,7 +6,7 @@ from markupsafe import Markup
 
 from preference_collection.generation.judges import shown_reason
 from preference_collection.generation.writing import read_reply
-from preference_collection.sandbox.running import TestRun
+from preference_collection.running import TestRun
 from preference_collection.store.model import Comparison, Judgment, Task, Verdict, shown_order
 from preference_collection.web.markup import code_block, rendered
 from preference_collection.web.shared import Shared, html

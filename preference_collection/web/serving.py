@@ -12,8 +12,7 @@ from omegaconf import DictConfig
 from preference_collection.exchange.importing import add_samples
 from preference_collection.generation.ahead import Ahead
 from preference_collection.generation.sources import sources_of
-from preference_collection.sandbox.running import TestRunner
-from preference_collection.sandbox.sandbox import open_sandbox
+from preference_collection.running import TestRunner
 from preference_collection.settings import limits_of
 from preference_collection.store.queue import Queue
 from preference_collection.store.store import Store, open_store
@@ -22,6 +21,7 @@ from preference_collection.web.server import build_app
 from preference_collection.web.shared import Shared
 from preference_collection.web.team import guidelines_of
 from preference_training.core.errors import UserError
+from preference_training.sandbox.sandbox import open_sandbox
 
 # How long requests may go on after Ctrl-C. Unit: seconds.
 PATIENCE_SECONDS = 3

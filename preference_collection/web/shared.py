@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from preference_collection.generation.ahead import Ahead
 from preference_collection.generation.sources import Source
 from preference_collection.generation.writing import Writing
-from preference_collection.sandbox.running import TestRunner
+from preference_collection.running import TestRunner
 from preference_collection.store.model import Comparison, Task
 from preference_collection.store.queue import Queue
 from preference_collection.store.store import Store

@@ -157,9 +157,12 @@ def _between_fences(text: str) -> Iterator[str]:
 
 
 def _bare(text: str) -> Iterator[str]:
-    """Unmarked code: from the first line that looks like code to the last line with which it still parses."""
+    """Unmarked code: the whole text, or from the first line that looks like code to the last with which it still parses."""
     begin = BEGINS_LIKE_CODE.search(text)
     if not begin:
+        return
+    if fault_of_code(text, "") is None:
+        yield text
         return
     lines = text[begin.start() :].split("\n")
     # Only short prose is expected after the code.

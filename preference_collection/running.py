@@ -4,10 +4,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from preference_collection.sandbox.sandbox import Sandbox
 from preference_collection.store.model import Answer, Task
 from preference_collection.store.store import Store
 from preference_training.core.processes import usable_cores
+from preference_training.sandbox.sandbox import Sandbox
 
 # Number of answers tested concurrently, and of runs cached in memory.
 AT_ONCE = max(2, usable_cores() // 2)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from preference_collection.generation.replies import LONGEST_REPLY, Extracted, extract_code, only_function
+from preference_training.sandbox.replies import LONGEST_REPLY, Extracted, extract_code, only_function
 
 CODE = "def add(a, b):\n    return a + b"
 
@@ -35,6 +35,11 @@ REPLIES = {
 def test_code_is_found_in_typical_replies(reply):
     found = extract_code(reply, "add")
     assert (found.code, found.fault) == (CODE, None)
+
+
+def test_code_alone_is_taken_whole():
+    code = f"ZERO = 0\n\n{CODE} + ZERO\n\nadd = abs(add)"
+    assert extract_code(code, "add").code == code
 
 
 def test_the_last_of_several_solutions_counts():

@@ -131,6 +131,9 @@ class Trainer:
         if not result.metrics:
             self.log_skipped(result.packs)
             return {}
+        if result.overflowed_at is not None:
+            said = f"a float16 gradient overflowed at a loss scale of {result.overflowed_at:,g}: no update in this step; "
+            self.tracker.log_message(f"{said}the scale is halved")
         self.monitor.observe_share_changed(result.share_changed, self.config.lr, self.step.updater.dtype)
         if self.observers.ledger is not None:
             margins = [(pack.pairs, pack.margins) for pack in result.packs if not pack.is_filler]

@@ -61,7 +61,7 @@ def one_response_each(options) -> dict:
     seed_everything(config.seed)
     tokenizer = load_tokenizer(config.model)
     model = move_to_devices(load_model(config.model, tokenizer), pick_device()).eval()
-    share_prefixes(model, config.prefix_sharing)
+    share_prefixes(model, config.prefix_sharing, config.prefix_attention)
     prompts = [tokenizer(text).input_ids for text in toy_records("test")][: options.prompts or 384]
     arguments = model, tokenizer, prompts, config.max_length, config.seed
     contenders = {"before": lambda: all_in_one_batch(*arguments), "now": lambda: sample_batches(*arguments)}

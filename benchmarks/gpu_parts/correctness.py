@@ -11,6 +11,7 @@ from gpu_parts.found import Found, Settings
 from gpu_parts.making import FAMILIES, SMALL, build_config, make_model, packed, random_prompts
 from preference_training.core.machine import allow_tf32
 from preference_training.modeling.logprobs import response_scores, trie_scores
+from preference_training.modeling.prefix_sharing.attention_choice import AUTO, VARLEN, asked_for
 from preference_training.modeling.prefix_sharing.proof import TOLERANCES, logps_and_gradients
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
@@ -24,6 +25,11 @@ CASES = [
     ("head_80", "bfloat16", True), ("head_80", "float32", True), ("gpt_oss", "float32", False), ("gemma3", "float32", False),
 ]  # fmt: skip
 CASES_ON_CPU = [("llama", "float32", False), ("gemma2", "bfloat16", False)]
+# By flash attention in parts: heads in groups, of 64 and 80, sinks, windows that FlexAttention computes, and both dtypes.
+VARLEN_CASES = [
+    ("llama", "bfloat16"), ("llama", "float16"), ("qwen3", "bfloat16"), ("head_80", "bfloat16"), ("gpt_oss", "bfloat16"),
+    ("gpt_neox", "bfloat16"), ("gemma3", "bfloat16"),
+]  # fmt: skip
 # The largest difference of a log-prob where float32 products are computed in TF32. Unit: nats per token.
 WITH_TF32 = 5e-3
 
@@ -35,14 +41,28 @@ def values(found: Found, settings: Settings) -> None:
         found.attempt(name, compare, family, dtype, tf32, settings, must=is_right)
 
 
-def compare(family: str, dtype: str, tf32: bool, settings: Settings) -> dict:
+def values_varlen(found: Found, settings: Settings) -> None:
+    """The same by flash attention, which must not have been given up."""
+    for family, dtype in settings.choose(VARLEN_CASES, []):
+        must = lambda result: is_right(result) and result["attention"] == VARLEN  # noqa: E731
+        found.attempt(f"{family} {dtype} varlen", compare, family, dtype, True, settings, VARLEN, must=must)
+    if settings.is_cpu:
+        found.put("left_out", "flash attention has no kernels for cpu")
+
+
+def compare(family: str, dtype: str, tf32: bool, settings: Settings, attention: str = AUTO) -> dict:
     """One case: the largest errors against the exact values."""
     config = build_config(small(family, settings), dtype)
     model = make_model(config, settings)
     usual, before, began = model.config._attn_implementation, graphs(), time.perf_counter()
     allow_tf32(tf32)
-    shares = share_prefixes(model, "auto")
-    result = {"shares": shares, "proof_seconds": round(time.perf_counter() - began, 1), "graphs_of_proof": graphs() - before}
+    shares = share_prefixes(model, "auto", attention)
+    result = {
+        "shares": shares,
+        "attention": asked_for(),
+        "proof_seconds": round(time.perf_counter() - began, 1),
+        "graphs_of_proof": graphs() - before,
+    }
     if not shares:
         return result
     sizes = settings.choose({}, {"prompt": (5, 40), "response": (2, 20)})

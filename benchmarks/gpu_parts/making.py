@@ -130,7 +130,7 @@ def make_trainer(config, settings: Settings, prompts: Sequence[TokenizedPrompt])
     tokenizer = load_tokenizer(config.model)
     placement = placement_for(config).start(config, tokenizer)
     policy = make_model(config, settings)
-    share_prefixes(policy, config.prefix_sharing)
+    share_prefixes(policy, config.prefix_sharing, config.prefix_attention)
     loss = build_loss(**config.loss.given(), seed=config.seed)
     reference = placement.reference(policy) if loss.needs_reference else None
     packing = Packing(token_budget(policy, config.max_tokens_per_microbatch))

@@ -100,7 +100,11 @@ def speed_large(found: Found, settings: Settings) -> None:
     prompts = dialogues(size * steps, vocabulary(settings, EIGHT_BILLION), shrink=settings.choose(1, 8))
     overrides = ("+adapter=lora", "max_tokens_per_microbatch=4096")
     reached = lambda result: settings.is_cpu or is_right(result, LARGE_MFU)  # noqa: E731
-    found.attempt("trie", train, job(settings, EIGHT_BILLION, prompts, size, *overrides), settings, must=reached)
+    trie = found.attempt("trie", train, job(settings, EIGHT_BILLION, prompts, size, *overrides), settings, must=reached)
+    if settings.is_cpu:
+        return
+    short = job(settings, EIGHT_BILLION, prompts[: size * 4], size, *overrides, "prefix_sharing=off")
+    compare(found, trie, found.attempt("padded", train, short, settings))
 
 
 def speed_trl(found: Found, settings: Settings) -> None:

@@ -31,6 +31,8 @@ OPTIONS = {
     "activation checkpointing": (EXACT, ("activation_checkpointing=true",), 1e-4),
     "compiled": (EXACT, ("compile=true",), 1e-4),
     "autocast": ((), ("model.autocast_dtype=bfloat16",), 2e-2),
+    "float16 with a loss scaler": (EXACT, ("model.autocast_dtype=float16",), 2e-2),
+    "flash attention": (BFLOAT16, ("prefix_attention=varlen",), 2e-2),
 }
 FSDP = {
     "float32": EXACT,
@@ -39,6 +41,8 @@ FSDP = {
     "mixed": (*EXACT, "trainer.param_dtype=bfloat16"),
     "mixed, checkpointing": (*EXACT, "trainer.param_dtype=bfloat16", "activation_checkpointing=true"),
     "offload": (*BFLOAT16, "trainer.cpu_offload=true"),
+    "float16 with a loss scaler": (*EXACT, "trainer.param_dtype=float16"),
+    "flash attention": (*BFLOAT16, "prefix_attention=varlen"),
 }
 # Of those, the ones that must log what one device logs, and how closely.
 LIKE_ONE_DEVICE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -105,6 +109,11 @@ def runs(found: Found, settings: Settings) -> None:
     if not settings.is_cpu:
         found.attempt("dpo_again", run, root / "again", *dpo, "lr_schedule=constant", f"n_steps={steps}")
         found.attempt("repeated", weights_differ, root / "dpo", root / "again", must=lambda each: each["bits_equal"])
+        for name in ("varlen", "varlen_again"):
+            found.attempt(name, run, root / name, *dpo, "prefix_attention=varlen", f"n_steps={steps}", must=begins_at_ln_2)
+        found.attempt(
+            "varlen_repeated", weights_differ, root / "varlen", root / "varlen_again", must=lambda each: each["bits_equal"]
+        )
     found.attempt("first_half", run, root / "halves", *dpo, "lr_schedule=constant", f"n_steps={steps // 2}")
     halves = f"resume={root / 'halves'}"
     found.attempt("second_half", run, root / "halves", *dpo, "lr_schedule=constant", f"n_steps={steps}", halves)

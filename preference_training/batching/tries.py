@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from preference_training.batching.attention_parts import AttentionPart, attention_parts
+
 # The shortest run of tokens that is worth sharing between sequences of different prompts. Shorter ones cost a branch more
 # attention than they save; see benchmarks/tries.py.
 MIN_SHARED = 16
@@ -83,6 +85,19 @@ class Trie:
     def positions(self) -> NDArray[numpy.int64]:
         """The position of each packed token in its sequence: [T]."""
         return numpy.concatenate([numpy.arange(branch.shared, branch.length) for branch in self.branches])
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(branch.length for branch in self.branches)
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """How many branches are above each branch."""
+        found: list[int] = []
+        for branch in self.branches:
+            found.append(found[branch.parent] + 1 if branch.parent >= 0 else 0)
+        return found
 
     @property
     def predecessors(self) -> NDArray[numpy.int64]:
@@ -202,8 +217,9 @@ class TrieLayout:
     tensors: all that was computed of it, [T] or [1, 1, blocks, ...], int32, by name.
     """
 
-    # The kinds that layers of this process have asked for: later layouts have them ready.
+    # The kinds that layers of this process have asked for, and whether any has asked for parts: later layouts have them ready.
     kinds: ClassVar[set[MaskKind]] = {(None, None)}
+    wants_parts: ClassVar[bool] = False
 
     def __init__(self, trie: Trie, device: torch.device, tensors: dict[str, Tensor] | None = None):
         self.trie = trie
@@ -228,7 +244,21 @@ class TrieLayout:
         _ = self.subtree_ends, self.positions
         for window, chunk in tuple(self.kinds):
             self._blocks(window, chunk)
+        if self.wants_parts:
+            _ = self.parts
         return self
+
+    @cached_property
+    def parts(self) -> list[AttentionPart]:
+        """The trie's attention in parts, as `attention_parts` has them, with tensors."""
+        TrieLayout.wants_parts = True
+        found = []
+        for number, part in enumerate(attention_parts(self.trie.branches)):
+            for name, values in part.arrays.items():
+                if f"part {number} {name}" not in self.tensors:
+                    self.tensors[f"part {number} {name}"] = self._to_device(values)
+            found.append(part.on_device({name: self.tensors[f"part {number} {name}"] for name in part.arrays}))
+        return found
 
     def _to_device(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values.astype(numpy.int32)).to(self.device)

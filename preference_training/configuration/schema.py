@@ -134,6 +134,7 @@ class RunConfig(Section):
     gradient_accumulation_steps: int = key(whole(1))
     max_tokens_per_microbatch: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     prefix_sharing: str = key(one_of(("auto", "on", "off"), "auto, on or off"), MAY_CHANGE_ON_RESUME)
+    prefix_attention: str = key(one_of(("auto", "flex", "varlen"), "auto, flex or varlen"), MAY_CHANGE_ON_RESUME, NEWER)
     reference_logps: str | None = key(one_of(("live", "cached"), null=True), MAY_CHANGE_ON_RESUME)
     tf32: bool = key(switch)
     bf16: bool | None = key(expected("true, false or null", lambda value: value is None or isinstance(value, bool)), NEWER)

@@ -129,7 +129,7 @@ def load_split(config, tokenizer) -> tuple[nn.Module, str]:
     began = time.perf_counter()
     source = load_model(config.model, tokenizer, config.cache_dir)
     print_loaded(source, began)
-    share_prefixes(source, _sharing_mode(config.prefix_sharing, devices))
+    share_prefixes(source, _sharing_mode(config.prefix_sharing, devices), config.prefix_attention)
     refusal = f"trainer=TensorParallelTrainer: the package tensor_parallel cannot split {type(source).__name__}:"
     try:
         policy = split_layers(source, devices)

@@ -138,7 +138,7 @@ class OneProcess(Placement):
         policy = move_to_devices(loaded, self.device)
         print_loaded(policy, began)
         self.began_with = weights_hash(policy)
-        share_prefixes(policy, self.config.prefix_sharing)
+        share_prefixes(policy, self.config.prefix_sharing, self.config.prefix_attention)
         if self.config.activation_checkpointing:
             enable_activation_checkpointing(policy)
         return self._compiled(policy)

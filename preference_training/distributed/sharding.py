@@ -29,6 +29,7 @@ from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained, load_model
 from preference_training.modeling.logprobs import response_scores
+from preference_training.modeling.prefix_sharing.attention_choice import ask_for
 from preference_training.modeling.prefix_sharing.proof import (
     TOLERANCES,
     ErrorScale,
@@ -195,8 +196,12 @@ def load_sharded(
     source = load_model(config.model, tokenizer, config.cache_dir, base_dir) if ranks.is_rank_zero else None
     if source is not None:
         print_loaded(source, began)
-    proved = share_prefixes(source, config.prefix_sharing) and Sharing(scores_in_head(source)) if ranks.is_rank_zero else None
-    sharing = ranks.broadcast(proved) or None
+    # On all ranks, of which one proves that the model can share prefixes at all.
+    ask_for(config.prefix_attention)
+    proved = None
+    if source is not None and share_prefixes(source, config.prefix_sharing, config.prefix_attention):
+        proved = Sharing(scores_in_head(source))
+    sharing = ranks.broadcast(proved)
     model = empty_model(layout, tokenizer, config.model.policy_dtype, sharing, device)
     # Offloaded weights are brought to the device for each forward.
     model.compute_device = device

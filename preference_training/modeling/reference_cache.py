@@ -39,6 +39,7 @@ from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.modeling.adapters import INITIAL_ADAPTER
 from preference_training.modeling.loading import CONFIG_METADATA
 from preference_training.modeling.logprobs import CachedReference, LiveReference
+from preference_training.modeling.prefix_sharing.attention_choice import MEASURED, VARLEN, asked_for, in_use
 from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead
 from preference_training.modeling.state import compute_device, weights_hash
 
@@ -118,6 +119,8 @@ def model_facts(model: nn.Module) -> dict:
         "autocast": str(getattr(model, "autocast_dtype", None)),
         "buffers": [[name, *_tensor_facts(buffer)] for name, buffer in model.named_buffers() if ".lora_" not in name],
         "adapter": None if starting is None else [starting.lora_alpha, starting.r, starting.use_rslora],
+        # Only where it may differ from what it was before there was a choice, so that older caches are found.
+        **({"prefix_attention": [asked_for(), MEASURED]} if VARLEN in in_use(compute_device(model)) else {}),
     }
 
 

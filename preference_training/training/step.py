@@ -86,13 +86,14 @@ class StepResult:
     """A step's metrics over all ranks, empty where it was skipped, and this rank's packs.
 
     share_changed: the share of the sampled weights that the update changed; None where that was not checked. stops: whether any
-    rank is to stop.
+    rank is to stop. overflowed_at: the loss scale at which the gradient overflowed, so that no weight was updated; else None.
     """
 
     metrics: Metrics
     packs: list[PackResult]
     stops: bool
     share_changed: float | None = None
+    overflowed_at: float | None = None
 
 
 class TrainingStep:
@@ -131,10 +132,13 @@ class TrainingStep:
             metrics[TOKENS_SAVED] = 1 - tokens / row_tokens
         self.state.examples += num_examples
         self.state.tokens += int(tokens)
-        # Where gradients are scaled, the scaler itself skips a step whose gradient has overflowed.
-        if math.isfinite(metrics[TRAIN_LOSS]) and (math.isfinite(norm) or self.updater.scaler.is_enabled()):
-            share = self._update(is_finite=math.isfinite(norm))
+        if math.isfinite(metrics[TRAIN_LOSS]) and math.isfinite(norm):
+            share = self._update(is_finite=True)
             return StepResult(metrics | batch.statistics | {GRAD_NORM: norm}, batch.packs, stops > 0, share)
+        if math.isfinite(metrics[TRAIN_LOSS]) and (scale := self.updater.loss_scale) > 1:
+            # The scaler itself takes no step with a gradient that has overflowed, and halves its scale.
+            self._update(is_finite=False)
+            return StepResult(metrics | batch.statistics, batch.packs, stops > 0, overflowed_at=scale)
         self.updater.skip_step()
         self.state.bad_steps += 1
         self.models.loss.load_state_dict(remembered)

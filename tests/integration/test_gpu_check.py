@@ -15,13 +15,14 @@ import torch
 from transformers import AutoConfig
 
 from preference_training.configuration.composition import force_open_sections
+from preference_training.modeling.prefix_sharing.attention_choice import Measured, Shape
 from tests.support.files import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench
 import gpu_check
 from gpu_check import PARTS, Check, Part
-from gpu_parts import making, whole_runs
+from gpu_parts import choice, making, whole_runs
 from gpu_parts.found import Found, Settings
 from gpu_parts.whole_runs import COMMON, FailedRunError, largest_difference
 
@@ -222,6 +223,22 @@ WIDTHS = {"head_80": 320, "billion": 2048, "eight billion": 4096}
 def test_models_are_of_architectures_that_there_are(name):
     config = making.build_config(MODELS[name], "bfloat16")
     assert AutoConfig.for_model(**config.model.from_config).hidden_size == WIDTHS.get(name, 256)
+
+
+@pytest.mark.parametrize("name", ["pairs of HH", "7 responses", "system prompt of 300"])
+def test_attention_is_chosen_on_batches_of_their_names(name, tmp_path):
+    trie = choice.batches(Settings(tmp_path, is_cpu=False))[name]().trie
+    shape = Shape.of(64, trie)
+    assert 13_000 < trie.num_tokens < 20_000
+    # Some responses, and some prompts behind the system prompt, begin with the same random token.
+    assert shape.levels in {"pairs of HH": (1,), "7 responses": (1, 2), "system prompt of 300": (2, 3)}[name]
+    # Padding is a tree too.
+    assert {"pairs of HH": 1.9, "7 responses": 6, "system prompt of 300": 70}[name] < shape.branches
+
+
+def test_the_lines_of_the_choice_are_what_the_table_of_the_choice_is_made_of():
+    line = Measured(Shape(64, 2.0, 1), "varlen")
+    assert eval(repr(line)) == line
 
 
 SETTINGS = [(*common, *other) for common, other, _ in whole_runs.OPTIONS.values()]

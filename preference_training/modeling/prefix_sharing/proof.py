@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from preference_training.batching.packing import PackedBatch, iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.logprobs import trie_scores, unpadded_scores
-from preference_training.modeling.prefix_sharing.block_attention import block_attention_fault, give_up_block_attention
+from preference_training.modeling.prefix_sharing.attention_choice import give_up, in_use, only
 from preference_training.modeling.prefix_sharing.lengths import (
     ENDLESS,
     LengthPlan,
@@ -137,15 +137,22 @@ def find_sharing_failure(model: nn.Module) -> str | None:
                 # A float32 run on a CPU computes exactly this.
                 if failure or (model.dtype == torch.float32 and compute_device(model).type != "cuda"):
                     return failure
-            failure = _prove(model, _Comparison(own, model.dtype, plan.longest, by_branches=False), plan)
-            device = compute_device(model)
-            if failure is None or device.type != "cuda" or block_attention_fault(device):
-                return failure
-            give_up_block_attention(device, failure)
-            return _prove(model, _Comparison(own, model.dtype, plan.longest, by_branches=True), plan)
+            return _prove_kernels(model, _Comparison(own, model.dtype, plan.longest, by_branches=False), plan)
     finally:
         model.set_attn_implementation(usual)
         model.train(training)
+
+
+def _prove_kernels(model: nn.Module, comparison: "_Comparison", plan: LengthPlan) -> str | None:
+    """Compare with all kernels that the run may use, and give up those that fail; branch by branch where none is left."""
+    device, proved = compute_device(model), set()
+    while todo := [name for name in in_use(device) if name not in proved]:
+        with only(todo[0]):
+            failure = _prove(model, comparison, plan)
+        if failure:
+            give_up(todo[0], device, failure)
+        proved.add(todo[0])
+    return None if in_use(device) else _prove(model, comparison._replace(by_branches=True), plan)
 
 
 def _vocabulary(model: nn.Module) -> int:

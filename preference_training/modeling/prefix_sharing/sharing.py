@@ -6,20 +6,24 @@ from torch import nn
 
 from preference_training.core.errors import UserError
 from preference_training.core.machine import said_while_slow
+from preference_training.modeling.prefix_sharing.attention_choice import AUTO, VARLEN, ask_for, in_use
 from preference_training.modeling.prefix_sharing.block_attention import unsupported_device
 from preference_training.modeling.prefix_sharing.proof import find_sharing_failure
 from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION, register_tree_attention
+from preference_training.modeling.prefix_sharing.varlen_kernels import device_refusal
 from preference_training.modeling.state import compute_device
 
 
-def share_prefixes(model: nn.Module, mode: str) -> bool:
+def share_prefixes(model: nn.Module, mode: str, attention: str = AUTO) -> bool:
     """Let a model compute once what sequences share, if it passes the proof. Returns whether it does, and prints it.
 
-    mode: auto (prints the reason and uses padded rows where the proof fails), on (raises UserError there), off.
+    mode: auto (prints the reason and uses padded rows where the proof fails), on (raises UserError there), off. attention: what
+    the process computes attention over tries with on a GPU (auto, flex, varlen).
     """
     if mode == "off":
         return False
+    ask_for(attention)
     began = time.perf_counter()
     register_tree_attention()
     head = model.get_output_embeddings()
@@ -37,7 +41,9 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
         seconds = time.perf_counter() - began
         print(f"prefix sharing: on, proved on this model in {seconds:.1f} s", flush=True)
         device = compute_device(model)
-        if device.type != "cpu" and (reason := unsupported_device(device)):
+        if attention == VARLEN and (reason := device_refusal(device)):
+            print(f"attention over tries: not by flash attention (prefix_attention=varlen): {reason}", flush=True)
+        if device.type != "cpu" and (reason := unsupported_device(device)) and VARLEN not in in_use(device):
             print(f"attention over tries: branch by branch, not through FlexAttention: {reason}", flush=True)
         return True
     if mode == "on":

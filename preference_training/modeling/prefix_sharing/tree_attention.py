@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from preference_training.batching.tries import TrieLayout
+from preference_training.modeling.prefix_sharing.attention_choice import varlen_kernel
 from preference_training.modeling.prefix_sharing.block_attention import (
     attention_by_blocks,
     block_attention_fault,
     compile_error,
     give_up_block_attention,
 )
+from preference_training.modeling.prefix_sharing.merged_attention import attention_by_parts
 from preference_training.modeling.prefix_sharing.rules import Rules
 
 TREE_ATTENTION = "tree_attention"
@@ -108,7 +110,11 @@ def tree_attention_forward(
 
 def _attention_over_trie(query: Tensor, key: Tensor, value: Tensor, layout: TrieLayout, rules: Rules) -> Tensor:
     """All branches at once where the device has kernels for it, else one after the other: [1, H, T, D]."""
-    if layout.by_branches or block_attention_fault(query.device):
+    if layout.by_branches:
+        return _attention_by_branches(query, key, value, layout, rules)
+    if kernel := varlen_kernel(query, value, layout, rules):
+        return attention_by_parts(query, key, value, layout, rules, kernel)
+    if block_attention_fault(query.device):
         return _attention_by_branches(query, key, value, layout, rules)
     try:
         return attention_by_blocks(query, key, value, layout, rules)

@@ -25,7 +25,7 @@ OF_THE_START = ("resume", "dry_run", "local_run_dir", "sweep_dir", "hydra")
 PATHS = (
     "model", "model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "model.chat_template", "datasets",
     "contamination_files", "loss.function", "evaluation.to", "evaluation.against", "evaluation.task_path", "cache_dir",
-    "local_dirs",
+    "local_dirs", "rounds.prompts", "rounds.judge", "rounds.held_out",
 )  # fmt: skip
 
 

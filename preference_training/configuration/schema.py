@@ -26,6 +26,7 @@ from preference_training.configuration.keys import (
     listed,
     not_negative,
     one_of,
+    optional_section,
     plain_section,
     positive,
     section,
@@ -40,6 +41,7 @@ from preference_training.configuration.sections import (
     LossConfig,
     ModelConfig,
     QualityConfig,
+    RoundsConfig,
     TrainerConfig,
     WandbConfig,
 )
@@ -177,6 +179,8 @@ class RunConfig(Section):
     model: ModelConfig = section(ModelConfig)
     loss: LossConfig = section(LossConfig)
     trainer: TrainerConfig = section(TrainerConfig)
+    # Only with +rounds=default.
+    rounds: RoundsConfig | None = optional_section(RoundsConfig)
     as_composed: dict[str, Any] = field(repr=False, compare=False)
     origin: Origin = field(default=Origin(), repr=False, compare=False)
     # For keys that were null, what became of them, as a line of text.

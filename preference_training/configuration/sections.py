@@ -216,3 +216,32 @@ class QualityConfig(Section):
     min_agreement: float | None = key(share(null=True))
     max_contaminated: float | None = key(share(null=True))
     contamination_ngram: int = key(whole(8))
+
+
+PAIRINGS = ("best_worst", "all", "top_k", "ranking", "unpaired", "best_of_n")
+REFERENCES = ("previous", "first", "moving")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsConfig(Section):
+    """rounds: None of a run that is no loop of rounds."""
+
+    prompts: str = key(text(), NOT_SHOWN)
+    judge: str = key(text())
+    rounds: int = key(whole(1), MAY_CHANGE_ON_RESUME)
+    prompts_per_round: int | None = key(whole(1, null=True))
+    n_samples: int = key(whole(1))
+    temperature: float = key(not_negative())
+    top_p: float = key(expected("a number above 0 and up to 1", lambda value: is_number(value) and 0 < value <= 1))
+    max_new_tokens: int = key(whole(1))
+    pairs: str | None = key(known_name("way to pair responses", PAIRINGS, null=True))
+    margin: float = key(not_negative())
+    top_k: int = key(whole(1))
+    threshold: float | None = key(expected("a number", is_number, null=True))
+    length_matched: float | None = key(share(null=True))
+    replay_share: float = key(share())
+    reference: str = key(one_of(REFERENCES))
+    held_out: float | str = key(
+        expected("a share from 0 to below 1, or a file", lambda value: isinstance(value, str) or share()(value) is None)
+    )
+    n_held_out_samples: int = key(whole(1))

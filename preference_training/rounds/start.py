@@ -99,8 +99,8 @@ def check(config: RunConfig) -> list[str]:
         )
     if not (config.model.name_or_path or config.model.archive):
         raise UserError(
-            "model: rounds sample from the model, and this one would have random weights. Train it with loss=sft first, then set "
-            "model.archive to its checkpoint."
+            "model: rounds sample from the model, and this one would have random weights. Train it with loss=sft first, then "
+            "set model.archive to its checkpoint."
         )
     kind = example_kind(loss)
     pairs = rounds.pairs or USUAL_PAIRS[kind]

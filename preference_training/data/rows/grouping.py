@@ -208,8 +208,7 @@ def _ranked(
 
 # ---- rows that are records -------------------------------------------------------------------------------------------------
 
-# What a row that is a record has: what loaders give, perhaps a rank or a score and a label of each response, and the best and the
-# worst.
+# What a row that is a record has: what loaders give, perhaps a rank or score and a label of each response, and the best and worst.
 RECORD_COLUMNS = ("responses", "pairs", "sft_target", "ranks", "scores", "labels", "chosen", "rejected")
 
 

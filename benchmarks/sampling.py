@@ -78,7 +78,8 @@ def several_samples(options) -> dict:
     end, sampler = tokenizer.eos_token_id, Sampler(tokenizer, PROMPT_LENGTH + RESPONSE_LENGTH, 0)
 
     def shared() -> list[list[int]]:
-        return [response for responses in sampler.samples(model, prompts.tolist(), options.samples) for response in responses]
+        found = sampler.samples(model, prompts.tolist(), options.samples)
+        return [response.token_ids for responses in found for response in responses]
 
     def repeated() -> list[list[int]]:
         with mock.patch.object(sampling, "repeats_prompts", lambda *_: False):

@@ -23,7 +23,7 @@ def generation(found: Found, settings: Settings) -> None:
         answers = sampler.samples(model, prompts, number)
         wait(settings)
         seconds = time.perf_counter() - began
-        tokens = sum(len(answer) for each in answers for answer in each)
+        tokens = sum(len(answer.token_ids) for each in answers for answer in each)
         kept.append(answers)
         return {"seconds": seconds, "tokens": tokens, "tokens_per_second": round(tokens / seconds)}
 

@@ -224,7 +224,7 @@ class Sharded(Placement):
         return reference_beside(policy, self.layout, self.tokenizer, self.device)
 
     def samples(self, requested: bool | None) -> bool:
-        """Whether to sample at evaluations: only if asked to, since every token gathers all weights again."""
+        """Whether to sample at evaluations: only if asked to, since that gathers all weights."""
         if requested is None and self.config.model.head == "lm":
             print("sample_during_eval: off, since the weights are sharded; sample_during_eval=true turns it on", flush=True)
             return False

@@ -8,6 +8,8 @@ that differ in the first two train on different data.
 
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError
 from preference_training.core.machine import tune_malloc
-from preference_training.core.process_group import Ranks, full_tensor, local_world_size, to_local
+from preference_training.core.process_group import Ranks, full_tensor, local_world_size, reshard, to_local
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained, load_model
@@ -87,8 +89,14 @@ class Layout:
         offload = CPUOffloadPolicy(pin_memory=pinned) if trainer.cpu_offload else OffloadPolicy()
         return cls(config, mesh, precision, offload)
 
+    @property
+    def reshards_after_forward(self) -> bool:
+        """Whether gathered weights are freed after the forward of their block."""
+        return self.config.trainer.sharding in ("full", "hybrid")
+
     def apply(self, model: nn.Module) -> None:
         """Shard an empty model's weights over the mesh."""
+        model.reshards_after_forward = self.reshards_after_forward
         if self.mesh["tensor"].size() > 1:
             split_layers(model, self.mesh["tensor"])
         if self.config.activation_checkpointing:
@@ -97,7 +105,7 @@ class Layout:
             compile_between_attentions(model)
         options = {
             "mesh": self.mesh["replicate", "shard"] if self.mesh["replicate"].size() > 1 else self.mesh["shard"],
-            "reshard_after_forward": self.config.trainer.sharding in ("full", "hybrid"),
+            "reshard_after_forward": self.reshards_after_forward,
             "mp_policy": self.precision,
             "offload_policy": self.offload,
         }
@@ -255,6 +263,35 @@ def empty_model(layout: Layout, tokenizer, dtype: str, sharing: Sharing | None, 
         attend_over_tries(model, scoring_head=sharing.scores_in_head and layout.mesh["tensor"].size() == 1)
     layout.apply(model)
     return model.to_empty(device="cpu" if isinstance(layout.offload, CPUOffloadPolicy) else device)
+
+
+@contextmanager
+def whole_weights(model: nn.Module, ranks: Ranks) -> Iterator[bool]:
+    """Context in which every rank has all weights of a sharded model, gathered once; for forward passes without gradient.
+
+    Gives whether it does, so that each rank may compute on its own: False where the weights do not fit into half of some
+    rank's free memory, where a layer is split over ranks, and for any model that is not sharded.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not sharded or ranks.size < torch.distributed.get_world_size() or not _fits_whole(model, ranks):
+        yield False
+        return
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield True
+    finally:
+        model.set_reshard_after_forward(model.reshards_after_forward)
+        reshard(model)
+
+
+def _fits_whole(model: nn.Module, ranks: Ranks) -> bool:
+    """Whether each rank has memory for all weights of a model beside its shards, twice."""
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    device = compute_device(model)
+    free = free_memory(device) // (1 if device.type == "cuda" else local_world_size())
+    return bool(ranks.all_reduce_min(int(2 * weights <= free)))
 
 
 # ---- does it compute the same? --------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ class ChatModel:
         with torch.no_grad(), as_trained(self.model), self._weights():
             try:
                 arguments = settings.arguments() | self.cache.take(prompt)
-                [ids] = generate(self.model, [prompt], self.ends, limit, decoding, **arguments)
+                [(ids, _)] = generate(self.model, [prompt], self.ends, limit, decoding, **arguments)
             except KeyboardInterrupt:
                 # In the middle of a forward pass, which has left the cache incomplete.
                 decoding.rows = None

@@ -21,6 +21,16 @@ SHARE_OF_ENDED = 0.25
 OF_DECODING = ("logits_processor", "stopping_criteria", "generation_config")
 
 
+class Sampled(NamedTuple):
+    """A response: its token ids, and the sum of their log-probs (float) under the model itself, at temperature 1.
+
+    The last token is one that ends a response, unless the response is truncated.
+    """
+
+    token_ids: list[int]
+    logp: float
+
+
 class Ends(NamedTuple):
     """The ids of the tokens that end a response, and of padding, which exist in the embedding."""
 
@@ -111,11 +121,16 @@ class DecodedRows:
 
     def processed_scores(self) -> Tensor:
         """The scores after the temperature, the penalties and the like that `generate` was asked for."""
-        return self.process(self.ids, self.scores)
+        # Some work in place, and the log-probs of what is chosen are the model's own.
+        return self.process(self.ids, self.scores.clone()) if self.process else self.scores
 
     def select(self, places: Sequence[int]) -> None:
         """Keep the rows at the given places, in this order; a row may be repeated. Raises TypeError where state has no rows."""
         rows = torch.tensor(places, device=self.ids.device)
+        for processor in self.process:
+            # The length of each row's prompt, which a repetition penalty ignores.
+            of_rows = {name: value for name, value in vars(processor).items() if isinstance(value, Tensor) and value.dim()}
+            vars(processor).update({name: value[rows] for name, value in of_rows.items() if len(value) == len(self.ids)})
         self.arguments = {name: _select(name, value, rows) for name, value in self.arguments.items()}
         self.ids, self.scores = self.ids[rows], self.scores[rows]
 
@@ -166,23 +181,25 @@ class Decoding:
     def __init__(self, noise: Callable, limits: Sequence[int], ends: Ends, samples: int = 1):
         self.noise, self.limits, self.ends, self.samples = noise, limits, ends, samples
         self.found: list[list[int]] = [[] for _ in limits]
+        # Sums over the tokens of each row, in double precision.
+        self.logps = [0.0 for _ in limits]
 
-    def __call__(self, model: nn.Module, input_ids: Tensor, **arguments) -> list[list[int]]:
-        """The new tokens of each row, [R] lists."""
+    def __call__(self, model: nn.Module, input_ids: Tensor, **arguments) -> list[Sampled]:
+        """The response of each row, [R]."""
         rows = DecodedRows(model, input_ids, arguments, input_ids.shape[1] + max(self.limits))
         if self.samples > 1:
             rows.select([place for place in range(len(input_ids)) for _ in range(self.samples)])
         rows.preallocate()
         with model._optimize_model_for_decode():
             self._decode(rows)
-        return self.found
+        return [Sampled(*response) for response in zip(self.found, self.logps, strict=True)]
 
     def _decode(self, rows: DecodedRows) -> None:
         """Sample until all rows have ended."""
         # The number of each row in the batch; None once it has ended.
         numbers: list[int | None] = list(range(len(self.limits)))
         while True:
-            drawn = self.noise(rows.processed_scores(), numbers).argmax(-1).tolist()
+            drawn = self._draw(rows, numbers)
             rows.append([self.ends.padding if number is None else token for number, token in zip(numbers, drawn, strict=True)])
             numbers = [self._after(number, token) for number, token in zip(numbers, drawn, strict=True)]
             left = [place for place, number in enumerate(numbers) if number is not None]
@@ -192,6 +209,17 @@ class Decoding:
                 rows.select(left)
                 numbers = [numbers[place] for place in left]
             rows.step()
+
+    def _draw(self, rows: DecodedRows, numbers: Sequence[int | None]) -> list[int]:
+        """The next token of each row; the log-probs of those that have not ended are added to `logps`."""
+        tokens = self.noise(rows.processed_scores(), numbers).argmax(-1)
+        logps = rows.scores.gather(-1, tokens[:, None]).squeeze(-1) - rows.scores.logsumexp(-1)
+        # Token ids are exact in float64: one wait for the device instead of two.
+        drawn, added = torch.stack([tokens.double(), logps.double()]).tolist()
+        for number, logp in zip(numbers, added, strict=True):
+            if number is not None:
+                self.logps[number] += logp
+        return [int(token) for token in drawn]
 
     def _after(self, number: int | None, token: int) -> int | None:
         """Note a token of a row; its number unless it has ended."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_world_size
-from preference_training.generation.decoding import Decoding, Ends, generate, repeats_prompts
+from preference_training.distributed.sharding import whole_weights
+from preference_training.generation.decoding import Decoding, Ends, Sampled, generate, repeats_prompts
 from preference_training.generation.settings import GenerationSettings
 from preference_training.modeling.state import compute_device, free_memory
 
@@ -37,7 +38,9 @@ class Sampler:
     the seed, the stream (POLICY or OTHER), the prompt and its number among the prompt's responses; not on how many there are,
     nor on other prompts or their order, except for rounding: where two tokens are almost equally likely, the size of the batch
     may decide (almost never in float32, now and then in bfloat16). Global random streams are unchanged. Every rank takes all
-    prompts, and all ranks sample together. interrupt: called before each token is chosen; what it raises ends the sampling.
+    prompts and gets all responses. Sharded weights are gathered once, if each rank has memory for them; then each rank samples
+    for its share of the prompts. Otherwise every token gathers them again, for all prompts on all ranks. interrupt: called
+    before each token is chosen; what it raises ends the sampling.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -55,34 +58,42 @@ class Sampler:
 
     def responses(self, model: nn.Module, prompts: Sequence[list[int]], stream: str = POLICY) -> list[list[int]]:
         """The token ids of a response to each prompt."""
-        return [response for [response] in self.samples(model, prompts, 1, stream)]
+        return [response.token_ids for [response] in self.samples(model, prompts, 1, stream)]
 
     @torch.no_grad()
-    def samples(
-        self, model: nn.Module, prompts: Sequence[list[int]], number: int, stream: str = POLICY
-    ) -> list[list[list[int]]]:
-        """The token ids of `number` responses to each prompt, which is computed once for all of them.
+    def samples(self, model: nn.Module, prompts: Sequence[list[int]], number: int, stream: str = POLICY) -> list[list[Sampled]]:
+        """`number` responses to each prompt, which is computed once for all of them.
 
-        A response has one token at least; the last is the end-of-sequence token unless truncated. Equal prompts have equal
-        responses.
+        A response has one token at least. Equal prompts have equal responses.
         """
         # Batches of similar length waste little computation on padding.
         unique = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
-        found: dict[tuple[int, ...], list[list[int]]] = {prompt: [] for prompt in unique}
-        with as_trained(model):
+        with as_trained(model), whole_weights(model, self.ranks) as are_whole:
             rows = _max_rows(model, self.max_length, self.ranks) if prompts else 1
-            for first in range(0, number, rows):
-                copies = range(first, min(number, first + rows))
-                size = rows // len(copies)
-                for start in range(0, len(unique), size):
-                    batch = unique[start : start + size]
-                    for prompt, responses in zip(batch, self._sample_batch(model, batch, copies, stream), strict=True):
-                        found[prompt] += responses
+            if are_whole:
+                parts = self.ranks.all_gather_object(self._sample(model, self.ranks.shard(unique), number, rows, stream))
+                found = {prompt: responses for part in parts for prompt, responses in part.items()}
+            else:
+                found = self._sample(model, unique, number, rows, stream)
         return [list(found[tuple(prompt)]) for prompt in prompts]
+
+    def _sample(
+        self, model: nn.Module, prompts: Sequence[tuple[int, ...]], number: int, rows: int, stream: str
+    ) -> dict[tuple[int, ...], list[Sampled]]:
+        """`number` responses to each prompt, at most `rows` at once."""
+        found: dict[tuple[int, ...], list[Sampled]] = {prompt: [] for prompt in prompts}
+        for first in range(0, number, rows):
+            copies = range(first, min(number, first + rows))
+            size = rows // len(copies)
+            for start in range(0, len(prompts), size):
+                batch = prompts[start : start + size]
+                for prompt, responses in zip(batch, self._sample_batch(model, batch, copies, stream), strict=True):
+                    found[prompt] += responses
+        return found
 
     def _sample_batch(
         self, model: nn.Module, prompts: Sequence[tuple[int, ...]], copies: range, stream: str
-    ) -> list[list[list[int]]]:
+    ) -> list[list[Sampled]]:
         """The responses of the given numbers to a batch of prompts."""
         ends = self._ends(model)
         noise = choice_of_tokens([(prompt, copy) for prompt in prompts for copy in copies], self.seed, stream, self.settings)

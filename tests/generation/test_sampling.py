@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from preference_training.generation import decoding, sampling
 from preference_training.generation.sampling import OTHER, POLICY, PromptSeededNoise, Sampler
+from preference_training.generation.settings import GenerationSettings
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from tests.architectures.tiny_models import make
 from tests.support.files import GOLDEN
@@ -22,6 +23,11 @@ from tests.support.files import GOLDEN
 def model(request):
     """A golden model."""
     return AutoModelForCausalLM.from_pretrained(GOLDEN / request.param, dtype=torch.float32).eval()
+
+
+def token_ids(samples) -> list[list[list[int]]]:
+    """The samples of each prompt without their log-probs, whose last bits depend on the batch."""
+    return [[response.token_ids for response in responses] for responses in samples]
 
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [5], [20, 21, 22, 23], [6, 5, 7], list(range(30, 42))]
@@ -148,7 +154,7 @@ def test_samples_are_those_of_each_row_alone(model, tokenizer, lengths, number, 
     prompts = [[draw.randrange(3, 200) for _ in range(length)] for length in lengths]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "MAX_CPU_BATCH", at_once)
-        found = Sampler(tokenizer, 36, seed).samples(model, prompts, number)
+        found = token_ids(Sampler(tokenizer, 36, seed).samples(model, prompts, number))
     for prompt, responses in zip(prompts, found, strict=True):
         limit = 36 - len(prompt)
         assert responses == [continued_alone(model, tokenizer, prompt, k, limit, seed) for k in range(number)]
@@ -156,13 +162,26 @@ def test_samples_are_those_of_each_row_alone(model, tokenizer, lengths, number, 
 
 def test_a_sample_depends_on_its_number_but_not_on_how_many_there_are(model, tokenizer):
     sampler = Sampler(tokenizer, 30, 4)
-    many = sampler.samples(model, PROMPTS, 6)
+    many = token_ids(sampler.samples(model, PROMPTS, 6))
     for number in range(1, 6):
-        assert sampler.samples(model, PROMPTS, number) == [responses[:number] for responses in many]
+        assert token_ids(sampler.samples(model, PROMPTS, number)) == [responses[:number] for responses in many]
     assert [first for first, *_ in many] == sampler.responses(model, PROMPTS)
     assert all(len({tuple(response) for response in responses}) == 6 for responses in many)
-    others = sampler.samples(model, PROMPTS, 6, OTHER)
+    others = token_ids(sampler.samples(model, PROMPTS, 6, OTHER))
     assert not any(one == other for pair in zip(many, others, strict=True) for one, other in zip(*pair, strict=True))
+
+
+SHAPED = GenerationSettings(temperature=0.5, top_k=20, repetition_penalty=1.2, max_new_tokens=16)
+
+
+@pytest.mark.parametrize("how", [None, SHAPED])
+def test_the_log_prob_of_a_sample_is_the_models_own_whatever_shaped_the_choice(model, tokenizer, how):
+    for prompt, responses in zip(PROMPTS, Sampler(tokenizer, 30, 4, settings=how).samples(model, PROMPTS, 3), strict=True):
+        for ids, logp in responses:
+            with torch.no_grad():
+                every = model(torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)
+            predicted = every[len(prompt) - 1 : len(prompt) + len(ids) - 1]
+            assert logp == pytest.approx(predicted[range(len(ids)), ids].sum().item(), abs=1e-4)
 
 
 def test_equal_prompts_have_equal_samples(model, tokenizer):
@@ -179,7 +198,7 @@ def test_a_prompt_is_computed_once_for_its_samples_and_ended_rows_are_not_comput
     sizes = []
     hook = model.register_forward_pre_hook(lambda *call: sizes.append(tuple(call[2]["input_ids"].shape)), with_kwargs=True)
     try:
-        found = sampler.samples(model, prompts, 8)
+        found = token_ids(sampler.samples(model, prompts, 8))
     finally:
         hook.remove()
     assert sizes[0] == (4, 50) and all(width == 1 for _, width in sizes[1:])
@@ -209,7 +228,8 @@ def test_one_response_to_each_prompt_is_what_transformers_decoding_gives(model, 
         seen.append(again(scores, numbers))
         return seen[-1]
 
-    found = decoding.generate(model, prompts, ends, 30, decoding.Decoding(noted, [30, 30], ends))
+    sampled = decoding.generate(model, prompts, ends, 30, decoding.Decoding(noted, [30, 30], ends))
+    found = [response.token_ids for response in sampled]
     rows = expected.sequences[:, width:].tolist()
     end = tokenizer.eos_token_id
     assert found == [row[: row.index(end) + 1] if end in row else row for row in rows]
@@ -226,23 +246,23 @@ def test_caches_of_every_kind_are_repeated_or_else_prompts_are(name, tokenizer, 
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     # Of one length, since RWKV knows no padding; longer than the window of 16.
     prompts = [list(range(start, start + 20)) for start in (40, 70)]
-    found = Sampler(tokenizer, 40, 1).samples(model, prompts, 3)
+    found = token_ids(Sampler(tokenizer, 40, 1).samples(model, prompts, 3))
     said = capsys.readouterr().out
     assert said.count("computes a prompt for each of its samples anew") == (name in ("minimax", "rwkv"))
     if name != "rwkv":
         assert found == [[continued_alone(model, tokenizer, prompt, k, 20, 1) for k in range(3)] for prompt in prompts]
-    assert Sampler(tokenizer, 40, 1).samples(model, prompts, 3) == found
+    assert token_ids(Sampler(tokenizer, 40, 1).samples(model, prompts, 3)) == found
     # It is tried, and said, once.
     assert capsys.readouterr().out == ""
 
 
 def test_a_cache_whose_rows_mix_is_found(model, tokenizer, monkeypatch):
     """Prompts are repeated where the cache takes every repetition but hands out wrong rows."""
-    expected = Sampler(tokenizer, 30, 1).samples(model, PROMPTS, 3)
+    expected = token_ids(Sampler(tokenizer, 30, 1).samples(model, PROMPTS, 3))
     broken = copy.deepcopy(model)
     monkeypatch.setattr(DynamicLayer, "reorder_cache", lambda layer, rows: (
         setattr(layer, "keys", layer.keys[rows].flip(0)), setattr(layer, "values", layer.values[rows].flip(0))
     ))  # fmt: skip
     ends = decoding.Ends(frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id)
     assert not decoding.repeats_prompts(broken, ends)
-    assert Sampler(tokenizer, 30, 1).samples(broken, PROMPTS, 3) == expected
+    assert token_ids(Sampler(tokenizer, 30, 1).samples(broken, PROMPTS, 3)) == expected

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preference_training.batching.iterator import BatchIterator, Packing
@@ -28,16 +29,18 @@ from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import tokenize_records
+from preference_training.distributed import sharding as sharding_module
 from preference_training.distributed.launching import end_group, start_group
 from preference_training.distributed.placement import Sharded
 from preference_training.distributed.sharding import full_tensor, make_mesh
 from preference_training.evaluation.held_out import evaluate_held_out
+from preference_training.generation.sampling import Sampler
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cache_path, cached_reference, compute_logps
-from preference_training.modeling.state import weights_hash
+from preference_training.modeling.state import free_memory, weights_hash
 from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
 from tests.support.losses import of_every_kind
@@ -294,6 +297,45 @@ def train_with_masters(settings: dict, folder: str) -> dict:
             "again": all(torch.equal(full_tensor(one), full_tensor(other)) for one, other in zip(*masters, strict=True)),
             "sharded": [master.to_local().numel() / master.numel() for master in masters[0][:1]],
             "dtypes": [str(master.dtype) for master in masters[0][:1]],
+        }
+    end_group()
+    return results
+
+
+def counted_gathers():
+    """Context that counts how often FSDP gathers a group of weights."""
+    gather = _fsdp_param_group.foreach_all_gather
+    return mock.patch.object(_fsdp_param_group, "foreach_all_gather", wraps=gather)
+
+
+def sample_on_each(settings: dict) -> dict:
+    """Samples of a policy whose weights are sharded, and how often weights are gathered and a rank computes; and alone."""
+    world = World(settings)
+    config = world.config.changed({"model.name_or_path": str(GOLDEN / "llama")})
+    placement = Sharded(config, world.tokenizer, world.device, world.mesh("full"))
+    policy, ranks = placement.load_policy(), placement.ranks
+    alone = load_model(config.model, world.tokenizer).eval()
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [5], [20, 21, 22, 23]]
+    expected = Sampler(world.tokenizer, 24, 0).samples(alone, prompts, 2)
+    sampler, results = Sampler(world.tokenizer, 24, 0, ranks), {}
+    for name, free in {"whole": free_memory(torch.device("cpu")), "sharded": 0}.items():
+        rows: list[int] = []
+
+        def note(_model, _arguments, given, rows=rows) -> None:
+            rows.append(len(given["input_ids"]))
+
+        hook = policy.register_forward_pre_hook(note, with_kwargs=True)
+        with mock.patch.object(sharding_module, "free_memory", lambda _, free=free: free), counted_gathers() as gathers:
+            found = sampler.samples(policy, prompts, 2)
+        hook.remove()
+        pairs = [pair for one, other in zip(found, expected, strict=True) for pair in zip(one, other, strict=True)]
+        results[name] = {
+            "same": all(one.token_ids == other.token_ids for one, other in pairs),
+            "logps": max(abs(one.logp - other.logp) for one, other in pairs),
+            "rows": max(rows),
+            "forwards": len(rows),
+            "gathers": gathers.call_count,
+            "shards left": all(weight.to_local().numel() < weight.numel() for weight in policy.parameters()),
         }
     end_group()
     return results

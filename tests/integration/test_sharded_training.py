@@ -110,3 +110,13 @@ def test_no_rank_writes_into_a_folder_that_the_main_one_is_still_removing(settin
 def test_machines_that_do_not_share_a_disk_use_the_log_probs_that_the_main_one_keeps(settings, tmp_path):
     results = launch(sharded_work.keep_on_disks_of_their_own, (settings, str(tmp_path)), 2, None)
     assert results == {"apart": [0, 0], "kept": [True, False]}
+
+
+def test_sharded_weights_are_gathered_once_to_sample_and_each_rank_samples_for_its_prompts(settings):
+    results = launch(sharded_work.sample_on_each, (settings,), 2, None)
+    for found in results.values():
+        assert found["same"] and found["logps"] < 1e-4 and found["shards left"]
+    # Half of the four prompts; all of them where the weights fit into no rank's memory.
+    assert results["whole"]["rows"] == 4 and results["sharded"]["rows"] == 8
+    # A group per block and one for the rest, once; and again for every token.
+    assert results["sharded"]["gathers"] > results["whole"]["gathers"] * 5

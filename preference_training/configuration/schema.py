@@ -252,6 +252,11 @@ class RunConfig(Section):
     def two_models_notice(self) -> str | None:
         """The notice for a policy and a reference that are different models from the start, as configured."""
         policy, reference = self.model.policy_dtype, self.model.reference_dtype
+        if self.model.reference_archive is not None:
+            return (
+                f"model.reference_archive: the reference is {self.model.reference_archive}, and the policy another model, as "
+                "configured: margins are not 0 at the beginning, and that they start alike is not checked"
+            )
         if policy == reference:
             return None
         return (

@@ -37,6 +37,8 @@ SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("DPO", "beta_DPO")
+# Of model.reference_archive: the model without an archive.
+BASE_MODEL = "base"
 # Relative distance of neighboring numbers of a low-precision dtype, at most. A smaller update of a weight may be rounded away.
 SPACINGS = {"bfloat16": 2**-7, "float16": 2**-10}
 # The largest of ordinary weights: matrices of language models have standard deviations of 0.02 to 0.05.
@@ -66,6 +68,7 @@ class ModelConfig(Section):
     tokenizer_name_or_path: str | None = key(text(null=True), NOT_SHOWN)
     chat_template: str | None = key(text(null=True), NEWER)
     archive: str | None = key(text(null=True), NOT_SHOWN)
+    reference_archive: str | None = key(text(null=True), NOT_SHOWN, NEWER)
     block_name: str | None = key(text(null=True))
     policy_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
     autocast_dtype: str | None = key(known_name("dtype", DTYPES, null=True))

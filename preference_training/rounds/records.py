@@ -37,8 +37,8 @@ def make_pairs(loop: Loop, number: int) -> None:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in excluded.most_common())
         raise UserError(
             f"rounds.pairs: {loop.rule.pairs} makes nothing to train on of the {counts['responses']:,} responses of "
-            f"{files.name}: {reasons}. Look at {files.scores}. More samples (rounds.n_samples), a higher rounds.temperature, or "
-            "a judge that tells responses apart would give some."
+            f"{files.name}: {reasons}. Look at {files.scores}. More samples (rounds.n_samples), a higher rounds.temperature, "
+            "or a judge that tells responses apart would give some."
         )
     write_atomically(
         files.excluded, json.dumps({"counts": counts, "excluded": dict(sorted(excluded.items()))}, indent=1) + "\n"

@@ -180,15 +180,15 @@ def _responses(policy: Policy, prompts: Sequence[LoopPrompt], count: int, stream
     sampler = Sampler(policy.tokenizer, room, config.seed, settings=settings, ends=policy.ends.tokens)
     for prompt, found in zip(prompts, sampler.samples(policy.model, ids, count, stream), strict=True):
         for number, response in enumerate(found):
-            text, ended = policy.text(response)
+            text, ended = policy.text(response.token_ids)
             yield {
                 "prompt_id": prompt.prompt_id,
                 "number": number,
                 "text": text,
-                "token_ids": response,
-                "n_tokens": len(response),
+                "token_ids": response.token_ids,
+                "n_tokens": len(response.token_ids),
                 "ended": ended,
-                "logp": None,
+                "logp": response.logp,
                 "logp_first": None,
                 "model": policy.identity,
             }

@@ -208,7 +208,7 @@ def _ranked(
 
 # ---- rows that are records -------------------------------------------------------------------------------------------------
 
-# What a row that is a record has: what loaders give, perhaps a rank or score and a label of each response, and the best and worst.
+# What a row that is a record has: what loaders give, perhaps a rank, score and label of each response, the best and the worst.
 RECORD_COLUMNS = ("responses", "pairs", "sft_target", "ranks", "scores", "labels", "chosen", "rejected")
 
 

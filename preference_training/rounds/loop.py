@@ -228,6 +228,8 @@ def check_same_loop(directory: Path, then: dict[str, Any], config: RunConfig, gi
     """
     before, now = dotted(then.get("config", {})), dotted(config.as_dict())
     fixed = [key for key in sorted(before.keys() & now.keys()) if not is_within(key, keys_with(MAY_CHANGE_ON_RESUME))]
+    # The prompts were read when the loop was started.
+    fixed = [key for key in fixed if key not in ("rounds.prompts", "rounds.held_out") or not isinstance(now[key], str)]
     changed = [key for key in fixed if key not in PATHS and before[key] != now[key]]
     paths = {key: [values.get(key) for values in (then.get("given", {}), given)] for key in PATHS}
     before |= {key: values[0] for key, values in paths.items()}

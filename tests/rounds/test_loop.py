@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from preference_training.core.errors import UserError
 from preference_training.core.signals import StoppedError
 from preference_training.data.entries import load_records, read_entry
-from preference_training.rounds import sampling
+from preference_training.rounds import judging, sampling
 from preference_training.rounds.loop import Loop
 from preference_training.rounds.summary import read_summary
 from preference_training.rounds.tables import read_table
+from preference_training.rounds.training import training_values
 from tests.rounds import loops
 
 FAST = ("loss=dpo", "lr=3e-3", "n_epochs=4", "loss.beta=0.05")
@@ -136,8 +137,6 @@ def test_a_loop_that_is_interrupted_everywhere_ends_with_the_same_files_and_weig
             raise StoppedError("between two parts")
 
     monkeypatch.setattr(sampling, "write_table", write_table)
-    from preference_training.rounds import judging
-
     add = judging.Verdicts.add
 
     def add_and_stop(self, *given):
@@ -168,7 +167,7 @@ def test_more_rounds_continue_a_loop_that_is_over(done, folder):
     before = content(folder / "loop")
     loop = Loop.open(folder / "loop")
     assert loop.round(3).directory.name == "final" and loop.round(3).next_step is None
-    loop = loops.start(folder, *FAST, "rounds.rounds=3")
+    loop = loops.start(done.directory.parent, *FAST, "rounds.rounds=3", f"local_run_dir={folder / 'loop'}")
     assert (loop.round(3).directory.name, loop.round(3).next_step) == ("round-3", "sample")
     after = content(folder / "loop")
     assert after == before
@@ -193,10 +192,8 @@ def test_where_nothing_can_be_paired_the_loop_stops_with_the_reason(folder):
 
 def test_replay_takes_the_share_that_was_asked_for(folder, done):
     shutil.copytree(done.directory, folder / "loop", symlinks=True)
-    loop = loops.start(folder, *FAST)
-    from preference_training.rounds.training import training_values
-
-    loop = loop.__class__(loop.directory, loop.config.changed({"rounds.replay_share": 0.25}), loop.values)
+    loop = Loop.open(folder / "loop")
+    loop = Loop(loop.directory, loop.config.changed({"rounds.replay_share": 0.25}), loop.values)
     [now, earlier] = training_values(loop, 2)["datasets"]
     counts = [len(read_table(loop.round(number).pairs)) for number in (1, 2)]
     assert earlier["weight"] * counts[0] == pytest.approx(0.25 * (counts[1] + earlier["weight"] * counts[0]), abs=1e-3)

@@ -37,7 +37,7 @@ class FunctionJudge(Judge):
             raise UserError(f"rounds.judge: {file} has no function {name!r}; {nearest(name, functions)}")
         self.function: Callable[..., Any] = defined[name]
         # A file that has changed since gives other scores.
-        self.name, self.identity = function, f"{name} of {hash_file(self.path)}"
+        self.name, self.identity = f"{self.path.name}:{name}", f"{name} of {hash_file(self.path)}"
         parameters = [each.name for each in inspect.signature(self.function).parameters.values() if each.default is each.empty]
         self.takes_many = parameters[:1] == ["prompts"]
         self.takes_rows = len(parameters) == 3

@@ -87,7 +87,12 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
 
 
 def start(config: RunConfig, run_dir: Path, in_sweep: bool, callbacks: Sequence[object] = ()) -> float | None:
-    """Run in this process, or launch several where the trainer needs them."""
+    """Run in this process, or launch several where the trainer needs them; a loop of rounds starts one for each step."""
+    if config.rounds is not None:
+        from preference_training.rounds.start import start_loop
+
+        start_loop(config, run_dir, in_sweep)
+        return None
     from preference_training.distributed.launching import run_or_launch
     from preference_training.training.defaults import settle_dtypes
 

@@ -18,7 +18,7 @@ from preference_training.core.values import dotted
 
 GROUPS = ("model", "loss", "trainer")
 # Groups of which config.yaml chooses nothing.
-OPTIONAL_GROUPS = ("adapter", "experiment")
+OPTIONAL_GROUPS = ("adapter", "experiment", "rounds")
 ALL_KEYS = "`python train.py --help` lists the usual keys, docs/key-reference.md all."
 
 
@@ -189,6 +189,8 @@ def unknown_key(key: str, choice: str = "", value: object = None) -> str:
     """
     if key in known_keys():
         group, name = key.split(".", 1)
+        if group in OPTIONAL_GROUPS:
+            return f"{key}: these keys come with +{group}=default. Add it to the command line."
         owners: list[str] = []
         others: list[str] = []
         for known in group_choices(group):

@@ -43,6 +43,11 @@ def section(section_class: type, *flags: str) -> Any:
     return field(metadata={"section": section_class, "flags": frozenset(flags)})
 
 
+def optional_section(section_class: type, *flags: str) -> Any:
+    """A section that only a choice of a group without a default brings; None without it."""
+    return field(default=None, metadata={"section": section_class, "flags": frozenset(flags)})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Section:
     """A section of the configuration, with an attribute for each key."""

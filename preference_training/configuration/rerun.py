@@ -23,9 +23,10 @@ HEAD = """# What this run was started with. To repeat it:
 OF_THE_START = ("resume", "dry_run", "local_run_dir", "sweep_dir", "hydra")
 # Keys whose values may be paths.
 PATHS = (
-    "model", "model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "model.chat_template", "datasets",
+    "model", "model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "model.reference_archive",
+    "model.chat_template", "datasets",
     "contamination_files", "loss.function", "evaluation.to", "evaluation.against", "evaluation.task_path", "cache_dir",
-    "local_dirs",
+    "local_dirs", "rounds.prompts", "rounds.judge", "rounds.held_out",
 )  # fmt: skip
 
 

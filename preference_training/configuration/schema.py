@@ -26,6 +26,7 @@ from preference_training.configuration.keys import (
     listed,
     not_negative,
     one_of,
+    optional_section,
     plain_section,
     positive,
     section,
@@ -40,6 +41,7 @@ from preference_training.configuration.sections import (
     LossConfig,
     ModelConfig,
     QualityConfig,
+    RoundsConfig,
     TrainerConfig,
     WandbConfig,
 )
@@ -178,6 +180,8 @@ class RunConfig(Section):
     model: ModelConfig = section(ModelConfig)
     loss: LossConfig = section(LossConfig)
     trainer: TrainerConfig = section(TrainerConfig)
+    # Only with +rounds=default.
+    rounds: RoundsConfig | None = optional_section(RoundsConfig)
     as_composed: dict[str, Any] = field(repr=False, compare=False)
     origin: Origin = field(default=Origin(), repr=False, compare=False)
     # For keys that were null, what became of them, as a line of text.
@@ -249,6 +253,11 @@ class RunConfig(Section):
     def two_models_notice(self) -> str | None:
         """The notice for a policy and a reference that are different models from the start, as configured."""
         policy, reference = self.model.policy_dtype, self.model.reference_dtype
+        if self.model.reference_archive is not None:
+            return (
+                f"model.reference_archive: the reference is {self.model.reference_archive}, and the policy another model, as "
+                "configured: margins are not 0 at the beginning, and that they start alike is not checked"
+            )
         if policy == reference:
             return None
         return (

@@ -37,6 +37,8 @@ SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("DPO", "beta_DPO")
+# Of model.reference_archive: the model without an archive.
+BASE_MODEL = "base"
 # Relative distance of neighboring numbers of a low-precision dtype, at most. A smaller update of a weight may be rounded away.
 SPACINGS = {"bfloat16": 2**-7, "float16": 2**-10}
 # The largest of ordinary weights: matrices of language models have standard deviations of 0.02 to 0.05.
@@ -66,6 +68,7 @@ class ModelConfig(Section):
     tokenizer_name_or_path: str | None = key(text(null=True), NOT_SHOWN)
     chat_template: str | None = key(text(null=True), NEWER)
     archive: str | None = key(text(null=True), NOT_SHOWN)
+    reference_archive: str | None = key(text(null=True), NOT_SHOWN, NEWER)
     block_name: str | None = key(text(null=True))
     policy_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
     autocast_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
@@ -216,3 +219,32 @@ class QualityConfig(Section):
     min_agreement: float | None = key(share(null=True))
     max_contaminated: float | None = key(share(null=True))
     contamination_ngram: int = key(whole(8))
+
+
+PAIRINGS = ("best_worst", "all", "top_k", "ranking", "unpaired", "best_of_n")
+REFERENCES = ("previous", "first", "moving")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsConfig(Section):
+    """rounds: None of a run that is no loop of rounds."""
+
+    prompts: str = key(text(), NOT_SHOWN)
+    judge: str = key(text())
+    rounds: int = key(whole(1), MAY_CHANGE_ON_RESUME)
+    prompts_per_round: int | None = key(whole(1, null=True))
+    n_samples: int = key(whole(1))
+    temperature: float = key(not_negative())
+    top_p: float = key(expected("a number above 0 and up to 1", lambda value: is_number(value) and 0 < value <= 1))
+    max_new_tokens: int = key(whole(1))
+    pairs: str | None = key(known_name("way to pair responses", PAIRINGS, null=True))
+    margin: float = key(not_negative())
+    top_k: int = key(whole(1))
+    threshold: float | None = key(expected("a number", is_number, null=True))
+    length_matched: float | None = key(share(null=True))
+    replay_share: float = key(share())
+    reference: str = key(one_of(REFERENCES))
+    held_out: float | str = key(
+        expected("a share from 0 to below 1, or a file", lambda value: isinstance(value, str) or share()(value) is None)
+    )
+    n_held_out_samples: int = key(whole(1))

@@ -21,9 +21,9 @@ from preference_training.configuration.composition import (
     unknown_key,
 )
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
-from preference_training.configuration.model_names import is_gguf, local_gguf
+from preference_training.configuration.model_names import ADAPTER_CONFIG, is_gguf, local_gguf
 from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, Origin, RunConfig
-from preference_training.configuration.sections import EvaluationConfig, LossConfig
+from preference_training.configuration.sections import BASE_MODEL, EvaluationConfig, LossConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.metric_names import (
     EVAL_ACCURACY,
@@ -184,6 +184,12 @@ def _check_adapter(config: RunConfig) -> None:
             f"model.lora.r: loss={config.loss.name} moves the reference, which with an adapter has no weights of its own. "
             "Train all weights, or use another loss."
         )
+    reference = model.reference_archive
+    if has_adapter and reference not in (None, BASE_MODEL) and not (Path(reference) / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"model.reference_archive: found {reference}, expected an adapter or base: with an adapter the reference is the "
+            "same model, under another adapter or none."
+        )
     if has_adapter and model.reference_dtype != model.policy_dtype:
         raise UserError(
             f"model.reference_dtype: found {model.reference_dtype}, expected policy_dtype, {model.policy_dtype}: with an "
@@ -259,6 +265,12 @@ def _check_paths(config: RunConfig) -> None:
     model = config.model
     if model.archive and not Path(model.archive).exists():
         raise UserError(f"model.archive: {model.archive}: no such file or directory. Paths are relative to {Path.cwd()}.")
+    reference = model.reference_archive
+    if reference not in (None, BASE_MODEL) and not Path(reference).exists():
+        raise UserError(
+            f"model.reference_archive: {reference}: no such file or directory. Expected a checkpoint directory, a policy.pt or "
+            f"base; paths are relative to {Path.cwd()}."
+        )
     if model.name_or_path and is_gguf(model.name_or_path):
         local_gguf(model.name_or_path)
     if not model.name_or_path and not model.from_config.get("model_type"):

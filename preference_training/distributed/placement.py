@@ -4,6 +4,7 @@ The placement of a run is the one object that knows. It loads policy and referen
 optimizer state, clips gradients, and says which ranks share the data.
 """
 
+import copy
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
+from preference_training.configuration.sections import BASE_MODEL
 from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_world_size, reshard
@@ -80,8 +82,22 @@ class Placement:
         raise NotImplementedError
 
     def reference(self, policy: nn.Module) -> LiveReference:
-        """The policy as it is now, frozen: a copy, or the model under its adapter."""
-        return LiveReference(policy if has_adapter(policy) else self.frozen_copy(policy))
+        """The policy as it is now, frozen: a copy, or the model under its adapter; or that of `model.reference_archive`."""
+        if has_adapter(policy):
+            return LiveReference(policy)
+        model = self.config.model
+        if model.reference_archive is None:
+            return LiveReference(self.frozen_copy(policy))
+        archive = None if model.reference_archive == BASE_MODEL else model.reference_archive
+        values = {"archive": archive, "reference_archive": None, "policy_dtype": model.reference_dtype}
+        other = self.with_config(self.config.changed({f"model.{key}": value for key, value in values.items()}))
+        return LiveReference(other.load_policy().eval().requires_grad_(False))
+
+    def with_config(self, config) -> "Placement":
+        """The same devices for the model of another configuration, which keeps no model under an adapter."""
+        other = copy.copy(self)
+        other.config, other.base_dir = config, None
+        return other
 
     def samples(self, requested: bool | None) -> bool:
         """Whether to sample at evaluations, where `sample_during_eval` is `requested`; never from a reward model."""
@@ -191,6 +207,12 @@ class Sharded(Placement):
         self.ranks, self.layout = data_ranks(mesh), Layout.of(config, mesh)
         # Where gradients stay whole until the step, they are reduced once, after the last pack.
         self.reduces_once = config.trainer.sharding in ("optimizer", "none")
+
+    def with_config(self, config) -> "Sharded":
+        """The same processes for the model of another configuration."""
+        other = super().with_config(config)
+        other.layout = Layout.of(config, self.layout.mesh)
+        return other
 
     @classmethod
     def start(cls, config, tokenizer) -> "Sharded":

@@ -5,7 +5,6 @@ answers.jsonl       the sampled responses
 judgements.jsonl    the verdicts on them, which a later evaluation reuses
 """
 
-import copy
 import json
 import math
 from collections.abc import Callable
@@ -161,9 +160,7 @@ class EvaluationRun:
 
     def load_other(self, archive: str) -> nn.Module:
         """The model of another checkpoint, placed like the policy."""
-        placement = copy.copy(self.placement)
-        placement.config = self.config.changed({"model.archive": archive})
-        return placement.load_policy()
+        return self.placement.with_config(self.config.changed({"model.archive": archive})).load_policy()
 
 
 def check_reference(config: RunConfig, checkpoint: Checkpoint, found: str | None) -> None:

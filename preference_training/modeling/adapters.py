@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from preference_training.configuration.sections import ModelConfig
+from preference_training.configuration.sections import BASE_MODEL, ModelConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.modeling.archives import MODEL_CONFIG
 from preference_training.modeling.lora_targets import (
@@ -100,19 +100,19 @@ def _load_lora_config(archive: str):
 def add_adapter(model: nn.Module, model_config: ModelConfig, base: str | None = None) -> None:
     """Freeze a model and add the adapter of a `model` configuration; a new adapter leaves the model's outputs unchanged.
 
-    Adapter weights are float32 whatever the model's dtype; so is a value head, which is trained itself. Where training starts
-    from an adapter, a frozen copy of it is added beside the trained one. base: the location of the base model; None is where it
-    was loaded from. Raises UserError for target modules that the model does not have, or on which an adapter would have no
-    effect.
+    Adapter weights are float32 whatever the model's dtype; so is a value head, which is trained itself. Where the reference has
+    an adapter (`reference_adapter`), a frozen one for it is added beside the trained one. base: the location of the base model;
+    None is where it was loaded from. Raises UserError for target modules that the model does not have, or on which an adapter
+    would have no effect.
     """
     if find_spec("peft") is None:
         raise UserError(f"model.lora.r: an adapter needs the package peft. {INSTALL}")
     model.requires_grad_(False)
-    starts_from_adapter = is_adapter(model_config.archive)
+    has_initial = reference_adapter(model_config) is not None
     base = base or _base_location(model_config)
     unsupported = unsupported_layers(model)
     config = build_lora_config(model_config, model, unsupported)
-    for name in (TRAINED_ADAPTER, INITIAL_ADAPTER)[: 1 + starts_from_adapter]:
+    for name in (TRAINED_ADAPTER, INITIAL_ADAPTER)[: 1 + has_initial]:
         own = copy.deepcopy(config)
         if name == INITIAL_ADAPTER:
             own.lora_dropout = 0.0
@@ -237,6 +237,15 @@ def reference_mode(model: nn.Module):
 def is_adapter(archive: str | None) -> bool:
     """Whether `model.archive` is a directory with an adapter and not a whole model."""
     return archive is not None and (Path(archive) / CONFIG_FILE).is_file()
+
+
+def reference_adapter(model_config: ModelConfig) -> str | None:
+    """The adapter with which the reference computes: that of model.reference_archive, else the one that training starts from.
+
+    None where the reference is the model under the adapter, or has weights of its own.
+    """
+    archive = model_config.reference_archive or model_config.archive
+    return archive if model_config.lora.r is not None and archive != BASE_MODEL and is_adapter(archive) else None
 
 
 def save_adapter_config(model: nn.Module, folder: Path) -> None:

@@ -34,7 +34,9 @@ from preference_training.modeling.adapters import (
     is_value_adapter,
     load_adapter,
     merge_adapter,
+    reference_adapter,
     saved_base,
+    set_initial_adapter,
 )
 from preference_training.modeling.archives import (
     GENERATION_CONFIG,
@@ -96,6 +98,9 @@ def load_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = Non
     if is_adapter(model_config.archive):
         check_base_weights(model_config.archive, weights_hash(model))
         load_adapter(model_config.archive, model)
+    if (other := reference_adapter(model_config)) and other != model_config.archive:
+        check_base_weights(other, weights_hash(model))
+        set_initial_adapter(model, other)
     return model
 
 
@@ -240,7 +245,7 @@ def _load_checkpoint(loader, checkpoint: Path, model_config: ModelConfig, tokeni
     # The kernels of the run may not be available on this machine, and are not needed here.
     portable = {"liger_kernels": False, "attn_implementation": "auto", "autocast_dtype": None}
     lora = replace(model_config.lora, **adapter_options(str(checkpoint)))
-    config = replace(model_config, archive=str(checkpoint), lora=lora, **portable)
+    config = replace(model_config, archive=str(checkpoint), reference_archive=None, lora=lora, **portable)
     with seeded_as_its_run(checkpoint):
         return loader(config, tokenizer, cache_dir, saved_base(checkpoint))
 
@@ -393,8 +398,8 @@ def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = No
     if model_config.lora.r is not None or model_config.head == "value":
         with torch.device("meta"):
             model = build_untrained(model_config, tokenizer, cache_dir)
-    if is_adapter(model_config.archive):
-        check_adapter_shapes(model_config.archive, model)
+    for adapter in filter(is_adapter, dict.fromkeys((model_config.archive, reference_adapter(model_config)))):
+        check_adapter_shapes(adapter, model)
     if model_config.lora.r is not None:
         lines += describe_frozen_layers(model, model_config)
     return lines

@@ -134,6 +134,7 @@ def make_reference(config: RunConfig, placement: Placement, policy, reads, read_
     directory = first_existing(config.local_dirs) / "reference_logps"
     # In the policy's dtype it now gives the log-probs that a copy would give.
     is_copy = config.model.reference_dtype == config.model.policy_dtype and not has_adapter(policy)
+    is_copy = is_copy and config.model.reference_archive is None
     reference = LiveReference(policy) if is_copy else placement.reference(policy)
     ranks = placement.ranks
     if reads_tokens:

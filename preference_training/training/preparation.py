@@ -78,6 +78,8 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
         check_asks_for_no_text(config)
     check_objective(config.objective, config.loss.name, loss.examples, loss.model_head)
     check_live(config, loss)
+    if config.model.reference_archive is not None and not loss.needs_reference:
+        raise UserError(f"model.reference_archive: given, and loss={config.loss.name} has no reference. Leave it null.")
     if config.contamination_files and not config.dry_run:
         print("contamination_files: read by dry_run=true alone, which compares them with the training data", flush=True)
     # What takes seconds is checked before a model is converted or its tokenizer read.

@@ -208,8 +208,8 @@ def _ranked(
 
 # ---- rows that are records -------------------------------------------------------------------------------------------------
 
-# What a row that is a record has: what loaders give, perhaps a rank and a label of each response, and the best and the worst.
-RECORD_COLUMNS = ("responses", "pairs", "sft_target", "ranks", "labels", "chosen", "rejected")
+# What a row that is a record has: what loaders give, perhaps a rank, score and label of each response, the best and the worst.
+RECORD_COLUMNS = ("responses", "pairs", "sft_target", "ranks", "scores", "labels", "chosen", "rejected")
 
 
 def record_row(row: dict, prompts: PromptFields) -> Row:
@@ -221,13 +221,11 @@ def record_row(row: dict, prompts: PromptFields) -> Row:
     if not isinstance(answers, list) or not answers:
         raise RowError("field 'responses' is not a list of texts or conversations.")
     responses = [_response(listed_answer(answer, "responses", k)) for k, answer in enumerate(answers)]
-    values = {name: parse_text_list(row.get(name)) for name in ("pairs", "ranks", "labels")}
+    values = {name: parse_text_list(row.get(name)) for name in ("pairs", "ranks", "scores", "labels")}
     pairs = values["pairs"] or []
     pairs = [tuple(pair) if isinstance(pair, list) else pair for pair in pairs] if isinstance(pairs, list) else pairs
-    labels, ranks = (None if is_empty(values[name]) else values[name] for name in ("labels", "ranks"))
-    if ranks is not None and not (isinstance(ranks, list) and len(ranks) == len(responses)):
-        raise RowError(f"field 'ranks' is {ranks!r}, expected a list of {len(responses)} numbers, one for each response.")
-    scores = None if ranks is None else [None if is_missing_number(rank) else -as_number(rank, "ranks") for rank in ranks]
+    labels = None if is_empty(values["labels"]) else values["labels"]
+    scores = _numbers(values["ranks"], "ranks", -1, len(responses)) or _numbers(values["scores"], "scores", 1, len(responses))
     given = row.get("sft_target")
     target = None if is_empty(given) else _response(answer_in(given, "sft_target"))
     record = {"responses": responses, "pairs": pairs, "sft_target": target or responses[0], "labels": labels, "scores": scores}
@@ -240,6 +238,15 @@ def record_row(row: dict, prompts: PromptFields) -> Row:
         responses, scores, labels = [*responses, target], *more
     prompt = "" if row.get(prompts.prompt) == "" else prompts.read(row)
     return Row(prompt, responses, pairs, None if target is None else responses.index(target), scores, labels)
+
+
+def _numbers(values, name: str, sign: int, count: int) -> list[float | None] | None:
+    """A number of each response, times a sign: the higher the better. Raises RowError."""
+    if is_empty(values):
+        return None
+    if not (isinstance(values, list) and len(values) == count):
+        raise RowError(f"field {name!r} is {values!r}, expected a list of {count} numbers, one for each response.")
+    return [None if is_missing_number(value) else sign * as_number(value, name) for value in values]
 
 
 def _response(answer) -> Response:

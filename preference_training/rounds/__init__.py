@@ -1,0 +1,1 @@
+"""Rounds: sample from the policy, judge, pair, train, again."""

@@ -1,0 +1,89 @@
+"""The steps of a loop by hand, and what is left of it.
+
+python -m preference_training.rounds status DIRECTORY              # what is done
+python -m preference_training.rounds run DIRECTORY                 # all that is missing
+python -m preference_training.rounds sample DIRECTORY --round 2    # one step: sample, judge, pair, summarize, train
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from preference_training.core.errors import UserError
+from preference_training.core.signals import STOPPED, StoppedError
+from preference_training.rounds.driver import APART, check_can_begin, run_loop, run_one, table, work
+from preference_training.rounds.loop import Loop
+from preference_training.rounds.processes import StepFailedError, locked_loop
+
+STEPS = ("sample", "judge", "pair", "summarize", "train")
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m preference_training.rounds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step", choices=(*STEPS, "run", "status"))
+    parser.add_argument("directory", type=Path, help="the run directory of python train.py +rounds=default")
+    parser.add_argument(
+        "--round",
+        type=int,
+        metavar="K",
+        help="which round, from 1; the one after the last is the last policy's (default: the first)"
+        " in which the step is missing",
+    )
+    parser.add_argument("--again", action="store_true", help="judge: ask again where the judge could not judge")
+    return parser.parse_args(given)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Do what was asked. Raises UserError."""
+    directory = options.directory.absolute()
+    loop = Loop.open(directory)
+    if options.step == "status":
+        print(*table(loop), sep="\n")
+    elif options.step == "run":
+        run_loop(loop)
+    else:
+        with locked_loop(directory):
+            number = options.round or _missing(loop, options.step)
+            check_round(loop, number, options.step)
+            if options.step in APART:
+                work(loop, number, options.step, options.again)
+            else:
+                run_one(loop, number, options.step)
+
+
+def _missing(loop: Loop, step: str) -> int:
+    rounds = enumerate(loop.rounds(), start=1)
+    found = next((number for number, files in rounds if step in files.steps and not files.is_done(step)), None)
+    if found is None:
+        raise UserError(f"{step}: done in every round of {loop.directory}. Name a round with --round, or raise rounds.rounds.")
+    return found
+
+
+def check_round(loop: Loop, number: int, step: str) -> None:
+    """Raise UserError where there is no such round, or it is not as far."""
+    last = loop.config.rounds.rounds
+    if not 1 <= number <= last + 1 or step not in loop.round(number).steps:
+        after = f" ({last + 1}: the last policy's held-out responses)" if step in loop.round(last + 1).steps else ""
+        raise UserError(f"--round: found {number}, expected 1 to {last}{after}.")
+    check_can_begin(loop, number, step)
+
+
+def command_line() -> None:
+    """Run `main`: a mistake of the user's is one message, with exit status 2."""
+    try:
+        main(arguments())
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(2)
+    except StoppedError as stopped:
+        print(stopped, flush=True)
+        sys.exit(STOPPED)
+    except StepFailedError as failed:
+        sys.exit(failed.told())
+
+
+if __name__ == "__main__":
+    command_line()

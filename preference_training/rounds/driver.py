@@ -1,0 +1,94 @@
+"""The loop: every step of every round that is not done, in order; the heavy ones in processes of their own."""
+
+import sys
+from collections.abc import Callable
+
+from preference_training.core.errors import UserError
+from preference_training.core.signals import StoppedError
+from preference_training.rounds.judges.base import PendingError
+from preference_training.rounds.loop import Loop, RoundFiles
+from preference_training.rounds.processes import handling, locked_loop, run_step, stop_at_signal
+from preference_training.rounds.records import make_pairs
+from preference_training.rounds.summary import held_out_line, read_summary, summarize
+from preference_training.rounds.training import finish_training, write_training
+
+MODULE = "preference_training.rounds"
+# Steps that load a model, or a user's judge.
+APART = ("sample", "judge")
+Run = Callable[..., None]
+
+
+def run_loop(loop: Loop, run: Run = run_step) -> None:
+    """Run what is missing of a loop. run: runs a command as a process of its own.
+
+    Raises StoppedError where it is to stop, StepFailedError where a process has failed, UserError.
+    """
+    with locked_loop(loop.directory):
+        for number, files in enumerate(loop.rounds(), start=1):
+            while (step := files.next_step) is not None:
+                run_one(loop, number, step, run)
+    print(*table(loop), f"loop: {loop.directory}", sep="\n", flush=True)
+
+
+def run_one(loop: Loop, number: int, step: str, run: Run = run_step) -> None:
+    """Run one step of a round: in this process where it is light."""
+    name = f"{step} of {loop.round(number).name}"
+    if step in APART:
+        run([sys.executable, "-m", MODULE, step, str(loop.directory), "--round", str(number)], name)
+    elif step == "train":
+        print(f"{loop.round(number).name}: training, {_reference(loop, number)}", flush=True)
+        run(write_training(loop, number), name)
+        finish_training(loop.round(number))
+    else:
+        with handling(stop_at_signal):
+            (make_pairs if step == "pair" else summarize)(loop, number)
+
+
+def _reference(loop: Loop, number: int) -> str:
+    words = {
+        "previous": "compared with the policy that it begins with",
+        "first": "compared with the model before the first round",
+    }
+    policy = "from the first model" if number == 1 else f"from the policy of round {number - 1}"
+    return f"{policy}, {words.get(loop.config.rounds.reference, 'compared with a reference that follows it')}"
+
+
+def work(loop: Loop, number: int, step: str, again: bool = False) -> None:
+    """Do one step in this process, which it may fill. Raises StoppedError at a signal, and where verdicts are still to come."""
+    from preference_training.rounds.judging import judge
+
+    with handling(stop_at_signal):
+        if step == "judge":
+            try:
+                judge(loop, number, again)
+            except PendingError as error:
+                raise StoppedError(str(error)) from error
+        else:
+            # torch and transformers.
+            from preference_training.rounds.sampling import sample
+
+            sample(loop, number)
+
+
+def check_can_begin(loop: Loop, number: int, step: str) -> None:
+    """Raise UserError where a step of a round lacks what an earlier one writes."""
+    files = loop.round(number)
+    before = files.steps[: files.steps.index(step)] if step in files.steps else ()
+    missing = next((each for each in before if not files.is_done(each)), None)
+    if missing is not None and not (step == "train" and missing == "summarize"):
+        first = f"python -m {MODULE} {missing} {loop.directory}"
+        raise UserError(f"{step}: {files.name} is not done with the step {missing}. Run it first: {first}")
+
+
+def table(loop: Loop) -> list[str]:
+    """The state of a loop: a line for each round."""
+    return [f"{files.name}: {_state(files, number)}" for number, files in enumerate(loop.rounds(), start=1)]
+
+
+def _state(files: RoundFiles, number: int) -> str:
+    done = [step for step in files.steps if files.is_done(step)]
+    if not done:
+        return "not begun"
+    state = "done" if len(done) == len(files.steps) else f"done: {', '.join(done)}; next: {files.next_step}"
+    summary = read_summary(files)
+    return f"{state}; {held_out_line(summary['held_out'], number)}" if "held_out" in summary else state

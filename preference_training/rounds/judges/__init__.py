@@ -1,0 +1,1 @@
+"""Judges of single responses: who scores what a policy has sampled."""

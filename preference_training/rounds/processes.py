@@ -1,0 +1,121 @@
+"""The processes of a loop: one step each, so that its memory is free afterwards. At most one works in a loop's directory.
+
+The lock is on an open file that every step inherits: it is held as long as one of them lives, whatever became of the others.
+"""
+
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from preference_training.configuration.run_dirs import writable
+from preference_training.core.signals import ENDED_AT_ONCE, SAME_SIGNAL, SIGNALS, STOPPED, StoppedError
+
+LOCK = ".loop.lock"
+# The number of the inherited file that is locked.
+LOCKED = "PREFERENCE_TRAINING_LOOP_LOCK"
+# Linux: which signal a process gets when its parent dies.
+PR_SET_PDEATHSIG = 1
+
+
+class StepFailedError(Exception):
+    """A step has ended with an exit status of its own, and has said why. status: that of the process."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+    def told(self) -> int:
+        """Print what has failed; the exit status for it."""
+        print(f"rounds: {self}; what it said is above", file=sys.stderr, flush=True)
+        return self.status if self.status > 0 else 1
+
+
+@contextmanager
+def locked_loop(directory: Path) -> Iterator[None]:
+    """Inside, no other loop works in a directory; waits for one that does. A step of this loop is inside already."""
+    if LOCKED in os.environ:
+        yield
+        return
+    with writable(directory):
+        file = (directory / LOCK).open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that works in {directory}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        os.set_inheritable(file.fileno(), True)
+        os.environ[LOCKED] = str(file.fileno())
+        try:
+            yield
+        finally:
+            del os.environ[LOCKED]
+
+
+def run_step(command: Sequence[str], name: str) -> None:
+    """Run a step in a process of its own, forwarding the signals that stop it.
+
+    Raises StoppedError where it was stopped, and StepFailedError for any other end but a good one.
+    """
+    received: list[tuple[int, float]] = []
+    children: list[subprocess.Popen] = []
+
+    def forward(number: int, _frame) -> None:
+        again = bool(received) and number == signal.SIGINT and time.monotonic() - received[0][1] > SAME_SIGNAL
+        received.append((number, time.monotonic()))
+        for child in children:
+            with suppress(ProcessLookupError):
+                child.kill() if again else child.send_signal(number)
+        if again:
+            os._exit(ENDED_AT_ONCE)
+
+    with handling(forward):
+        children.append(_started(command))
+        if received:
+            children[0].send_signal(received[0][0])
+        status = children[0].wait()
+    if received or status == STOPPED:
+        said = signal.Signals(received[0][0]).name if received else "its process was stopped"
+        raise StoppedError(f"stopped during {name}: {said}")
+    if status:
+        end = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        raise StepFailedError(f"{name} has ended with {end}", status)
+
+
+def _started(command: Sequence[str]) -> subprocess.Popen:
+    files = [int(os.environ[LOCKED])] if LOCKED in os.environ else []
+    # A step whose loop was killed stops, as if it were asked to.
+    first = partial(_end_with_parent, os.getpid()) if sys.platform == "linux" else None
+    return subprocess.Popen(list(command), pass_fds=files, preexec_fn=first)
+
+
+def _end_with_parent(parent: int) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def handling(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Inside, signals that stop a run go to a handler, where this is the thread that may handle them."""
+    handles = threading.current_thread() is threading.main_thread()
+    usual = {number: signal.signal(number, handler) for number in SIGNALS} if handles else {}
+    try:
+        yield
+    finally:
+        for number, before in usual.items():
+            signal.signal(number, before)
+
+
+def stop_at_signal(number: int, _frame) -> None:
+    """For `handling`: stop a step at once. What it has written stays, and it goes on behind that."""
+    raise StoppedError(f"stopped: {signal.Signals(number).name}")

@@ -1,0 +1,142 @@
+"""Starting a loop, or continuing one: all that is wrong is said before anything expensive."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from preference_training.configuration.schema import RunConfig
+from preference_training.core.errors import UserError
+from preference_training.core.processes import in_worker
+from preference_training.losses.registry import example_kind, find_loss, model_head
+from preference_training.rounds.driver import run_loop
+from preference_training.rounds.judges.choice import check_judge
+from preference_training.rounds.loop import PROMPTS, ROUNDS, USUAL_PAIRS, Loop
+from preference_training.rounds.processes import StepFailedError, locked_loop
+from preference_training.rounds.prompts import prompts_of_round, read_prompts, store
+
+# The ways to pair that a loss can train on, by what its examples are.
+PAIRS_FOR = {
+    "pairs": ("best_worst", "all", "top_k"),
+    "rankings": ("ranking",),
+    "labels": ("unpaired",),
+    "targets": ("best_of_n",),
+}
+# The ways to pair that read a key.
+READ_BY = {
+    "margin": ("best_worst", "all", "top_k", "ranking"),
+    "length_matched": ("best_worst", "all", "top_k"),
+    "top_k": ("top_k",),
+    "threshold": ("unpaired", "best_of_n"),
+}
+
+
+def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> None:
+    """Run a loop from its beginning, or from where `resume` finds one. Raises UserError, and StoppedError.
+
+    Exits as a step does that fails in its process.
+    """
+    if in_sweep:
+        raise UserError("rounds: a sweep's jobs are single runs. Start loops of rounds one by one.")
+    directory = find_loop(config, run_dir)
+    for line in check(config):
+        print(line, flush=True)
+    prompts, said = read_prompts(config.rounds)
+    held_out = [prompt for prompt in prompts if prompt.held_out]
+    sampled = prompts_of_round(prompts, 1, config.rounds.prompts_per_round, config.seed)
+    rounds = config.rounds
+    trained = len(prompts) - len(held_out)
+    print(
+        f"rounds: {rounds.rounds}, each of {rounds.n_samples} responses to {len(sampled):,} of {trained:,} prompts; "
+        f"{len(held_out):,} prompts are held out",
+        *(f"  {count:,} {what}" for what, count in said.items()),
+        sep="\n",
+        flush=True,
+    )
+    if config.dry_run:
+        return
+    try:
+        with locked_loop(directory):
+            loop = Loop.start(directory, config)
+            if not (directory / PROMPTS).is_file():
+                store(prompts, directory / PROMPTS)
+            run_loop(loop)
+    except StepFailedError as failed:
+        sys.exit(failed.told())
+
+
+def find_loop(config: RunConfig, run_dir: Path) -> Path:
+    """The directory of a loop: that of the start, or one that `resume` means. Raises UserError."""
+    if config.resume is None:
+        if (run_dir / ROUNDS).is_file():
+            raise UserError(
+                f"local_run_dir: {run_dir} holds a loop of rounds. Continue it with resume={run_dir}, or name another."
+            )
+        return run_dir
+    if config.resume != "auto":
+        given = Path(config.resume).resolve()
+        if not (given / ROUNDS).is_file():
+            raise UserError(f"resume: {given} holds no loop of rounds. Expected the run directory of one, or auto.")
+        return given
+    beside = sorted(run_dir.parent.glob(f"{config.exp_name}_*"), reverse=True)
+    found = next((path for path in (run_dir, *beside) if (path / ROUNDS).is_file()), None)
+    print(f"resume: continuing {found}" if found else f"resume: no loop of {config.exp_name} yet, starting one", flush=True)
+    return found or run_dir
+
+
+def check(config: RunConfig) -> list[str]:
+    """Raise UserError for a loop that cannot work. Returns lines on keys without effect."""
+    rounds, loss = config.rounds, config.loss.name
+    if in_worker():
+        raise UserError(
+            "rounds: a launcher has started this process, and a loop starts its own. Run python train.py by itself."
+        )
+    if config.eval_only or config.debug:
+        key = "eval_only" if config.eval_only else "debug"
+        raise UserError(f"{key}: found true, and rounds train from the checkpoint of the round before. Set {key}=false.")
+    if model_head(loss) == "value":
+        raise UserError(
+            f"loss: {loss} trains a reward model, which writes no responses. Train it first; rounds can be judged by it."
+        )
+    if not (config.model.name_or_path or config.model.archive):
+        raise UserError(
+            "model: rounds sample from the model, and this one would have random weights. Train it with loss=sft first, then "
+            "set model.archive to its checkpoint."
+        )
+    kind = example_kind(loss)
+    pairs = rounds.pairs or USUAL_PAIRS[kind]
+    if pairs not in PAIRS_FOR[kind]:
+        raise UserError(
+            f"rounds.pairs: found {pairs}, which loss={loss} cannot train on. Expected {' or '.join(PAIRS_FOR[kind])}."
+        )
+    _check_reference(config)
+    _check_samples(config, pairs)
+    check_judge(config)
+    given = _given(config)
+    unread = [key for key, ways in READ_BY.items() if f"rounds.{key}" in given and pairs not in ways]
+    return [f"rounds.{key}: without effect, since pairs is {pairs}" for key in unread]
+
+
+def _given(config: RunConfig) -> Sequence[str]:
+    return [text.lstrip("+").partition("=")[0] for text in config.origin.overrides]
+
+
+def _check_reference(config: RunConfig) -> None:
+    found, moves = config.rounds.reference, config.loss.moves_reference
+    if (found == "moving") != moves:
+        remedy = "Set loss=tr_dpo, whose reference does." if found == "moving" else "Set rounds.reference=moving."
+        does = "moves" if moves else "does not move"
+        raise UserError(f"rounds.reference: found {found}, and the reference of loss={config.loss.name} {does}. {remedy}")
+    registered = find_loss(config.loss.name, config.loss.mode_loss)
+    if found == "first" and registered is not None and not registered.objective.needs_reference:
+        raise UserError(f"rounds.reference: found first, and loss={config.loss.name} has no reference. Set it to previous.")
+
+
+def _check_samples(config: RunConfig, pairs: str) -> None:
+    rounds = config.rounds
+    alone = pairs == "best_of_n" or (pairs == "unpaired" and rounds.threshold is not None)
+    if rounds.n_samples < 2 and not alone:
+        raise UserError(f"rounds.n_samples: found 1, and pairs={pairs} compares responses to a prompt. Expected at least 2.")
+    if rounds.temperature == 0 and rounds.n_samples > 1:
+        raise UserError(
+            f"rounds.temperature: found 0, at which all {rounds.n_samples} responses to a prompt are the same. Expected more."
+        )

@@ -1,0 +1,210 @@
+"""A loop of rounds from its beginning to its end: what it learns, what it keeps, and how it goes on."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from preference_training.core.errors import UserError
+from preference_training.core.signals import StoppedError
+from preference_training.data.entries import load_records, read_entry
+from preference_training.rounds import judging, sampling
+from preference_training.rounds.loop import Loop
+from preference_training.rounds.summary import read_summary
+from preference_training.rounds.tables import read_table
+from preference_training.rounds.training import training_values
+from tests.rounds import loops
+
+FAST = ("loss=dpo", "lr=3e-3", "n_epochs=4", "loss.beta=0.05")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A folder with the model that loops start from, prompts and a judge."""
+    folder = tmp_path_factory.mktemp("first")
+    loops.make_model(folder)
+    loops.make_prompts(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(first, tmp_path, monkeypatch):
+    """A copy of it, as the working directory."""
+    shutil.copytree(first, tmp_path, dirs_exist_ok=True, symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def done(first, tmp_path_factory):
+    """A loop of two rounds that was not disturbed."""
+    folder = tmp_path_factory.mktemp("done")
+    shutil.copytree(first, folder, dirs_exist_ok=True, symlinks=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        loop = loops.start(folder, *FAST)
+        loops.run(loop)
+    return loop
+
+
+def weights(loop: Loop, number: int) -> dict:
+    return load_file(loop.round(number).policy / "model.safetensors")
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """The tables and summaries of a loop."""
+    files = [*path.glob("*/*.parquet"), *path.glob("*/summary.json"), *path.glob("*/excluded.json")]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+# ---- what it does ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_judge_prefers_becomes_more_frequent(done):
+    [before, between, after] = [read_summary(files)["held_out"] for files in done.rounds()]
+    assert before["score"]["mean"] < between["score"]["mean"] < after["score"]["mean"]
+    assert after["win_rate"]["mean"] > 0.5 and before["win_rate"] is None
+    # The model before the first round is itself.
+    assert before["kl"]["mean"] == 0 and after["kl"]["mean"] > 0
+
+
+def test_nothing_is_judged_twice_and_every_response_once(done):
+    asked = Counter(loops.asked(done.directory.parent))
+    assert set(asked.values()) == {1}
+    rows = [row for files in done.rounds() for path in (files.samples, files.held_out_samples) if path.is_file()
+            for row in read_table(path)]  # fmt: skip
+    prompts = {prompt.prompt_id: prompt.prompt for prompt in done.prompts}
+    assert {repr((prompts[row["prompt_id"]], row["text"])) for row in rows} == set(asked)
+
+
+def test_held_out_prompts_are_in_no_pairs(done):
+    held_out = {prompt.prompt for prompt in done.held_out}
+    assert len(held_out) == 4
+    for number in (1, 2):
+        assert held_out.isdisjoint(row["prompt"] for row in read_table(done.round(number).pairs))
+
+
+def test_pairs_are_read_as_any_file_of_a_user_and_no_column_is_left_unread(done):
+    entry = read_entry({"path": str(done.round(1).pairs), "held_out_share": 0})
+    rows = read_table(done.round(1).pairs)
+    records = list(load_records(entry, "train"))
+    assert [record.prompt for record in records] == [row["prompt"] for row in rows]
+    for record, row in zip(records, rows, strict=True):
+        assert (record.responses, record.scores) == (row["responses"], row["scores"])
+        assert [list(pair) for pair in record.pairs] == row["pairs"] and record.sft_target == row["sft_target"]
+
+
+def test_the_log_probs_of_samples_are_those_of_the_model_computed_by_transformers_alone(done):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = done.round(1).policy
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    prompts = {prompt.prompt_id: tokenizer(prompt.prompt).input_ids for prompt in done.prompts}
+    for table, column in ((done.round(2).samples, "logp"), (done.round(2).held_out_samples, "logp")):
+        for row in read_table(table)[:3]:
+            ids = torch.tensor([prompts[row["prompt_id"]] + row["token_ids"]])
+            with torch.no_grad():
+                logps = model(ids).logits.log_softmax(-1)
+            start = len(prompts[row["prompt_id"]])
+            expected = sum(logps[0, start - 1 + k, token].item() for k, token in enumerate(row["token_ids"]))
+            assert row[column] == pytest.approx(expected, abs=1e-3)
+
+
+def test_samples_are_trained_on_with_the_token_ids_that_were_sampled_from(done):
+    """The prompt that a round trains on is, token by token, the one that the policy was asked with."""
+    prompt = done.prompts[0]
+    policy = sampling.Policy.load(done.config, done.prompts)
+    assert policy.format.name == "hh"
+    assert policy.prompt_ids(prompt) == policy.tokenizer("\n\nHuman: Question 0?\n\nAssistant:").input_ids
+
+
+# ---- how it goes on ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loop_that_is_interrupted_everywhere_ends_with_the_same_files_and_weights(done, folder, monkeypatch):
+    """Stopped at each part of sampling, within judging, and before each step: it goes on, and nothing is judged twice."""
+    monkeypatch.setattr(sampling, "PROMPTS_PER_PART", 4)
+    written, save, added = [], sampling.write_table, []
+
+    def write_table(path, rows, schema):
+        save(path, rows, schema)
+        written.append(path)
+        if len(written) % 2:
+            raise StoppedError("between two parts")
+
+    monkeypatch.setattr(sampling, "write_table", write_table)
+    add = judging.Verdicts.add
+
+    def add_and_stop(self, *given):
+        add(self, *given)
+        added.append(given)
+        if len(added) % 2:
+            raise StoppedError("between two verdicts")
+
+    monkeypatch.setattr(judging.Verdicts, "add", add_and_stop)
+    monkeypatch.setattr(judging.Judge, "at_once", 16)
+    loop, stops = loops.start(folder, *FAST), 0
+    while True:
+        try:
+            loops.run(loop)
+            break
+        except StoppedError:
+            stops += 1
+    assert stops > 10
+    assert content(loop.directory) == content(done.directory)
+    assert set(Counter(loops.asked(folder)).values()) == {1}
+    for number in (1, 2):
+        one, other = weights(loop, number), weights(done, number)
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_more_rounds_continue_a_loop_that_is_over(done, folder):
+    shutil.copytree(done.directory, folder / "loop", symlinks=True)
+    before = content(folder / "loop")
+    loop = Loop.open(folder / "loop")
+    assert loop.round(3).directory.name == "final" and loop.round(3).next_step is None
+    loop = loops.start(done.directory.parent, *FAST, "rounds.rounds=3", f"local_run_dir={folder / 'loop'}")
+    assert (loop.round(3).directory.name, loop.round(3).next_step) == ("round-3", "sample")
+    after = content(folder / "loop")
+    assert after == before
+
+
+def test_a_loop_is_not_continued_with_another_configuration(folder):
+    loops.start(folder, *FAST)
+    with pytest.raises(UserError, match=r"another configuration: loss\.beta: was 0\.05, is 0\.1"):
+        loops.start(folder, *FAST[:-1])
+    with pytest.raises(UserError, match=r"rounds\.judge: was '.*my_judge\.py:score', is '.*my_judge\.py:other'"):
+        loops.start(folder, *FAST, "rounds.judge=my_judge.py:other")
+
+
+def test_where_nothing_can_be_paired_the_loop_stops_with_the_reason(folder):
+    (folder / "my_judge.py").write_text("def score(prompt, response):\n    return 1\n")
+    loop = loops.start(folder, *FAST)
+    with pytest.raises(UserError, match=r"best_worst makes nothing to train on of the 48 responses of round-1: .*72 pairs of "
+                                        r"responses with equal scores; 12 prompts whose responses all have the same score"):  # fmt: skip
+        loops.run(loop)
+    assert not loop.round(1).pairs.exists()
+
+
+def test_replay_takes_the_share_that_was_asked_for(folder, done):
+    shutil.copytree(done.directory, folder / "loop", symlinks=True)
+    loop = Loop.open(folder / "loop")
+    loop = Loop(loop.directory, loop.config.changed({"rounds.replay_share": 0.25}), loop.values)
+    [now, earlier] = training_values(loop, 2)["datasets"]
+    counts = [len(read_table(loop.round(number).pairs)) for number in (1, 2)]
+    assert earlier["weight"] * counts[0] == pytest.approx(0.25 * (counts[1] + earlier["weight"] * counts[0]), abs=1e-3)
+    assert now == {"path": str(loop.round(2).pairs)}
+
+
+def test_the_first_model_as_reference_is_the_one_that_the_loop_began_with(folder):
+    loop = loops.start(folder, *FAST, "rounds.reference=first")
+    loops.run(loop)
+    trained = json.dumps(loop.round(2).training.read_text())
+    assert f"model.reference_archive: {folder / 'first' / 'LATEST'}" in trained
+    rows = [json.loads(line) for line in (loop.round(2).run / "metrics.jsonl").read_text().splitlines()]
+    # Policy and reference are two models: at step 0 the loss is not ln 2.
+    assert rows[0]["rewards_eval/margins"] != 0

@@ -140,7 +140,7 @@ class OneProcess(Placement):
         self.began_with = weights_hash(policy)
         share_prefixes(policy, self.config.prefix_sharing)
         if self.config.activation_checkpointing:
-            enable_activation_checkpointing(policy)
+            enable_activation_checkpointing(policy, self.config.activation_checkpointing)
         return self._compiled(policy)
 
     def frozen_copy(self, policy: nn.Module) -> nn.Module:

@@ -67,6 +67,9 @@ VISIBLE_REGIONS = {"wrap_inductor_compiled_regions": True}
 def compile_between_attentions(model: nn.Module, backend: str = "inductor") -> None:
     """Compile the children of each block except its attention, whose shapes differ from batch to batch; norms beside it too."""
     options = {"options": VISIBLE_REGIONS} if backend == "inductor" else {}
+    # Modules of all classes count together, in training and evaluation, with gradients and without: beyond the usual limit of 8,
+    # torch would compute without compiled code, and policy and reference would differ in their last bits.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     blocks = [item for module in model.modules() if isinstance(module, nn.ModuleList) for item in module]
     for block in blocks:
         for name, child in block.named_children():
@@ -80,8 +83,8 @@ def compile_between_attentions(model: nn.Module, backend: str = "inductor") -> N
 # those of grouped experts, to which transformers adds biases in place: they are computed again.
 KEPT_OPERATIONS = (
     "mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "convolution",
-    "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
 )  # fmt: skip
 # Of operations that hold others: FlexAttention as it is, and a region that inductor has compiled, FlexAttention on a GPU.
 KEPT_REGIONS = ("flex_attention", "inductor_compiled_code")

@@ -9,9 +9,12 @@ from torch._higher_order_ops import wrap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
+from preference_training.modeling.loading import disable_dropout
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing import block_attention, tree_attention
+from preference_training.modeling.prefix_sharing.proof import find_recomputing_failure
 from preference_training.modeling.prefix_sharing.sharing import attend_over_tries
+from tests.architectures import tiny_models
 from tests.modeling.test_block_attention import some_batch
 from tests.modeling.test_tree_attention import make
 
@@ -98,7 +101,7 @@ def held_after_forward(model, batch) -> int:
 
 @contextmanager
 def compiled_stand_in(monkeypatch):
-    """Attention compiled by inductor, as FlexAttention on a GPU is: its code for CPUs has no gradient. Yields its runs in SAC."""
+    """Attention compiled by inductor, as FlexAttention on a GPU is: its code for CPUs has no gradient. Yields its runs."""
     ran = []
     usual = wrap.InductorCompiledCallable.__init__
 
@@ -138,3 +141,19 @@ def test_regions_that_inductor_compiled_are_kept_whole(monkeypatch, compiled):
             results.append([logps.detach(), *(weight.grad for weight in model.parameters())])
         for one, other in zip(*results, strict=True):
             assert torch.equal(one, other)
+
+
+def test_a_model_that_changes_kept_results_in_place_is_refused():
+    """Gemma 3n adds to a product in place, behind a view that hides it from torch."""
+    model = tiny_models.build("gemma3n_text")
+    disable_dropout(model)
+    model.autocast_dtype = None
+    failure = find_recomputing_failure(model.train(), lambda: enable_activation_checkpointing(model, "selective"))
+    assert "gradient would be wrong" in failure
+
+
+def test_a_model_that_does_not_passes():
+    model = make("llama").train()
+    model.autocast_dtype = None
+    attend_over_tries(model)
+    assert find_recomputing_failure(model, lambda: enable_activation_checkpointing(model, "selective")) is None

@@ -85,7 +85,7 @@ def make_model(config, settings: Settings) -> nn.Module:
         model = build_untrained(config.model, load_tokenizer(config.model))
     model.compute_device = pick_device()
     if config.activation_checkpointing:
-        enable_activation_checkpointing(model)
+        enable_activation_checkpointing(model, config.activation_checkpointing)
     return model
 
 

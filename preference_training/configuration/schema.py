@@ -161,7 +161,10 @@ class RunConfig(Section):
     )
     warmup_steps: int | None = key(whole(0, null=True))
     warmup_share: float | None = key(share(null=True))
-    activation_checkpointing: bool = key(switch, MAY_CHANGE_ON_RESUME)
+    activation_checkpointing: bool | str = key(
+        expected("true, false or selective", lambda value: value == "selective" or isinstance(value, bool)),
+        *(MAY_CHANGE_ON_RESUME,),
+    )
     compile: bool = key(switch)
     eval_every: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     resume: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)

@@ -79,6 +79,7 @@ class ModelConfig(Section):
     quantization: str | None = key(one_of(("nf4", "int8"), "nf4, int8", null=True))
     double_quantization: bool = key(switch)
     quantized_compute_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
+    fp8: bool = key(switch, NEWER)
     attn_implementation: str = key(one_of(ATTENTIONS))
     liger_kernels: bool = key(switch)
     trust_remote_code: bool = key(switch)

@@ -91,6 +91,7 @@ def _check_together(config: RunConfig) -> None:
     """Raise UserError for values that do not go together, or name what is not there."""
     _check_choices(config)
     _check_adapter(config)
+    _check_float8(config)
     _check_sharding(config)
     _check_loss(config)
     if config.per_device_batch_size is None:
@@ -194,6 +195,28 @@ def _check_adapter(config: RunConfig) -> None:
         raise UserError(
             f"model.reference_dtype: found {model.reference_dtype}, expected policy_dtype, {model.policy_dtype}: with an "
             "adapter the reference is the same weights."
+        )
+
+
+def _check_float8(config: RunConfig) -> None:
+    model = config.model
+    if not model.fp8:
+        return
+    if model.lora.r is not None:
+        raise UserError(
+            "model.fp8: found true with an adapter: FP8 layers compute gradients of the weights under it, which are frozen. "
+            "Train all weights, or set it to false."
+        )
+    if config.trainer.name != "BasicTrainer":
+        raise UserError(
+            f"model.fp8: {config.trainer.name} compares its sharded model with the unsharded one, whose products are "
+            "not rounded to FP8. Use trainer=BasicTrainer."
+        )
+    products = model.autocast_dtype or model.policy_dtype
+    if products not in (None, "bfloat16"):
+        raise UserError(
+            f"model.fp8: the products are {products}, expected bfloat16, which FP8 layers return. Set bf16=true, or "
+            "model.policy_dtype=bfloat16."
         )
 
 

@@ -39,7 +39,9 @@ from preference_training.modeling.adapters import has_adapter, weights_to_save
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
 from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference
+from preference_training.modeling.prefix_sharing.proof import find_recomputing_failure
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.quantization import FP8_MULTIPLE, use_float8
 from preference_training.modeling.state import move_to_devices, print_loaded, reference_copy, weights_hash
 
 
@@ -155,13 +157,42 @@ class OneProcess(Placement):
         print_loaded(policy, began)
         self.began_with = weights_hash(policy)
         share_prefixes(policy, self.config.prefix_sharing, self.config.prefix_attention)
-        if self.config.activation_checkpointing:
-            enable_activation_checkpointing(policy)
+        self._use_float8(policy, says=True)
+        self._save_activations(policy)
         return self._compiled(policy)
+
+    def _save_activations(self, policy: nn.Module) -> None:
+        """Switch activation checkpointing on where it is asked for. Raises UserError for a model that cannot be selective."""
+        kind = self.config.activation_checkpointing
+        if kind == "selective":
+            failure = find_recomputing_failure(policy, lambda: enable_activation_checkpointing(policy, kind))
+            if failure:
+                raise UserError(
+                    f"activation_checkpointing: found selective, but {type(policy).__name__} cannot: {failure}. Set it to true."
+                )
+        elif kind:
+            enable_activation_checkpointing(policy)
 
     def frozen_copy(self, policy: nn.Module) -> nn.Module:
         """A copy of the policy as it is now, in `reference_dtype`, on the same devices."""
-        return self._compiled(move_to_devices(reference_copy(policy, self.config.model), policy.device))
+        reference = move_to_devices(reference_copy(policy, self.config.model), policy.device)
+        self._use_float8(reference)
+        return self._compiled(reference)
+
+    def _use_float8(self, model: nn.Module, says: bool = False) -> None:
+        """Let a model multiply in FP8 where the configuration asks for it: policy and reference alike. says: print how."""
+        if not self.config.model.fp8:
+            return
+        # After the proof, whose tolerances are those of wider products.
+        count = use_float8(model)
+        if count == 0:
+            raise UserError(
+                f"model.fp8: {type(model).__name__} has no linear layer that can use it: all but the head whose sizes are "
+                f"multiples of {FP8_MULTIPLE}. Set it to false."
+            )
+        if says:
+            how = "" if torch.cuda.is_available() else ", emulated: there is no GPU here"
+            print(f"model.fp8: on in {count} linear layers{how}", flush=True)
 
     def _compiled(self, model: nn.Module) -> nn.Module:
         """Compile a model where the configuration asks for it: policy and reference alike, so that they compute the same."""

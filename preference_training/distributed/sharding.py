@@ -101,7 +101,7 @@ class Layout:
         if self.mesh["tensor"].size() > 1:
             split_layers(model, self.mesh["tensor"])
         if self.config.activation_checkpointing:
-            enable_activation_checkpointing(model)
+            enable_activation_checkpointing(model, self.config.activation_checkpointing)
         if self.config.compile:
             compile_between_attentions(model)
         options = {

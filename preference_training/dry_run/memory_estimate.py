@@ -198,7 +198,7 @@ def _model(placement: Placement, dtype: str) -> nn.Module:
     if sharing is not None:
         attend_over_tries(model)
     if config.activation_checkpointing:
-        enable_activation_checkpointing(model)
+        enable_activation_checkpointing(model, config.activation_checkpointing)
     return model
 
 

@@ -1,7 +1,11 @@
 """The kernels that a model computes with: attention implementation, Liger kernels, compilation, activation checkpointing."""
 
+from functools import cache, partial
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from preference_training.core.errors import UserError, first_line
 
@@ -56,17 +60,55 @@ def use_liger_kernels(model: nn.Module) -> None:
     model.has_liger_kernels = True
 
 
-def compile_between_attentions(model: nn.Module) -> None:
-    """Compile the children of each block except its attention, whose shapes differ from batch to batch."""
+# Compiled code is one operation to selective checkpointing, which keeps its results; else it would be computed again.
+VISIBLE_REGIONS = {"wrap_inductor_compiled_regions": True}
+
+
+def compile_between_attentions(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile the children of each block except its attention, whose shapes differ from batch to batch; norms beside it too."""
+    options = {"options": VISIBLE_REGIONS} if backend == "inductor" else {}
+    # Modules of all classes count together, in training and evaluation, with gradients and without: beyond the usual limit of 8,
+    # torch would compute without compiled code, and policy and reference would differ in their last bits.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     blocks = [item for module in model.modules() if isinstance(module, nn.ModuleList) for item in module]
     for block in blocks:
         for name, child in block.named_children():
-            if "att" not in name:
-                child.compile(dynamic=True)
+            if "att" not in name or "norm" in name:
+                child.compile(dynamic=True, backend=backend, **options)
 
 
-def enable_activation_checkpointing(model: nn.Module) -> None:
-    """Save only the inputs of blocks for the backward pass, which recomputes their activations."""
+# ---- activation checkpointing -----------------------------------------------------------------------------------------------
+
+# What selective checkpointing keeps: the results of matrix products and of attention, by the names of torch's operations. Not
+# those of grouped experts, to which transformers adds biases in place: they are computed again.
+KEPT_OPERATIONS = (
+    "mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "convolution",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+)  # fmt: skip
+# Of operations that hold others: FlexAttention as it is, and a region that inductor has compiled, FlexAttention on a GPU.
+KEPT_REGIONS = ("flex_attention", "inductor_compiled_code")
+
+
+def enable_activation_checkpointing(model: nn.Module, kind: bool | str = True) -> None:
+    """Save less of a forward pass for the backward pass, which computes the rest again.
+
+    True saves only the inputs of blocks. "selective" also saves what takes long to compute, and computes norms, activations and
+    rotary embeddings again. The numbers are those without it.
+    """
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _checkpoint_policy)
     # transformers renamed the method; the old name warns where both exist.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable(options)
+
+
+@cache
+def _kept() -> frozenset:
+    found = {getattr(torch.ops.aten, name).default for name in KEPT_OPERATIONS if hasattr(torch.ops.aten, name)}
+    return frozenset(found | {getattr(torch.ops.higher_order, name) for name in KEPT_REGIONS})
+
+
+def _checkpoint_policy(_context, operation, *_, **__) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _kept() else CheckpointPolicy.PREFER_RECOMPUTE

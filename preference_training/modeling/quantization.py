@@ -1,6 +1,7 @@
-"""Quantized linear layers: frozen base weights in four or eight bits, for LoRA adapters (QLoRA)."""
+"""Linear layers in few bits: frozen base weights in four or eight for LoRA adapters (QLoRA), and products in FP8."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,58 @@ def quantize(model: nn.Module, model_config: ModelConfig) -> None:
                 # bitsandbytes quantizes when a layer is moved.
                 setattr(parent, name, quantized.to(layer.weight.device))
     model.requires_grad_(False)
+
+
+# ---- products in FP8 ------------------------------------------------------------------------------------------------------
+
+# The oldest NVIDIA GPUs that multiply FP8 matrices: RTX 40, L4, H100.
+FP8_CAPABILITY = (8, 9)
+# Sizes that are multiples of this are what the kernels take.
+FP8_MULTIPLE = 16
+# Layers that choose experts: small, and a rounded score chooses another one.
+ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+def check_float8() -> None:
+    """Raise UserError where model.fp8 cannot work: a GPU without FP8, or no torchao."""
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) < FP8_CAPABILITY:
+        raise UserError(
+            f"model.fp8: {torch.cuda.get_device_name()} has compute capability {'.'.join(map(str, found))}, and FP8 needs 8.9. "
+            "Set it to false; bf16=true computes in bfloat16."
+        )
+    _import_float8()
+
+
+def _import_float8():
+    try:
+        from torchao import float8
+    except ImportError as error:
+        raise UserError("model.fp8: needs the package torchao. Run: pip install -r requirements/fp8.txt") from error
+    return float8
+
+
+def use_float8(model: nn.Module) -> int:
+    """Let a model's linear layers multiply in FP8, in place, weights unchanged; returns how many do.
+
+    All three products of a layer (output, gradients of input and weight) have one scale for each row (torchao's recipe
+    `rowwise`), so that what a token is rounded to does not depend on what else is in its pack. The head, routers, and layers
+    whose sizes are no multiples of 16 stay as they are. Emulated without a GPU.
+    """
+    float8 = _import_float8()
+    head = output_head(model)
+    config = float8.Float8LinearConfig.from_recipe_name("rowwise")
+    config = replace(config, emulate=not torch.cuda.is_available(), pad_inner_dim=True)
+
+    def is_fit(layer: nn.Module, name: str) -> bool:
+        sizes = (layer.in_features, layer.out_features)
+        return layer is not head and name.split(".")[-1] not in ROUTERS and not any(size % FP8_MULTIPLE for size in sizes)
+
+    # Its own log line counts no layers.
+    float8.convert_to_float8_training(model, module_filter_fn=is_fit, config=config)
+    return sum(type(module).__name__ == "Float8Linear" for module in model.modules())
+
+
+# ---- layers in few bits ---------------------------------------------------------------------------------------------------
 
 
 class _DequantizedMatmul(torch.autograd.Function):

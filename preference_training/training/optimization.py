@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 
 import torch
@@ -12,8 +12,11 @@ from torch.distributed.tensor import DTensor
 from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, RunConfig
 from preference_training.configuration.sections import SPACINGS
 from preference_training.core.errors import UserError, first_line
+from preference_training.core.process_group import to_local
 from preference_training.modeling.quantization import import_bitsandbytes
 
+# Types of devices that torch has fused updates for.
+FUSED_DEVICES = {"cuda", "cpu", "mps", "xpu"}
 # A master weight's name in the optimizer's state.
 MASTER = "master"
 
@@ -47,10 +50,28 @@ def _plain_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
     if config.optimizer in BITSANDBYTES_OPTIMIZERS:
         return getattr(import_bitsandbytes(f"optimizer={config.optimizer}").optim, config.optimizer)(groups, **arguments)
     optimizer_class = getattr(torch.optim, config.optimizer)
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    is_sharded = any(isinstance(weight, DTensor) for weight in trained)
+    kernels = update_kernels(optimizer_class, {(weight.device.type, weight.dtype) for weight in trained}, is_sharded)
+    # At most one of them may be true.
+    chosen = {} if arguments.keys() & {"fused", "foreach"} else kernels
+    return optimizer_class(groups, **(chosen | arguments))
+
+
+def update_kernels(optimizer_class: type, weights: Iterable[tuple[str, torch.dtype]], is_sharded: bool) -> dict[str, bool]:
+    """How an optimizer of torch updates weights of these types of device and dtypes, as arguments of its class.
+
+    fused: one kernel for many weights, where torch has one; else, on a GPU, foreach: a few kernels for many weights. Both keep
+    the same state as the update of one weight after the other, so that a run resumes with either.
+    """
+    weights = set(weights)
+    devices = {device for device, _ in weights}
+    has_fused = "fused" in inspect.signature(optimizer_class).parameters and devices <= FUSED_DEVICES
     # torch has no fused SGD for weights that lie over several processes.
-    without = optimizer_class is torch.optim.SGD and any(isinstance(weight, DTensor) for weight in policy.parameters())
-    fused = {"fused": True} if "fused" in inspect.signature(optimizer_class).parameters and not without else {}
-    return optimizer_class(groups, **(fused | arguments))
+    without = optimizer_class is torch.optim.SGD and is_sharded
+    if has_fused and not without and all(dtype.is_floating_point for _, dtype in weights):
+        return {"fused": True}
+    return {"foreach": True} if devices == {"cuda"} else {}
 
 
 def _parameter_groups(policy: nn.Module, weight_decay: float | None) -> list:
@@ -119,10 +140,12 @@ class MasterWeights(torch.optim.Optimizer):
             weight.grad = None
         self._forward_options()
         self.inner.step()
-        for weight, master in copied:
-            if master.grad is not None:
-                weight.copy_(master)
-                master.grad = None
+        updated = [(weight, master) for weight, master in copied if master.grad is not None]
+        if updated:
+            # A kernel for many weights, not one for each.
+            torch._foreach_copy_(*([to_local(each) for each in side] for side in zip(*updated, strict=True)))
+        for _, master in updated:
+            master.grad = None
         self._collect_state()
         return loss
 

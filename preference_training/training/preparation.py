@@ -31,6 +31,7 @@ from preference_training.losses.base import Loss
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.limits import check_limits, check_rows, model_limits
 from preference_training.modeling.loading import build_untrained, check_model
+from preference_training.modeling.quantization import check_float8
 from preference_training.modeling.sources.checks import check_sources
 from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
@@ -69,6 +70,8 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     config = settle_dtypes(config, run_dir)
     # A learning rate that is not known yet is valid.
     check_optimizer(replace(config, lr=config.lr or 1.0))
+    if config.model.fp8:
+        check_float8()
     pruner = build_pruner(config.pruner, config.pruner_kwargs) if config.pruner else None
     if config.eval_only and config.evaluation.task_names:
         check_harness()

@@ -532,7 +532,8 @@ STRATEGIES = {"never": "'never'", "null": "None", "epochs": "'epochs'", "false":
             "'x'",
             "a whole number",
         ),
-        *((f"{key}=yes", key, "'yes'", "true or false") for key in ("activation_checkpointing", "save_policy_pt")),
+        ("activation_checkpointing=yes", "activation_checkpointing", "'yes'", "true, false or selective"),
+        ("save_policy_pt=yes", "save_policy_pt", "'yes'", "true or false"),
         ("model.trust_remote_code=null", "model.trust_remote_code", "None", "true or false"),
         # Checkpoints, and what ends a run.
         *((f"save_strategy={value}", "save_strategy", shown, "steps, epoch or no") for value, shown in STRATEGIES.items()),

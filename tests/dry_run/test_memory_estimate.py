@@ -34,7 +34,11 @@ def weight_bytes(config, tokenizer) -> int:
 
 
 @pytest.mark.parametrize(
-    "override", ["optimizer=AdamW", "optimizer=RMSprop", "optimizer=AdamW8bit", "activation_checkpointing=true"]
+    "override",
+    [
+        *("optimizer=AdamW", "optimizer=RMSprop", "optimizer=AdamW8bit"),
+        *("activation_checkpointing=true", "activation_checkpointing=selective"),
+    ],
 )
 def test_the_estimate_on_fake_tensors_is_what_a_real_step_allocates(compose, override):
     config = compose("loss=dpo", "model.from_config.hidden_size=64", override)
@@ -46,7 +50,7 @@ def test_the_estimate_on_fake_tensors_is_what_a_real_step_allocates(compose, ove
         for weight in [*policy.parameters(), *reference.parameters()]:
             weight.view(-1)
         if config.activation_checkpointing:
-            enable_activation_checkpointing(policy)
+            enable_activation_checkpointing(policy, config.activation_checkpointing)
         trainer = build_trainer(config, policy, build_loss("dpo"), LiveReference(reference), tokenizer=tokenizer)
         batch = [MicroBatch.of(list(iterate_examples(prompts(4))))]
         trainer.train_step(batch)

@@ -29,6 +29,7 @@ CASES = {
         [
             (FSDP, "trainer.sharding=optimizer"),
             (FSDP, "trainer.sharding=none", "activation_checkpointing=true"),
+            (FSDP, "trainer.sharding=full", "activation_checkpointing=selective"),
         ],
     ),
     "four ranks": (

@@ -144,8 +144,9 @@ def test_a_fresh_adapter_passes_the_proof():
     assert share_prefixes(get_peft_model(golden_model(), LoraConfig(r=4, target_modules=["q_proj"])), "on")
 
 
-def test_recomputed_activations_see_the_trie_again():
+@pytest.mark.parametrize("kind", [True, "selective"])
+def test_recomputed_activations_see_the_trie_again(kind):
     model = golden_model()
     share_prefixes(model, "on")
-    enable_activation_checkpointing(model.train())
+    enable_activation_checkpointing(model.train(), kind)
     check(model, "llama")

@@ -1,5 +1,6 @@
 """The optimizer, which weights decay, the learning rate over a run, and when a run ends."""
 
+import copy
 import json
 import math
 import time
@@ -34,6 +35,7 @@ from preference_training.training.optimization import (
     check_optimizer,
     precision_notices,
     schedule,
+    update_kernels,
     warmup_steps,
 )
 from tests.support.building import build_trainer, weights_of
@@ -519,3 +521,69 @@ def test_without_master_weights_they_are_summed_in_the_dtype_of_the_weights():
     for part in (256.0, 0.5, 0.5):
         (weight * part).sum().backward()
     assert weight.grad.dtype == torch.bfloat16 and weight.grad[0] == 256
+
+
+# ---- kernels ----------------------------------------------------------------------------------------------------------------
+
+FUSED, FOREACH = {"fused": True}, {"foreach": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "is_sharded", "expected"),
+    [
+        ("AdamW", [("cuda", torch.bfloat16), ("cuda", torch.float32)], False, FUSED),
+        ("AdamW", [("cuda", torch.bfloat16)], True, FUSED),
+        ("Adam", [("cpu", torch.float32)], True, FUSED),
+        ("SGD", [("cuda", torch.float32)], False, FUSED),
+        ("SGD", [("cuda", torch.float32)], True, FOREACH),
+        ("RMSprop", [("cuda", torch.float32)], True, FOREACH),
+        ("RMSprop", [("cpu", torch.float32)], False, {}),
+        ("AdamW", [("cuda", torch.complex64)], False, FOREACH),
+        ("AdamW", [("meta", torch.float32)], False, {}),
+    ],
+)
+def test_one_kernel_updates_many_weights_where_torch_has_it(name, weights, is_sharded, expected):
+    assert update_kernels(getattr(torch.optim, name), weights, is_sharded) == expected
+
+
+def test_a_kernel_of_the_users_choice_is_used(compose):
+    optimizer = build_optimizer(nn.Linear(2, 2), compose("optimizer=AdamW", "++optimizer_kwargs.foreach=true"))
+    assert optimizer.defaults["foreach"] and not optimizer.defaults["fused"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernels", [(FUSED, {"fused": False}), ({"fused": False}, FUSED)])
+def test_a_state_of_one_kernel_is_continued_by_another_as_by_itself(compose, dtype, kernels):
+    # With float32 master weights for bfloat16. The kernels may differ in the last bit of a step, not in what they keep.
+    def built(arguments):
+        torch.manual_seed(0)
+        layer = nn.Linear(8, 8, dtype=getattr(torch, dtype))
+        written = [f"++optimizer_kwargs.{name}={str(value).lower()}" for name, value in arguments.items()]
+        config = compose("optimizer=AdamW", "lr=1e-3", f"model.policy_dtype={dtype}", "master_weights=true", *written)
+        return layer, build_optimizer(layer, config)
+
+    def step(layer, optimizer, seed):
+        torch.manual_seed(seed)
+        for weight in layer.parameters():
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
+
+    before, after = kernels
+    layer, optimizer = built(before)
+    for seed in range(3):
+        step(layer, optimizer, seed)
+    results = []
+    for names in (before, after):
+        other, continued = built(names)
+        other.load_state_dict(copy.deepcopy(layer.state_dict()))
+        continued.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        # A checkpoint's choice is loaded too.
+        for group in getattr(continued, "inner", continued).param_groups:
+            group |= names
+        step(other, continued, 3)
+        results.append((other, continued.state_dict()["state"]))
+    (one, first), (two, second) = results
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    assert {number: set(values) for number, values in first.items()} == {number: set(v) for number, v in second.items()}
+    assert {float(values["step"]) for values in second.values()} == {4.0}

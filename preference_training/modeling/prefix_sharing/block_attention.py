@@ -17,6 +17,7 @@ from torch import Tensor
 
 from preference_training.batching.tries import TrieLayout
 from preference_training.core.errors import first_line
+from preference_training.modeling.kernels import VISIBLE_REGIONS
 from preference_training.modeling.prefix_sharing.rules import Rules
 
 # The oldest NVIDIA GPUs that FlexAttention has kernels for: A100, RTX 30.
@@ -110,4 +111,5 @@ def compiled(function: Callable[..., Tensor], backend: str) -> Callable[..., Ten
     """A function compiled as a whole, for all sizes."""
     # Else two sizes that are equal in the first batch, of tokens and of a head for instance, would be compiled as one.
     torch.fx.experimental._config.use_duck_shape = False
-    return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
+    options = {"options": VISIBLE_REGIONS} if backend == "inductor" else {}
+    return torch.compile(function, dynamic=True, fullgraph=True, backend=backend, **options)

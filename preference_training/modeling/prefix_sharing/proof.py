@@ -5,7 +5,7 @@ attention that the model was loaded with, twice: in float32 without TF32, where 
 the kernels of the run. Lengths that positions are compared with, windows among them, are shortened for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from preference_training.batching.packing import PackedBatch, iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.modeling.logprobs import trie_scores, unpadded_scores
+from preference_training.modeling.logprobs import response_scores, trie_scores, unpadded_scores
 from preference_training.modeling.prefix_sharing.attention_choice import give_up, in_use, only
 from preference_training.modeling.prefix_sharing.lengths import (
     ENDLESS,
@@ -153,6 +153,28 @@ def _prove_kernels(model: nn.Module, comparison: "_Comparison", plan: LengthPlan
             give_up(todo[0], device, failure)
         proved.add(todo[0])
     return None if in_use(device) else _prove(model, comparison._replace(by_branches=True), plan)
+
+
+def find_recomputing_failure(model: nn.Module, enable: Callable[[], None]) -> str | None:
+    """Switch activation checkpointing on by `enable`; why the model's gradients are wrong with it, None where they are right.
+
+    A model that changes kept results in place computes with the changed ones in the backward pass, and torch need not notice.
+    """
+    batch = random_tries(_vocabulary(model)).to(compute_device(model))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    # The whole backward pass, whose last gradients are of the first weights.
+    weights = [*weights[:1], *weights[1:][-1:]]
+    with exact_arithmetic():
+        expected = logps_and_gradients(response_scores, model, batch, weights)
+        enable()
+        try:
+            found = logps_and_gradients(response_scores, model, batch, weights)
+        except RuntimeError as error:
+            if "has been mutated" not in str(error):
+                raise
+            return "it changes results in place that would be kept"
+    scale = ErrorScale.of(model, batch, expected[0])
+    return disagreement(found, expected, scale, TOLERANCES[model.autocast_dtype or model.dtype])
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -44,8 +44,12 @@ class Ranks:
         return values
 
     def all_reduce_min(self, number: int) -> int:
-        """The smallest of all ranks' numbers."""
-        return min(self.all_gather_object(number))
+        """The smallest number of all processes of the run, also of those that share a split layer."""
+        if not is_distributed():
+            return number
+        numbers: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(numbers, number)
+        return min(numbers)
 
     def broadcast(self, value):
         """The value of rank 0, on every process of the run."""

@@ -71,7 +71,7 @@ def describe_duration(
     counted = "device" if devices == 1 else "devices"
     return (
         f"duration: about {_words(seconds)} of training: {flops:.3g} FLOPs on {devices:,} {counted} of {peak / 1e12:,.4g} "
-        f"TFLOP/s, of which {config.assumed_mfu:.0%} are assumed to be used (assumed_mfu); evaluations and checkpoints are extra"
+        f"TFLOP/s, of which {config.assumed_mfu:.0%} are assumed to be used (assumed_mfu); evaluations come on top"
     )
 
 

@@ -26,7 +26,7 @@ def prompts(*lengths: int) -> list[TokenizedPrompt]:
 def test_the_tokens_of_all_ranks_are_those_that_each_would_pack():
     steps = [[MicroBatch.of(list(iterate_examples(prompts(*lengths))))] for lengths in ((4, 4, 4), (15, 5, 5, 5))]
     found = RankTokens.of(steps, TokenBudget(9, 9), 2)
-    # Three pairs of 9 tokens: two on one rank. A pair of 20 tokens on one rank and two of 10 on the other, and a third on either.
+    # Three pairs of 9 tokens: two on one rank. Then one of 20 tokens on a rank, two of 10 on the other, a third on either.
     assert [sorted(step) for step in found.of_steps] == [[9, 18], [20, 30]]
     # 77 tokens in two steps. Each rank computes two packs in either, and one of those eight is padding.
     assert found.per_step == 77 / 2 and found.fillers == 1 / 8

@@ -134,7 +134,8 @@ def preview_ranks(prepared: PreparedRun, placement_class: type[Sharded], batches
         costs = step_costs(placement, loss, live, first.packs, first.step)
     number = sum(len(micro_batch.packs) for micro_batch in first.step)
     here = trainer.world_size is None and trainer.device_memory is None
-    tokens = first.tokens_per_step * batches.schedule.total_steps
+    # The first steps are whole; the last of an epoch may not be.
+    tokens = first.tokens_per_step * batches.schedule.total_examples / config.batch_size
     # Of simulated devices only `peak_tflops` can be known.
     like = device if here else torch.device("cpu")
     duration = f"  {describe_duration(config, prepared.tokenizer, tokens, live, size, like)}"

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import zip_longest
+from math import inf
 from operator import itemgetter
 from typing import Any
 
@@ -141,7 +143,7 @@ class PackedBatch:
 
 # The version of the rules by which examples become packs. Increment it whenever the same examples and budget give other packs:
 # log-probs that are cached with those of other packs differ in their last bits.
-PACKING_VERSION = 2
+PACKING_VERSION = 3
 
 # One example: a prompt, and the number of the example in it.
 Example = tuple[TokenizedPrompt, int]
@@ -313,13 +315,8 @@ def assign_to_ranks(examples: Sequence[Example], size: int) -> list[list[int]]:
     """
     if size == 1:
         return [list(range(len(examples)))]
-    groups: dict[int, list[int]] = {}
-    for place, (prompt, _) in enumerate(examples):
-        groups.setdefault(id(prompt), []).append(place)
-    weighed = [(_num_tokens(examples, group), group) for group in groups.values()]
-    fair = sum(weight for weight, _ in weighed) / size
-    units = [(weight, group) for weight, group in weighed if weight <= fair]
-    units += [(_num_tokens(examples, [place]), [place]) for weight, group in weighed if weight > fair for place in group]
+    fair = sum(weight for weight, _ in _units(examples, range(len(examples)))) / size
+    units = _units(examples, range(len(examples)), fair)
     loads = [0] * size
     parts: list[list[int]] = [[] for _ in range(size)]
     # Longest first, each to the least loaded rank.
@@ -330,6 +327,16 @@ def assign_to_ranks(examples: Sequence[Example], size: int) -> list[list[int]]:
     return [sorted(part) for part in parts]
 
 
+def _units(examples: Sequence[Example], places: Iterable[int], most: float = inf) -> list[tuple[int, list[int]]]:
+    """The places of each prompt's examples, with their tokens; one by one those of prompts with more than `most` tokens."""
+    groups: dict[int, list[int]] = {}
+    for place in places:
+        groups.setdefault(id(examples[place][0]), []).append(place)
+    weighed = [(_num_tokens(examples, group), group) for group in groups.values()]
+    units = [(weight, group) for weight, group in weighed if weight <= most]
+    return units + [(_num_tokens(examples, [place]), [place]) for weight, group in weighed if weight > most for place in group]
+
+
 def _num_tokens(examples: Sequence[Example], places: Iterable[int]) -> int:
     """Tokens of the examples at `places`, which have the same prompt; the prompt and each response count once."""
     chosen = [examples[place] for place in places]
@@ -338,12 +345,61 @@ def _num_tokens(examples: Sequence[Example], places: Iterable[int]) -> int:
     return len(prompt.prompt_ids) + sum(len(prompt.responses[index]) for index in indices)
 
 
+def divide(examples: Sequence[Example], budget: TokenBudget, size: int) -> list[list[list[int]]]:
+    """The packs within the budget that each of `size` ranks computes, as indices of examples; the same on every rank.
+
+    Several ranks compute in lockstep: their first packs together, then their second ones. So each rank's share is divided
+    evenly over as few packs as all ranks can do with, the largest first, unless that would compute shared prefixes more often.
+    """
+    shares = assign_to_ranks(examples, size)
+    filled = [list(split_by_budget(examples, places, budget)) for places in shares]
+    number = max(map(len, filled))
+    if size == 1 or number == 1:
+        return filled
+    tokens = [[count_tokens(examples, places) for places in cuts] for cuts in filled]
+    fewest = max(1, -(-max(map(sum, tokens)) // budget.soft_limit))
+    for wanted in range(fewest, number + 1):
+        even = [_divide_evenly(examples, places, wanted, budget.soft_limit) for places in shares]
+        fits = all(count <= budget.soft_limit or len(places) == 1 for packs in even for count, places in packs)
+        if fits and _in_lockstep([[count for count, _ in packs] for packs in even]) <= _in_lockstep(tokens):
+            return [[sorted(places) for _, places in packs] for packs in even]
+    by_size = [sorted(zip(counts, cuts, strict=True), reverse=True) for counts, cuts in zip(tokens, filled, strict=True)]
+    return [[places for _, places in packs] for packs in by_size]
+
+
+def _divide_evenly(examples: Sequence[Example], places: Sequence[int], number: int, limit: int) -> list[tuple[int, list[int]]]:
+    """At most `number` packs of about equally many tokens each, the largest first, with their tokens.
+
+    The longest prompt first, each to the pack that has the fewest tokens; examples of one prompt stay together up to the limit.
+    """
+    packs = [_OpenPack() for _ in range(number)]
+    for _, unit in sorted(_units(examples, places, limit), key=itemgetter(0), reverse=True):
+        pack = min(packs, key=lambda each: each.counter.num_tokens)
+        for place in unit:
+            pack.add(place, examples[place])
+    found = [(pack.counter.num_tokens, pack.places) for pack in packs if pack.places]
+    return sorted(found, reverse=True)
+
+
+def _in_lockstep(tokens: Sequence[Sequence[int]]) -> int:
+    """Tokens that one rank after the other waits for: the sum of the largest first, second, ... pack of any rank."""
+    return sum(map(max, zip_longest(*(sorted(counts, reverse=True) for counts in tokens), fillvalue=0)))
+
+
+def count_tokens(examples: Sequence[Example], places: Iterable[int]) -> int:
+    """The packed tokens of the examples at `places`, what they share counted once."""
+    pack = _OpenPack()
+    for place in places:
+        pack.add(place, examples[place])
+    return pack.counter.num_tokens
+
+
 def build_packs(examples: Sequence[Example], budget: TokenBudget, ranks: Ranks = SINGLE_PROCESS) -> list[PackedBatch]:
     """Pack this rank's share of the examples within the budget. Every rank gets equally many packs.
 
     The ranks of a sharded model compute in lockstep, so a rank with fewer packs than another gets fillers, which do not count.
     """
-    cuts = [list(split_by_budget(examples, places, budget)) for places in assign_to_ranks(examples, ranks.size)]
+    cuts = divide(examples, budget, ranks.size)
     packs = [pack_examples([examples[place] for place in places], places) for places in cuts[ranks.rank]]
     missing = max(map(len, cuts)) - len(packs)
     if missing:

@@ -141,6 +141,10 @@ class RunConfig(Section):
     tf32: bool = key(switch)
     bf16: bool | None = key(expected("true, false or null", lambda value: value is None or isinstance(value, bool)), NEWER)
     peak_tflops: float | None = key(positive(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN, NEWER)
+    assumed_mfu: float = key(
+        expected("a share above 0, at most 1", lambda value: is_number(value) and 0 < value <= 1),
+        *(MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN, NEWER),
+    )
     max_grad_norm: float = key(
         expected("a number above 0", lambda value: value == math.inf or (is_number(value) and value > 0))
     )

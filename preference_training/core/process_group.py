@@ -39,13 +39,13 @@ class Ranks:
         """Every rank's value, in rank order. For small values: they are pickled."""
         if self.group is None:
             return [value]
-        values: list = [None] * self.size
-        torch.distributed.all_gather_object(values, value, group=self.group)
-        return values
+        return _gather_objects(value, self.size, self.group)
 
     def all_reduce_min(self, number: int) -> int:
-        """The smallest of all ranks' numbers."""
-        return min(self.all_gather_object(number))
+        """The smallest number of all processes of the run, also of those that share a split layer."""
+        if not is_distributed():
+            return number
+        return min(_gather_objects(number, torch.distributed.get_world_size()))
 
     def broadcast(self, value):
         """The value of rank 0, on every process of the run."""
@@ -63,6 +63,13 @@ class Ranks:
     def shard(self, items: Sequence) -> Sequence:
         """This rank's items: every `size`-th."""
         return items[self.rank :: self.size]
+
+
+def _gather_objects(value, size: int, group=None) -> list:
+    """The values of a group's `size` processes, None for all of the run, in rank order."""
+    values: list = [None] * size
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
 
 
 SINGLE_PROCESS = Ranks()

@@ -31,13 +31,19 @@ class Utilization:
     @classmethod
     def of(cls, config: RunConfig, policy: nn.Module, reference: object, device: torch.device) -> "Utilization | None":
         """That of a run; None where the peak of its devices is neither known nor given as `peak_tflops`."""
-        peak = config.peak_tflops
-        if peak is None and device.type == "cuda":
-            peak = peak_tflops(torch.cuda.get_device_name(device), _dtype_of_products(config), config.tf32)
+        peak = peak_flops(config, device)
         if peak is None:
             return None
         is_live = reference is not None and not isinstance(reference, CachedReference)
-        return cls(step_flops(policy, is_live), peak * 1e12 * num_devices(policy))
+        return cls(step_flops(policy, is_live), peak * num_devices(policy))
+
+
+def peak_flops(config: RunConfig, device: torch.device) -> float | None:
+    """The peak of one device, in FLOP/s: as given in `peak_tflops`, or known of a GPU of its name; else None."""
+    peak = config.peak_tflops
+    if peak is None and device.type == "cuda":
+        peak = peak_tflops(torch.cuda.get_device_name(device), _dtype_of_products(config), config.tf32)
+    return None if peak is None else peak * 1e12
 
 
 def _dtype_of_products(config: RunConfig) -> str:

@@ -31,6 +31,7 @@ from preference_training.data.quality.facts import Facts, collect_facts
 from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import Placement, Sharded
+from preference_training.dry_run.forecast import STEPS_OF_ALL_RANKS, RankTokens, describe_duration
 from preference_training.dry_run.memory_estimate import step_memory
 from preference_training.dry_run.scaling import (
     GIB,
@@ -100,8 +101,11 @@ def preview_one_process(prepared: PreparedRun, placement_class: type[Placement],
     budget = untrained_budget(config, prepared.tokenizer, device)
     batches = batches_within(budget)
     first = first_steps(batches, budget)
-    print("\nsteps", *describe_steps(batches.schedule, first), *describe_warmup(config, batches.schedule), sep="\n")
     live = _has_live_reference(config, loss, batches.schedule)
+    tokens = first.tokens_per_step * batches.schedule.total_steps
+    devices = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
+    duration = f"  {describe_duration(config, prepared.tokenizer, tokens, live, devices, device)}"
+    print("\nsteps", *describe_steps(batches.schedule, first), duration, *describe_warmup(config, batches.schedule), sep="\n")
     kinds = step_memory(placement, loss, live, first.packs)
     used = used_memory(device)
     print("\nmemory", *describe_memory(kinds, first.packs, used, device.type), sep="\n", flush=True)
@@ -129,9 +133,14 @@ def preview_ranks(prepared: PreparedRun, placement_class: type[Sharded], batches
         first = first_steps(batches, budget)
         costs = step_costs(placement, loss, live, first.packs, first.step)
     number = sum(len(micro_batch.packs) for micro_batch in first.step)
-    described = [*describe_steps(batches.schedule, first), *describe_warmup(config, batches.schedule)]
-    print("\nsteps", *described, *describe_rank(first.step, size, placement.ranks, budget), sep="\n")
     here = trainer.world_size is None and trainer.device_memory is None
+    # The first steps are whole; the last of an epoch may not be.
+    tokens = first.tokens_per_step * batches.schedule.total_examples / config.batch_size
+    # Of simulated devices only `peak_tflops` can be known.
+    like = device if here else torch.device("cpu")
+    duration = f"  {describe_duration(config, prepared.tokenizer, tokens, live, size, like)}"
+    described = [*describe_steps(batches.schedule, first), duration, *describe_warmup(config, batches.schedule)]
+    print("\nsteps", *described, *describe_rank(first, size, placement.ranks, budget), sep="\n")
     used = used_memory(device) if here else 0
     where = f"rank 0 of {size:,}" + (f" on {device.type}" if here else "")
     print("\nmemory", *describe_memory(costs.memory, first.packs, used, where), sep="\n")
@@ -291,7 +300,8 @@ class FirstSteps:
     """This rank's packs of the first steps of a run.
 
     packs: the two largest, or only the largest if no step has several. step: in which this rank has most tokens. tokens: packed
-    ones of all these steps; row_tokens: those of a row for each member of each example.
+    ones of all these steps; row_tokens: those of a row for each member of each example. ranks: the tokens of every rank in the
+    first of these steps, None where there is only this one.
     """
 
     packs: list[PackedBatch]
@@ -299,15 +309,22 @@ class FirstSteps:
     number: int
     tokens: int
     row_tokens: int
+    ranks: RankTokens | None = None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """The packed tokens of a step on all ranks, on average."""
+        return self.tokens / self.number if self.ranks is None else self.ranks.per_step
 
 
 def first_steps(batches: BatchIterator, budget: TokenBudget) -> FirstSteps:
     """Inspect the first STEPS_INSPECTED steps, and for the largest packs also the longest prompt of all."""
     longest = Selection(batches.schedule.prompts, numpy.array([int(batches.schedule.prompts.num_tokens.argmax())]))
     packs = build_packs(list(iterate_examples(longest)), budget)
-    several, most, largest, row_tokens, tokens = False, 0, [], 0, []
+    several, most, largest, row_tokens, tokens, begun = False, 0, [], 0, [], []
     for step in islice(batches, STEPS_INSPECTED):
         found = [pack for micro_batch in step for pack in micro_batch.packs]
+        begun += [step] * (len(begun) < STEPS_OF_ALL_RANKS)
         several |= len(found) > 1
         row_tokens += sum(pack.num_row_tokens for pack in found)
         tokens.append(sum(pack.num_tokens for pack in found))
@@ -316,7 +333,9 @@ def first_steps(batches: BatchIterator, budget: TokenBudget) -> FirstSteps:
         if computed > most:
             most, largest = computed, step
         packs = sorted([*packs, *found], key=lambda pack: len(pack.input_ids))[-2:]
-    return FirstSteps(packs if several else packs[-1:], largest, len(tokens), sum(tokens), row_tokens)
+    size = batches.ranks.size
+    ranks = RankTokens.of(begun, batches.budget, size) if size > 1 else None
+    return FirstSteps(packs if several else packs[-1:], largest, len(tokens), sum(tokens), row_tokens, ranks)
 
 
 def describe_warmup(config: RunConfig, schedule: Schedule) -> list[str]:
@@ -330,23 +349,25 @@ def describe_steps(schedule: Schedule, first: FirstSteps) -> list[str]:
     """Lines about the number of steps, their tokens, and what prefix sharing saves."""
     saved = 1 - first.tokens / first.row_tokens
     size, which = schedule.batch_size, "the first step" if first.number == 1 else f"the first {first.number} steps"
-    mean = f"{first.tokens / first.number:,.0f} tokens per step on average"
+    mean = f"{first.tokens_per_step:,.0f} tokens per step on average"
+    whose = "" if first.ranks is None else " of rank 0"
     return [
         f"  {schedule.total_steps:,} steps of {size} examples, {schedule.total_examples:,} in total; {mean}",
-        f"  {first.tokens:,} tokens in {which} instead of {first.row_tokens:,} in rows: {saved:.0%} less with prefix sharing "
-        "(if the model passes its proof)",
+        f"  {first.tokens:,} tokens{whose} in {which} instead of {first.row_tokens:,} in rows: {saved:.0%} less with prefix "
+        "sharing (if the model passes its proof)",
     ]
 
 
-def describe_rank(step: Sequence[MicroBatch], processes: int, ranks: Ranks, budget: TokenBudget) -> list[str]:
-    """Lines about what rank 0 computes in a step."""
-    packs = [pack for micro_batch in step for pack in micro_batch.packs]
+def describe_rank(first: FirstSteps, processes: int, ranks: Ranks, budget: TokenBudget) -> list[str]:
+    """Lines about what ranks compute in a step."""
+    packs = [pack for micro_batch in first.step for pack in micro_batch.packs]
     examples = sum(pack.num_examples for pack in packs if not pack.is_filler)
     tokens = sum(len(pack.input_ids) for pack in packs)
     lines = [
         f"  {processes:,} processes, {ranks.size:,} of them with different data",
         f"  rank 0 in the largest of the first {STEPS_INSPECTED} steps: {tokens:,} tokens in {len(packs):,} packs; examples: "
         f"{examples:,}",
+        *([f"  {first.ranks.line()}"] if first.ranks else []),
     ]
     assumed = (
         "  assumes that a micro-batch is computed in one pack; set trainer.device_memory or max_tokens_per_microbatch otherwise"

@@ -28,7 +28,7 @@ def token_budget(
         return TokenBudget(limit, limit)
     moves = device is not None and device != compute_device(model)
     device = device or compute_device(model)
-    limit = _round_to_two_bits(_tokens_that_fit(model, device, free, moves, weight_copies))
+    limit = round_to_two_bits(_tokens_that_fit(model, device, free, moves, weight_copies))
     return TokenBudget(limit, limit if device.type != "cpu" else min(limit, 1536))
 
 
@@ -48,7 +48,7 @@ def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
     return token_budget(model, config.max_tokens_per_microbatch, device, weight_copies=config.weight_copies)
 
 
-def _round_to_two_bits(number: int) -> int:
+def round_to_two_bits(number: int) -> int:
     """A number rounded down to its two leading binary digits, so that similar amounts of free memory give the same budget.
 
     The budget determines the packs of a run, and these the last bits of its log-probs.

@@ -22,6 +22,7 @@ from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.reference_cache import ReferencePlan, cache_path, cached_reference
 from preference_training.modeling.token_budget import common_budget, token_budget
 from preference_training.tracking.ledger import Ledger
+from preference_training.training.budget_trial import measured_budget
 from preference_training.training.parts import Batches, Models, Observers
 from preference_training.training.preparation import PreparedRun, run_schedule
 from preference_training.training.start_check import StartCheck
@@ -63,7 +64,9 @@ def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Checkpoint
     config, ranks = prepared.config, placement.ranks
     train_prompts, held_out = (split.table for split in prepared.data)
     models = Models(placement.load_policy(), None, prepared.loss)
-    budgets = token_budgets(config, models.policy, ranks, checkpoint)
+    again = prepared.in_sweep or run_schedule(config, train_prompts).visits_again
+    reads_tokens = prepared.loss.reads_tokens
+    budgets = token_budgets(prepared, placement, models.policy, checkpoint, config.caches_reference(again and not reads_tokens))
     steps = build_batches(config, train_prompts, budgets.now, ranks, budgets.at_start)
     sizes = {
         "batch_size": config.eval_batch_size,
@@ -74,8 +77,7 @@ def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Checkpoint
     }
     if prepared.loss.needs_reference:
         reads = ReferencePlan.for_run(steps, held_out, **sizes)
-        again = prepared.in_sweep or steps.schedule.visits_again
-        models.reference = make_reference(config, placement, models.policy, reads, again, prepared.loss.reads_tokens)
+        models.reference = make_reference(config, placement, models.policy, reads, again, reads_tokens)
         if two_models_notice := config.two_models_notice:
             print(two_models_notice, flush=True)
         else:
@@ -93,15 +95,27 @@ class Budgets:
     at_start: TokenBudget
 
 
-def token_budgets(config: RunConfig, policy, ranks, checkpoint: Checkpoint | None) -> Budgets:
-    """The token budgets of a run: those of its checkpoint, bit for bit, if it is resumed with as many processes."""
+def token_budgets(
+    prepared: PreparedRun, placement: Placement, policy, checkpoint: Checkpoint | None, caches_reference: bool
+) -> Budgets:
+    """The token budgets of a run: as configured, else those of its checkpoint, bit for bit, if as many processes resume it.
+
+    Else a GPU's by packs on trial, and a CPU's by an estimate. caches_reference: whether the reference's log-probs are computed
+    before training; a reference whose log-probs may be there, from an earlier run, is on trial too.
+    """
+    config, ranks = prepared.config, placement.ranks
     if checkpoint:
         before = checkpoint.state["train_batches"]
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
             # Early checkpoints hold one budget.
             return Budgets(TokenBudget(*before["budget"][:2]), TokenBudget(*before["budget"][-2:]))
-    budget = token_budget(policy, config.max_tokens_per_microbatch, weight_copies=config.weight_copies)
-    budget = common_budget(budget, ranks)
+    budget = None
+    if config.max_tokens_per_microbatch is None:
+        is_live = prepared.loss.needs_reference and not caches_reference
+        budget = measured_budget(placement, policy, prepared.loss, prepared.data[0].table, is_live)
+    if budget is None:
+        estimated = token_budget(policy, config.max_tokens_per_microbatch, weight_copies=config.weight_copies)
+        budget = common_budget(estimated, ranks)
     return Budgets(budget, budget)
 
 

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
-from preference_training.batching.packing import TokenBudget, assign_to_ranks, build_packs, iterate_examples, pack_examples
+from preference_training.batching.packing import (
+    TokenBudget,
+    assign_to_ranks,
+    build_packs,
+    divide,
+    iterate_examples,
+    pack_examples,
+    split_by_budget,
+)
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.core.process_group import Ranks
 from preference_training.data.columns import Columns
@@ -265,6 +273,70 @@ def test_ranks_get_about_as_many_tokens_and_the_pairs_of_a_prompt_stay_together(
     assert together == [[0, 1, 2], [3, 4, 5]]
     # One prompt with many pairs is more than a rank's part, and is divided.
     assert sorted(map(len, assign_to_ranks(some_examples([(10, 6)]), 3))) == [2, 2, 2]
+
+
+def test_several_ranks_divide_their_shares_evenly_over_the_fewest_packs_the_largest_first():
+    # Pairs of 10, 20 and 15 tokens for each of two ranks. One after the other within 25 tokens they would take three packs.
+    examples = some_examples([(5, 1), (15, 1), (10, 1)] * 2)
+    assert len(list(split_by_budget(examples, [0, 1, 2], TokenBudget(25, 25)))) == 3
+    assert divide(examples, TokenBudget(25, 25), 2) == [[[0, 2], [1]], [[3, 5], [4]]]
+    # One rank alone fills its packs.
+    assert divide(examples[:3], TokenBudget(25, 25), 1) == [[[0], [1], [2]]]
+
+
+def test_a_prompt_that_exceeds_the_budget_alone_does_not_keep_the_other_packs_uneven():
+    # Prompts of 105 and 70 tokens with their pairs have packs of their own; those of 10 tokens go by twos within 25.
+    packs = divide(some_examples([(100, 1), *[(5, 1)] * 5, (65, 1)]), TokenBudget(25, 25), 2)
+    assert packs == [[[0], [5]], [[6], [3, 4], [1, 2]]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 3)), min_size=2, max_size=12),
+    size=st.integers(2, 4),
+    budget=st.integers(20, 90),
+    shared=st.sampled_from((0, 30)),
+)
+def test_ranks_in_lockstep_never_wait_longer_than_for_packs_filled_one_after_the_other(lengths, size, budget, shared):
+    prompts = [
+        TokenizedPrompt(
+            [1 + n % 2] * shared + [7 + n] * own,
+            [[8, 0], *([9, k, 0] for k in range(pairs))],
+            [(0, k + 1) for k in range(pairs)],
+        )
+        for n, (own, pairs) in enumerate(lengths)
+    ]
+    examples, limit = list(iterate_examples(prompts)), TokenBudget(budget, budget)
+    found = divide(examples, limit, size)
+    filled = [list(split_by_budget(examples, places, limit)) for places in assign_to_ranks(examples, size)]
+
+    def waited(ranks) -> int:
+        rows = [
+            sorted((len(pack_examples([examples[p] for p in places]).input_ids) for places in cuts), reverse=True)
+            for cuts in ranks
+        ]
+        return sum(max(row[k] for row in rows if k < len(row)) for k in range(max(map(len, rows))))
+
+    # The counter of shared tokens may count too many, never too few.
+    assert max(map(len, found)) <= max(map(len, filled))
+    assert shared or waited(found) <= waited(filled)
+    for cuts in found:
+        for places in cuts:
+            assert len(places) == 1 or len(pack_examples([examples[p] for p in places]).input_ids) <= budget
+
+
+def test_prompts_that_share_much_stay_together_on_several_ranks():
+    # Two preambles of 60 tokens; 8 pairs with each, of 8 tokens of their own. Two packs a rank: one for each preamble.
+    prompts = [
+        TokenizedPrompt([1 + n // 8] * 60 + [10 + n] * 3, [[8, 0], [9, 5, 0]], [(0, 1)], number=n)
+        for n in (*range(16), *range(16))
+    ]
+    examples = list(iterate_examples(prompts))
+    for cuts in divide(examples, TokenBudget(130, 130), 2):
+        sizes = [len(pack_examples([examples[place] for place in places]).input_ids) for places in cuts]
+        filled = [place for places in cuts for place in places]
+        alone = [list(split_by_budget(examples, sorted(filled), TokenBudget(130, 130)))]
+        assert sum(sizes) <= sum(len(pack_examples([examples[p] for p in places]).input_ids) for places in alone[0])
 
 
 # ---- packs and the run's end ---------------------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ def test_rank_0_of_many_processes_is_previewed_whatever_this_machine_has(tmp_pat
     done = run(tmp_path, *HUGE, "trainer=FSDPTrainer", "trainer.world_size=512", "batch_size=512")
     assert done.returncode == 0, done.stderr
     shown = done.stdout.split("\nsteps\n")[1]
+    assert "tokens per rank in the first " in shown and "  duration: not known, since the peak of the device is not" in shown
     assert "512 processes, 512 of them with different data" in shown and "peak on rank 0 of 512, with " in shown
     assert re.search(r"parameters +2\.0\d\d GB", shown) and re.search(r"policy +all-gather +float32 +over +512 ranks", shown)
     # Nothing says how much memory there is, so a micro-batch is not cut.

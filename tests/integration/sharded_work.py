@@ -41,9 +41,11 @@ from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cache_path, cached_reference, compute_logps
 from preference_training.modeling.state import free_memory, weights_hash
+from preference_training.training import budget_trial
 from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
 from tests.support.losses import of_every_kind
+from tests.support.saved_memory import SavedTensors
 from trainers import Trainer
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
@@ -64,7 +66,7 @@ class World:
     def __init__(self, settings: dict):
         self.config = RunConfig.of(settings)
         self.device = start_group(5)
-        self.size = torch.distributed.get_world_size()
+        self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
 
     def mesh(self, sharding: str, tensor_size: int = 1, local_size: int | None = None):
@@ -126,6 +128,33 @@ def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | Non
         math.sqrt(sum(x.square().sum().item() for x in xs)) for xs in ([a - b for a, b in pairs], [b for _, b in pairs])
     )
     return worst | {"weights": apart / size}
+
+
+def steps_after_a_trial(settings: dict, shardings: list[str]) -> dict:
+    """Budgets by measurement under these shardings, where ranks differ in room; and whether three steps notice the trial."""
+    world = World(settings)
+    table = PromptTable.of(golden_prompts(world.tokenizer, "pairs"))
+    changes = {"optimizer": "AdamW", "batch_size": 48, "model.name_or_path": str(GOLDEN / "llama")}
+    results = {}
+    for sharding in shardings:
+        mesh, loss = world.mesh(sharding), {"name": "dpo", "beta": 0.1}
+        made = [world.sharded("llama", loss, mesh, sharding, **changes) for _ in range(2)]
+        (tried, ranks), (untried, _) = made
+        meter = SavedTensors(8_000_000 * (1 + world.rank))
+        with mock.patch.object(budget_trial, "memory_meter", lambda _, meter=meter: meter):
+            budget = budget_trial.measured_budget(tried.placement, tried.models.policy, tried.models.loss, table, True)
+        rooms = budget_trial.optimizer_bytes(tried.models.policy, tried.config, meter.devices)
+        for trainer, _ in made:
+            trainer.batches.train = BatchIterator(
+                Schedule(table, 8, length=RunLength(n_steps=3)), packing=Packing(budget, ranks)
+            )
+            for batch in trainer.batches.train:
+                trainer.train_step(batch)
+        weights = [weights_of(trainer).values() for trainer in (tried, untried)]
+        same = all(torch.equal(full_tensor(one), full_tensor(other)) for one, other in zip(*weights, strict=True))
+        results[sharding] = {"limits": ranks.all_gather_object(budget.limit), "same": same, "optimizer": rooms[0]}
+    end_group()
+    return results
 
 
 TR_DPO = {"name": "tr_dpo", "beta": 0.1, "reference_update_every": 3, "reference_update_share": 0.6}

@@ -1,9 +1,11 @@
 """Sharded trainers on real processes: the same numbers as one process, and what happens when something goes wrong."""
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from preference_training.distributed.launching import launch
 from tests.integration import sharded_work
+from tests.support.files import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 TRAJECTORIES = sharded_work.TRAJECTORIES
@@ -44,6 +46,23 @@ def test_two_ranks_follow_the_golden_trajectories_under_every_sharding(wanted, s
     results = launch(sharded_work.follow_each_sharding, (settings, numbers), 2, None)
     assert len(results) == 4 * len(numbers) + 5
     assert_equal(results, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "shardings",
+    [["full"], pytest.param(["grad_op", "optimizer", "none"], marks=pytest.mark.long)],
+    ids=["full", "others"],
+)
+def test_two_ranks_measure_one_token_budget_and_train_as_without_a_trial(shardings, settings):
+    found = launch(sharded_work.steps_after_a_trial, (settings, shardings), 2, None)
+    assert list(found) == shardings
+    weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(GOLDEN / "llama").parameters())
+    for sharding, result in found.items():
+        # Rank 1 has twice the room of rank 0, which decides for both.
+        assert len(set(result["limits"])) == 1 and 256 <= result["limits"][0] <= 768, sharding
+        assert result["same"], sharding
+        # AdamW's two float32 states, of this rank's half of the weights.
+        assert result["optimizer"] == pytest.approx(8 * weights / (1 if sharding == "none" else 2), rel=0.01)
 
 
 @pytest.mark.long

@@ -90,9 +90,10 @@ stub-gpu-test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 0 -s -rs --timeout=3000 tests_apart/stub_gpu
 
 # Without it the tests are skipped, and say so.
-.venv-stub-gpu/installed: tests_apart/stub_gpu/requirements.txt
+.venv-stub-gpu/installed: tests_apart/stub_gpu/requirements.txt requirements.txt
 	$(PYTHON) -m venv .venv-stub-gpu
-	.venv-stub-gpu/bin/python -m pip install --quiet --disable-pip-version-check -r tests_apart/stub_gpu/requirements.txt
+	grep -v -e '^torch=' -e '^transformers=' -e '^-e' requirements.txt > .venv-stub-gpu/rest.txt
+	.venv-stub-gpu/bin/python -m pip install --quiet --disable-pip-version-check -r tests_apart/stub_gpu/requirements.txt -r .venv-stub-gpu/rest.txt
 	touch $@
 
 .venv-servers/%/installed: tests_apart/servers/requirements-%.txt

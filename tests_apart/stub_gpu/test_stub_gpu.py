@@ -1,4 +1,4 @@
-"""What docs/memory-and-speed.md says of CUDA without a card, over a driver that executes nothing: graphs, copies, waits, memory.
+"""What docs/memory-and-speed.md says of CUDA without a card, over a driver that executes nothing: graphs, copies, waits.
 
 `make stub-gpu-test` makes the environment. device.c, silent.c and driver.c take the place of CUDA's runtime, cuBLAS and driver.
 """

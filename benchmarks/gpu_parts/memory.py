@@ -1,10 +1,13 @@
 """Memory: whether what the token budget says fits, how much of the device it uses, and what a head of 128k words takes."""
 
+import time
+
 import torch
 from torch import nn
 
 from gpu_parts.found import Found, Settings
 from gpu_parts.making import BILLION, TINY, build_config, make_model, packed, peak_memory, random_prompts, small_of
+from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.scoring_head import MAX_LOGITS_BYTES
 from preference_training.modeling.prefix_sharing.sharing import attend_over_tries, share_prefixes
@@ -25,6 +28,8 @@ def memory(found: Found, settings: Settings) -> None:
     # The trie of a very long pack takes long to build; what is measured is a token's share.
     for share in settings.choose((0.25, 1.0), (0.002,)):
         found.attempt(f"{share:g} of the budget", fill, model, int(min(limit, 200_000) * share), settings, must=fits)
+    for kind in (False, "selective", True):
+        found.attempt(f"activation checkpointing, {kind}", checkpointed, model, kind, settings)
     del model
     for frozen in (False, True):
         found.attempt(f"head, {'frozen' if frozen else 'trained'}", head, frozen, settings, must=is_small)
@@ -45,6 +50,17 @@ def fill(model: nn.Module, tokens: int, settings: Settings) -> dict:
         bytes_a_token = (found["peak_gb"] * 1e9 - held - weights) / result["tokens"]
         result |= {"bytes_a_token": round(bytes_a_token), "of_device": found["peak_gb"] * 1e9 / total}
     return result
+
+
+def checkpointed(model: nn.Module, kind: bool | str, settings: Settings) -> dict:
+    """What a pack takes, and how long, with a kind of activation checkpointing; once before, to compile."""
+    model.train()
+    if kind:
+        enable_activation_checkpointing(model, kind)
+    tokens = settings.choose(30_000, 600)
+    fill(model, tokens, settings)
+    began = time.perf_counter()
+    return fill(model, tokens, settings) | {"seconds": round(time.perf_counter() - began, 3)}
 
 
 def fits(result: dict) -> bool:

@@ -63,7 +63,7 @@ class BatchResult:
     """The results of `backward`: sums of metrics over this rank's examples, the loss's statistics, and each pack's result.
 
     names: of the metrics. totals: [metrics, 2], the sum of a metric's values, and how many examples have one; None before the
-    first pack. statistics: those of the last micro-batch, since some are running means. micro_batches: those that were computed.
+    first pack. statistics: those of the last micro-batch, since some are running means. micro_batches: those computed.
     """
 
     micro_batches: Sequence[MicroBatch]

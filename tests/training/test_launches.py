@@ -22,11 +22,11 @@ from preference_training.modeling.prefix_sharing.sharing import attend_over_trie
 from tests.support.building import build_trainer
 
 # What launches no kernel: views, empty memory, notes of the profiler.
-FREE = frozenset(
-    "view _unsafe_view t transpose expand unsqueeze squeeze slice select detach alias split split_with_sizes permute unbind empty "
-    "as_strided empty_like empty_strided new_empty is_same_size _local_scalar_dense _record_function_enter_new "
-    "_record_function_exit lift_fresh scalar_tensor".split()
-)
+FREE = frozenset({
+    "view", "_unsafe_view", "t", "transpose", "expand", "unsqueeze", "squeeze", "slice", "select", "detach", "alias", "split",
+    "split_with_sizes", "permute", "unbind", "as_strided", "empty", "empty_like", "empty_strided", "new_empty", "is_same_size",
+    "_local_scalar_dense", "_record_function_enter_new", "_record_function_exit", "lift_fresh", "scalar_tensor",
+})  # fmt: skip
 LAYERS = 24
 
 

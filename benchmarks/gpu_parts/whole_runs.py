@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -29,10 +30,14 @@ OPTIONS = {
     "sharing with LoRA": ((*EXACT, "+adapter=lora"), ("prefix_sharing=off",), 1e-4),
     "sharing in bfloat16": (BFLOAT16, ("prefix_sharing=off",), 2e-2),
     "activation checkpointing": (EXACT, ("activation_checkpointing=true",), 1e-4),
+    "selective checkpointing": (EXACT, ("activation_checkpointing=selective",), 1e-4),
+    "compiled, selective": (EXACT, ("compile=true", "activation_checkpointing=selective"), 1e-4),
     "compiled": (EXACT, ("compile=true",), 1e-4),
     "autocast": ((), ("model.autocast_dtype=bfloat16",), 2e-2),
     "float16 with a loss scaler": (EXACT, ("model.autocast_dtype=float16",), 2e-2),
     "flash attention": (BFLOAT16, ("prefix_attention=varlen",), 2e-2),
+    # Eight bits beside sixteen: that it trains at all, begins at ln 2, and goes the same way.
+    **({"FP8": (BFLOAT16, ("model.fp8=true",), 2e-1)} if find_spec("torchao") else {}),
 }
 FSDP = {
     "float32": EXACT,

@@ -62,21 +62,32 @@ class PackResult:
 class BatchResult:
     """The results of `backward`: sums of metrics over this rank's examples, the loss's statistics, and each pack's result.
 
-    sums: [2], of a metric's values, and how many examples have one. statistics: those of the last micro-batch, since some are
-    running means. micro_batches: those that were computed.
+    names: of the metrics. totals: [metrics, 2], the sum of a metric's values, and how many examples have one; None before the
+    first pack. statistics: those of the last micro-batch, since some are running means. micro_batches: those computed.
     """
 
     micro_batches: Sequence[MicroBatch]
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    totals: Tensor | None = None
     statistics: Metrics = field(default_factory=dict)
     packs: list[PackResult] = field(default_factory=list)
 
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """By the metric's name [2], the sum of its values, and how many examples have one."""
+        return {} if self.totals is None else dict(zip(self.names, self.totals, strict=True))
+
     def add(self, loss: Loss, pack: PackedBatch, output: LossOutput, policy: Tensor) -> None:
         """Add a pack's results; those of a filler count for nothing."""
-        for name, values in example_metrics(loss, output, policy, pack.examples, TRAIN).items():
-            exist = ~values.isnan() | (name == TRAIN_LOSS)
-            added = torch.stack([values.where(exist, 0.0).sum(), exist.sum()]) * (not pack.is_filler)
-            self.sums[name] = self.sums.get(name, 0.0) + added
+        metrics = example_metrics(loss, output, policy, pack.examples, TRAIN)
+        self.names = tuple(metrics)
+        # All at once: a few kernels, not ten for each metric.
+        values = torch.stack(list(metrics.values()))
+        exist = ~values.isnan()
+        # A loss that is no number is to be seen.
+        exist[self.names.index(TRAIN_LOSS)] = True
+        added = torch.stack([values.where(exist, 0.0).sum(1), exist.sum(1)], dim=1) * (not pack.is_filler)
+        self.totals = added if self.totals is None else self.totals + added
         self.statistics = output.statistics
         self.packs.append(PackResult.of(pack, output, loss.examples))
 

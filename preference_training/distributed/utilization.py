@@ -15,6 +15,7 @@ from preference_training.configuration.schema import RunConfig
 from preference_training.core.gpu_peaks import peak_tflops
 from preference_training.core.process_group import is_distributed
 from preference_training.modeling.logprobs import CachedReference
+from preference_training.modeling.quantization import PackedLinear
 
 # Of a layer of experts in the names of transformers, and what its configurations call their number.
 EXPERTS = ".experts."
@@ -73,8 +74,9 @@ def _multiplied(model: nn.Module, trained: bool = False) -> float:
     # An embedding that is also the head is multiplied by there.
     looked_up.discard(id(getattr(head, "weight", None)))
     share = _share_of_experts(model)
+    packed = {id(layer.weight): layer.weight_numel for layer in model.modules() if isinstance(layer, PackedLinear)}
     return sum(
-        _numel(weight) * (share if EXPERTS in name else 1.0)
+        packed.get(id(weight), _numel(weight)) * (share if EXPERTS in name else 1.0)
         for name, weight in model.named_parameters()
         if id(weight) not in looked_up and (weight.requires_grad or not trained)
     )

@@ -118,7 +118,7 @@ class Layout:
 
 
 def gather_as_bytes(module: FSDPModule) -> None:
-    """Have a module that `fully_shard` returned gather its bytes as they are: before torch 2.13 they are cast to `param_dtype`."""
+    """Have a sharded module gather weights of bytes as they are; before torch 2.13 they would be cast to `param_dtype` too."""
     if torch.__version__ >= (2, 13):
         return
     group = module._get_fsdp_state()._fsdp_param_group

@@ -58,6 +58,13 @@ class _DequantizedMatmul(torch.autograd.Function):
         return gradient @ gradient.new_empty(ctx.shape), None, None
 
 
+def weight_numels(model: nn.Module) -> dict[str, int]:
+    """How many numbers each of a model's weights stands for, by name; quantized ones are packed into fewer, or more, bytes."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point()]
+    packed = {id(layer.weight): layer.in_features * layer.out_features for layer in layers}
+    return {name: packed.get(id(weight), weight.numel()) for name, weight in model.named_parameters()}
+
+
 # ---- packed into bytes ------------------------------------------------------------------------------------------------------
 
 # Kernels read vectors of 16 bytes.
@@ -83,11 +90,6 @@ class PackedLinear(nn.Linear):
         self.compute_dtype = getattr(torch, model_config.quantized_compute_dtype or model_config.policy_dtype)
         packed = torch.empty(_packed_size(self.sections), dtype=torch.uint8, device="meta")
         self.weight = nn.Parameter(packed, requires_grad=False)
-
-    @property
-    def weight_numel(self) -> int:
-        """How many weights are packed."""
-        return self.in_features * self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out], in the dtype of x."""

@@ -1,13 +1,14 @@
 """Quantized layers packed into bytes: they compute what the layers of bitsandbytes compute, and can be cut anywhere."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from preference_training.modeling.loading import load_model
-from preference_training.modeling.quantization import PackedLinear, packed_state
+from preference_training.modeling.loading import build_untrained, load_model
+from preference_training.modeling.quantization import PackedLinear, packed_state, weight_numels
 from tests.support.files import GOLDEN
 
 # (overrides, bits of scales per weight): 8 bits or a float32 for 64 weights, the former with a float32 for 256 of its own.
@@ -66,3 +67,14 @@ def test_the_state_of_a_model_has_packed_weights_and_nothing_more(kind, tokenize
     for name, weight in state.items():
         assert (weight.dtype == torch.uint8) == ("base_layer.weight" in name), name
         assert weight.dtype == torch.uint8 or torch.equal(weight, plain[name])
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_quantized_model_has_as_many_parameters_as_before(compose, tokenizer, quantization, device):
+    plain = compose("model=blank_model", f"model.name_or_path={GOLDEN / 'llama'}", "+adapter=lora").model
+    with torch.device(device):
+        whole, model = (build_untrained(each, tokenizer) for each in (plain, replace(plain, quantization=quantization)))
+    assert weight_numels(model) == {name: weight.numel() for name, weight in whole.named_parameters()}
+    quantized_bytes = sum(weight.numel() for weight in model.parameters() if not weight.is_floating_point())
+    assert 0 < quantized_bytes != sum(weight_numels(model).values())

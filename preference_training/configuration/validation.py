@@ -171,10 +171,15 @@ def _check_adapter(config: RunConfig) -> None:
     model, has_adapter = config.model, config.model.lora.r is not None
     if model.quantization and not has_adapter:
         raise UserError("model.quantization: quantized weights cannot be trained themselves. Add +adapter=lora.")
-    if model.quantization and config.trainer.is_sharded:
+    if model.quantization and config.trainer.splits_layers:
         raise UserError(
-            f"model.quantization: {config.trainer.name} cannot shard quantized weights: PyTorch's fully_shard "
-            "splits a weight into rows, and these have none. Use trainer=BasicTrainer, or leave model.quantization null."
+            "model.quantization: TensorParallelTrainer splits the rows and columns of a layer, and quantized weights share "
+            "scales across both. Use trainer=FSDPTrainer, or leave model.quantization null."
+        )
+    if model.quantization == "int8" and config.trainer.is_sharded:
+        raise UserError(
+            "model.quantization: FSDPTrainer cannot check int8 layers at load: they round activations to eight bits on a GPU, "
+            "and not on the CPU of rank 0, which it compares with. Use nf4, or trainer=BasicTrainer."
         )
     if has_adapter and config.trainer.splits_layers:
         raise UserError(

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from preference_training.modeling.prefix_sharing.proof import (
 )
 from preference_training.modeling.prefix_sharing.sharing import attend_over_tries, scores_in_head, share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
+from preference_training.modeling.quantization import PackedLinear, packed_state
 from preference_training.modeling.state import compute_device, free_memory, print_loaded, set_buffers, weights_hash
 
 # ---- the mesh -----------------------------------------------------------------------------------------------------------
@@ -110,10 +112,29 @@ class Layout:
             "mp_policy": self.precision,
             "offload_policy": self.offload,
         }
+        self._set_quantized_dtype(model)
         for block in without_shared(find_blocks(model, self.config.model.block_name)):
-            fully_shard(block, **options)
+            gather_as_bytes(fully_shard(block, **options))
         # What is left, embeddings, head and what several blocks share, is one group: tied weights stay together.
-        fully_shard(model, **options)
+        gather_as_bytes(fully_shard(model, **options))
+
+    def _set_quantized_dtype(self, model: nn.Module) -> None:
+        """Have quantized layers compute in the dtype of the others, unless theirs is configured."""
+        if self.precision.param_dtype and not self.config.model.quantized_compute_dtype:
+            for layer in model.modules():
+                if isinstance(layer, PackedLinear):
+                    layer.compute_dtype = self.precision.param_dtype
+
+
+def gather_as_bytes(module: FSDPModule) -> None:
+    """Have a sharded module gather weights of bytes as they are; before torch 2.13 they would be cast to `param_dtype` too."""
+    if torch.__version__ >= (2, 13):
+        return
+    group = module._get_fsdp_state()._fsdp_param_group
+    for weight in group.fsdp_params if group is not None else ():
+        if not weight.sharded_param.is_floating_point():
+            uncast = partial(type(weight).init_dtype_attrs, weight, MixedPrecisionPolicy())
+            weight.init_dtype_attrs = lambda _, uncast=uncast: uncast()
 
 
 def find_blocks(model: nn.Module, block_name: str | None) -> list[nn.Module]:
@@ -208,7 +229,7 @@ def load_sharded(
     if source is not None and has_adapter(source):
         # With the place of the model under it.
         model.peft_config = source.peft_config
-    state = source.state_dict() if ranks.is_rank_zero else {}
+    state = packed_state(source) if source is not None else {}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     broadcast_buffers(source, model, device, ranks)
     _check(model, source, layout, ranks)

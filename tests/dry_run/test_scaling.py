@@ -138,6 +138,19 @@ def test_weights_are_gathered_in_param_dtype_and_gradients_added_up_in_reduce_dt
     assert costs(config, live=False).traffic.sent[Message("policy", "reduce-scatter", torch.bfloat16, 8)] == 7 * part(8) / 2
 
 
+def test_quantized_weights_are_gathered_in_their_bytes(tiny):
+    found = costs(tiny("trainer=FSDPTrainer", "+adapter=qlora"), live=False)
+    # Half a byte for a weight, one for a scale of 64, four for one of 256 scales, tables of 16 and 256 numbers, and an offset;
+    # each tensor begins at a multiple of 16 bytes.
+    square, wide = (size // 2 + 4 * 16 + size // 64 + 16 + 4 * 256 + 16 for size in (128 * 128, 128 * 384))
+    norms, adapter = 2 * 128, 16 * (4 * (128 + 128) + 3 * (128 + 384))
+    block = 4 * square + 3 * wide + 4 * (norms + adapter)
+    assert found.traffic.sent[Message("policy", "all-gather", torch.uint8, 8)] == 2 * 7 * LAYERS * block // 8
+    assert sent(found.traffic)["policy", "reduce-scatter", 8] == 7 * LAYERS * 4 * adapter // 8
+    rows = -(-VOCABULARY // 8)
+    assert found.memory["parameters"] == pytest.approx(LAYERS * block // 8 + 4 * (rows * 128 + 128 // 8), rel=0.01)
+
+
 def test_a_reference_that_is_not_resharded_stays_whole_and_is_sent_once(tiny):
     config = tiny("trainer=FSDPTrainer", "trainer.sharding=grad_op")
     with_it, without = costs(config), costs(config, live=False)

@@ -23,7 +23,7 @@ from preference_training.tracking.tracker import Metrics
 from preference_training.training.evaluator import EvaluationStoppedError, Evaluator
 from preference_training.training.monitors import TrainingMonitor
 from preference_training.training.parts import Batches, Models, Observers, Pace, RunState
-from preference_training.training.step import PackResult, TrainingStep
+from preference_training.training.step import PackResult, Shortage, TrainingStep
 
 
 class Trainer:
@@ -137,11 +137,11 @@ class Trainer:
             self.observers.ledger.record(self.state.examples, margins)
         return result.metrics
 
-    def halve(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Cut a batch, and all later ones, into packs half as large."""
-        halves = self.batches.train.halve_packs(micro_batches)
-        limit = self.batches.train.budget.limit
-        self.tracker.log_message(f"warning: out of memory; packs are limited to {limit} tokens from now on")
+    def halve(self, micro_batches: Sequence[MicroBatch], shortage: Shortage | None = None) -> list[MicroBatch]:
+        """Cut a batch, and all later ones, into packs half as large. shortage: on which ranks memory ran out, of several."""
+        halves = self.batches.train.halve_packs(micro_batches, shortage and shortage.largest)
+        limit, where = self.batches.train.budget.limit, f" on {shortage}" if shortage else ""
+        self.tracker.log_message(f"warning: out of memory{where}; packs are limited to {limit} tokens from now on")
         return halves
 
     def log_skipped(self, packs: Sequence[PackResult]) -> None:

@@ -25,8 +25,8 @@ from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
 from trainers import Trainer
 
-# Tokens of a pack: two of them and more for each rank and step.
-BUDGET, STEPS = 200, 3
+# Tokens of a pack, of targets and of pairs: two packs and more for each rank and step.
+BUDGETS, STEPS = {"targets": 60, "pairs": 100}, 3
 SETTINGS = {"optimizer": "AdamW", "lr": 1e-3, "warmup_steps": 0, "batch_size": 8}
 
 
@@ -57,7 +57,7 @@ class Failure:
 def failing(trainer: Trainer, place: str, fail: Failure) -> Iterator[None]:
     """A trainer that calls `fail` at a place: what computes there, or its gradient."""
     policy = trainer.models.policy
-    blocks = [module for module in policy.modules() if type(module).__name__ == "LlamaDecoderLayer"]
+    blocks = policy.get_decoder().layers
     what, _, direction = place.partition(" ")
     passes = ShardedPasses(policy)
     group = groups_of(passes.states[next(name for name, module in passes.modules.items() if module is blocks[-1])])[0]
@@ -125,8 +125,9 @@ def build(world: World, sharding: str, loss: dict, **changes) -> Trainer:
     reference = None if loss["name"] == "sft" else LiveReference(policy if adapter else load("llama"))
     table = PromptTable.of(golden_prompts(world.tokenizer, objective.examples))
     schedule = Schedule(table, 8, length=RunLength(n_epochs=None, n_steps=STEPS))
+    budget = BUDGETS[objective.examples]
     parts = changes.get("gradient_accumulation_steps", 1)
-    train = BatchIterator(schedule, parts, Packing(TokenBudget(BUDGET, BUDGET), placement.ranks))
+    train = BatchIterator(schedule, parts, Packing(TokenBudget(budget, budget), placement.ranks))
     check = StartCheck(policy, reference) if adapter and reference is not None else None
     return build_trainer(
         config, policy, objective, reference, placement=placement, train=train, tracker=Saying(), start_check=check

@@ -8,10 +8,10 @@ that fits into memory is not touched.
     fails in block 3:   forward  1 2 (3) 3' 4'  ->  zeros  ->  backward  4' 3' 2' 1'      ' collectives alone
 """
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -127,12 +127,20 @@ class ShardedLockstep(Lockstep):
     def _note(self, error: torch.OutOfMemoryError) -> None:
         """Note the failure. Raises UserError where it lies in a reduction, which cannot be repeated."""
         self.failed = True
-        if _is_within(error.__traceback__, REDUCING):
+        frames = _frames_of_fsdp(error)
+        if REDUCING & frames.keys():
             raise UserError(
                 f"max_tokens_per_microbatch: rank {self.ranks.rank} ran out of memory while gradients were reduced over the "
                 "ranks, where no rank can go back. Set it below the tokens that fit, resume with resume=auto, or shard over "
                 "more processes."
             ) from error
+        if "pre_backward" in frames:
+            # The weights were being gathered for a gradient: they are gathered again, with what is gathered ahead.
+            group = frames["pre_backward"]["self"]
+            group._training_state = type(group._training_state).IDLE
+            ahead = frames.get("_backward_prefetch", {})
+            if "curr_index" in ahead:
+                group._post_forward_indices.append(ahead["curr_index"])
 
 
 def free_cache(model: nn.Module) -> None:
@@ -146,14 +154,10 @@ def can_keep_step(model: nn.Module) -> bool:
     return getattr(model, "recorded_passes", None) is not None and not frequency_limits(model)
 
 
-def _is_within(trace: TracebackType | None, functions: set[str]) -> bool:
-    """Whether a traceback passes through one of FSDP's functions of these names."""
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if code.co_name in functions and "_fully_shard" in code.co_filename:
-            return True
-        trace = trace.tb_next
-    return False
+def _frames_of_fsdp(error: BaseException) -> dict[str, dict[str, Any]]:
+    """The functions of FSDP that an error has passed through, with their local variables."""
+    walked = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return {frame.f_code.co_name: frame.f_locals for frame in walked if "_fully_shard" in frame.f_code.co_filename}
 
 
 # ---- the collectives of a pass ----------------------------------------------------------------------------------------------

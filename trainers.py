@@ -15,6 +15,7 @@ from preference_training.checkpointing.snapshot import Snapshot, scalar_state
 from preference_training.core import metric_names as names
 from preference_training.core.errors import UserError
 from preference_training.core.machine import memory_held
+from preference_training.core.process_group import progress
 from preference_training.core.random_streams import random_streams, restore_random_streams
 from preference_training.core.signals import StoppedError
 from preference_training.distributed.placement import OneProcess, Placement, Sharded, TensorParallel
@@ -169,6 +170,7 @@ class Trainer:
         if writer is None or (self.saved_at == self.state.examples and not finished):
             return
         self.tracker.flush()
+        progress.at("a checkpoint")
         if not self.placement.ranks.broadcast(writer.checked):
             writer.check = checkpoint_check(self.models.policy, self.config, self.step.device)
         writer.write(self.snapshot(), with_policy_pt=finished and self.config.save_policy_pt)
@@ -178,6 +180,7 @@ class Trainer:
             self.observers.tell_checkpoints()
             # The launcher would end rank 0, which may still be writing, when another process ends.
             self.placement.ranks.barrier()
+        progress.at(None)
 
     def snapshot(self) -> Snapshot:
         """The run as it is now."""

@@ -38,6 +38,7 @@ from preference_training.core.signals import (
     StopRequests,
     restore_handlers,
 )
+from preference_training.distributed.heartbeats import explain, start_heartbeats, stop_heartbeats
 from preference_training.tracking.run_files import LATEST
 
 # The prefix of a worker's error where the mistake was the user's.
@@ -116,7 +117,12 @@ def _run_silenced(run: Callable, *arguments):
     """`run` in a worker, of which only rank 0 prints."""
     label_output()
     silence_others()
-    return run(*arguments)
+    try:
+        return run(*arguments)
+    except RuntimeError as error:
+        # Of a collective that has timed out, which names no rank.
+        explain(error)
+        raise
 
 
 def launch(function: Callable, arguments: tuple, workers: int, port: int | None):
@@ -239,11 +245,13 @@ def start_group(timeout_minutes: float, offloads: bool = False) -> torch.device:
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+    start_heartbeats(store, rank, size, timeout.total_seconds())
     return device
 
 
 def end_group() -> None:
     """Leave the process group."""
+    stop_heartbeats()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

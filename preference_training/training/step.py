@@ -16,7 +16,7 @@ from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import GRAD_NORM, TOKENS_SAVED, TRAIN, TRAIN_LOSS
-from preference_training.core.process_group import is_distributed
+from preference_training.core.process_group import is_distributed, progress
 from preference_training.distributed.out_of_memory import free_cache
 from preference_training.distributed.placement import Placement
 from preference_training.losses.base import (
@@ -152,6 +152,7 @@ class TrainingStep:
             packs = [pack for micro_batch in batch.micro_batches for pack in micro_batch.packs]
             counts = sum(pack.num_tokens for pack in packs), sum(pack.num_row_tokens for pack in packs)
             numbers = self.reduce(batch.sums, grad_norm, counts, (is_to_stop(), self.lockstep.failed))
+            progress.at(f"the end of step {self.state.updates + 1}")
             *values, tokens, row_tokens, stops, failed, norm = numbers.tolist()
             if not failed:
                 break
@@ -213,6 +214,8 @@ class TrainingStep:
         result = BatchResult(micro_batches)
         packs_left = sum(len(micro_batch.packs) for micro_batch in micro_batches)
         self.updater.expect_gradients(packs_left)
+        number, num_packs = self.state.updates + 1, packs_left
+        progress.at(f"step {number}, pack 1 of {num_packs}")
         for micro_batch in micro_batches:
             for output, policy, pack in self.pack_losses(micro_batch, mean_length):
                 packs_left -= 1
@@ -224,6 +227,7 @@ class TrainingStep:
                 output = replace(output, losses=output.losses.detach())
                 self.lockstep.backward(self.models.policy, total, self.updater.scaler.scale)
                 result.add(self.models.loss, pack, output, policy)
+                progress.at(f"step {number}, pack {min(num_packs - packs_left + 1, num_packs)} of {num_packs}")
         return result
 
     def pack_losses(self, micro_batch: MicroBatch, mean_length: float) -> Iterator[tuple[LossOutput, Tensor, PackedBatch]]:

@@ -58,7 +58,6 @@ def failing(trainer: Trainer, place: str, fail: Failure) -> Iterator[None]:
     """A trainer that calls `fail` at a place: what computes there, or its gradient."""
     policy = trainer.models.policy
     blocks = policy.get_decoder().layers
-    what, _, direction = place.partition(" ")
     passes = ShardedPasses(policy)
     group = groups_of(passes.states[next(name for name, module in passes.modules.items() if module is blocks[-1])])[0]
     reference = getattr(trainer.models.reference, "model", None)
@@ -70,7 +69,7 @@ def failing(trainer: Trainer, place: str, fail: Failure) -> Iterator[None]:
         "reference": (None if reference is None else reference.get_output_embeddings(), "forward"),
         "gathering": (group, "wait_for_unshard"),
         "reducing": (group, "_wait_for_post_backward"),
-        "loss": (trainer.models, "loss"),
+        "loss": (type(trainer.models.loss), "__call__"),
     }[place.removesuffix(" backward")]
     usual = getattr(target, name)
 
@@ -89,10 +88,6 @@ def failing(trainer: Trainer, place: str, fail: Failure) -> Iterator[None]:
         begin()
         fail.begin(trainer.state.updates)
 
-    if what == "loss":
-        replaced = mock.MagicMock(wraps=usual, side_effect=lambda *given, **named: (fail(), usual(*given, **named))[1])
-        for key in ("needs_batch_statistics", "reads_tokens", "reads_collision", "examples", "reference_update"):
-            setattr(replaced, key, getattr(usual, key))
     with mock.patch.object(target, name, replaced), mock.patch.object(trainer.step.lockstep, "begin", begin_attempt):
         yield
 

@@ -29,8 +29,8 @@ LONG = {
     "statistics of all packs": ("last block", "full", BETA_DPO, {"calls": (1,)}, {}),
     "a gradient, with statistics of all packs": ("first block backward", "full", BETA_DPO, {"calls": (0,)}, {}),
     "the first step": ("last block", "full", DPO, {"step": 0}, {}),
-    "accumulated gradients": ("first block", "full", DPO, {"calls": (3,)}, {"gradient_accumulation_steps": 2}),
-    "accumulated gradients, ZeRO-1": ("first block backward", "optimizer", DPO, {"calls": (2,)}, {"gradient_accumulation_steps": 2}),
+    "accumulated gradients": ("first block", "full", DPO, {"calls": (1,)}, {"gradient_accumulation_steps": 2}),
+    "accumulated gradients, ZeRO-1": ("first block backward", "optimizer", DPO, {"calls": (1,)}, {"gradient_accumulation_steps": 2}),
     "activation checkpointing": ("last block", "full", SFT, {"calls": (1,)}, {"activation_checkpointing": True}),
     "activation checkpointing, a gradient": ("first block backward", "full", SFT, {}, {"activation_checkpointing": True}),
     # Its second call is in the backward pass.

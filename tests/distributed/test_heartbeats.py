@@ -62,7 +62,7 @@ def test_a_silent_rank_0_is_named_by_the_first_that_is_heard_of(beat):
     progress.at("a checkpoint")
     seen(one, 0)
     zero.stop()
-    assert re.fullmatch(r"rank 0 has not been heard of for \\d s; it last did: a checkpoint", said(one))
+    assert re.fullmatch(r"rank 0 has not been heard of for \d s; it last did: a checkpoint", said(one))
 
 
 def test_nobody_is_named_while_ranks_are_heard_of_and_none_waits(beat):

@@ -85,8 +85,7 @@ class ShardedLockstep(Lockstep):
         """As of Lockstep; zeros once memory has run out, whose backward pass makes the collectives alone."""
         if model is None or not can_keep_step(model):
             return compute()
-        passes = ShardedPasses(model)
-        before = len(passes.ended)
+        before = len(ended_groups(model))
         try:
             if not self.failed:
                 return compute()
@@ -94,7 +93,8 @@ class ShardedLockstep(Lockstep):
             self._note(error)
         # Outside the handler: the exception keeps the pass's tensors alive.
         free_cache(model)
-        passes.finish_forward(len(passes.ended) - before)
+        passes = ShardedPasses(model)
+        passes.finish_forward(len(ended_groups(model)) - before)
         return zeros(passes.zero())
 
     def after_forward(self, model: nn.Module, compute: Callable[[], Computed], zeros: Callable[[Tensor], Computed]) -> Computed:
@@ -174,11 +174,6 @@ class ShardedPasses:
         self.modules = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
         self.states: dict[str, Any] = {name: module._get_fsdp_state() for name, module in self.modules.items()}
 
-    @property
-    def ended(self) -> list:
-        """The groups of weights whose forward has ended, since FSDP last cleared the list."""
-        return getattr(self.states[ROOT]._comm_ctx, "post_forward_order", [])
-
     def finish_forward(self, done: int) -> None:
         """Make the collectives of a forward in which so many modules have ended. One that has begun goes on."""
         left = self.passes.forward[done:]
@@ -247,6 +242,11 @@ class _Zero(torch.autograd.Function):
         return torch.zeros_like(gradient), None
 
 
+def ended_groups(model: nn.Module) -> Sequence[Any]:
+    """The groups of weights whose forward has ended, since FSDP last cleared the list; it has none before the first forward."""
+    return getattr(model._get_fsdp_state()._comm_ctx, "post_forward_order", [])
+
+
 def groups_of(state: Any) -> Sequence[Any]:
     """The groups of weights of one of FSDP's states: torch 2.11 has one or none, later versions a list."""
     groups = getattr(state, "_fsdp_param_groups", None)
@@ -280,7 +280,7 @@ def recorded_passes(model: nn.Module) -> Iterator[None]:
 
     def end() -> None:
         names = {id(group): name for name, state in own.states.items() for group in groups_of(state)}
-        passes.forward = [names[id(group)] for group in own.ended]
+        passes.forward = [names[id(group)] for group in ended_groups(model)]
         ending.append(True)
 
     for name, state in own.states.items():

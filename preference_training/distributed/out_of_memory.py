@@ -233,11 +233,13 @@ class _Zero(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, passes: ShardedPasses) -> Tensor:
+        """A copy of the anchor."""
         ctx.passes = passes
         return anchor.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Make the collectives that are left."""
         ctx.passes.finish_backward()
         return torch.zeros_like(gradient), None
 

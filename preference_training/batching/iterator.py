@@ -124,10 +124,12 @@ class BatchIterator:
         """Whether the last step that was yielded ends its epoch."""
         return self.position["examples_in_epoch"] == self.schedule.epoch_size(self.position["epoch"])
 
-    def halve_packs(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Repack a step, and all later ones, into packs half as large as its largest."""
-        largest = max(len(pack.input_ids) for micro_batch in batch for pack in micro_batch.packs)
-        self.budget = TokenBudget(largest // 2, min(largest // 2, self.budget.soft_limit))
+    def halve_packs(self, batch: Sequence[MicroBatch], largest: int | None = None) -> list[MicroBatch]:
+        """Repack a step, and all later ones, into packs half as large as its largest, or as one of `largest` tokens."""
+        packs = (len(pack.input_ids) for micro_batch in batch for pack in micro_batch.packs)
+        # An example that exceeds the budget alone has its own pack.
+        limit = (max(packs) if largest is None else min(largest, self.budget.limit)) // 2
+        self.budget = TokenBudget(limit, min(limit, self.budget.soft_limit))
         return self._repack(batch)
 
     def _repack(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:

@@ -5,6 +5,7 @@ split layer are one rank.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+
+class Progress:
+    """What this process does now, in words, for other processes to read when they wait for it.
+
+    phase: None where it may take any time. since: when it began, by the monotonic clock.
+    """
+
+    def __init__(self) -> None:
+        self.at(None)
+
+    def at(self, phase: str | None) -> None:
+        """Begin a phase."""
+        self.phase, self.since = phase, time.monotonic()
+
+
+progress = Progress()
 
 
 @dataclass(frozen=True)

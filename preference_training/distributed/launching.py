@@ -21,7 +21,7 @@ from glob import escape
 from pathlib import Path
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from preference_training.configuration.schema import RunConfig
@@ -38,6 +38,7 @@ from preference_training.core.signals import (
     StopRequests,
     restore_handlers,
 )
+from preference_training.distributed.heartbeats import explain, start_heartbeats, stop_heartbeats
 from preference_training.tracking.run_files import LATEST
 
 # The prefix of a worker's error where the mistake was the user's.
@@ -116,7 +117,12 @@ def _run_silenced(run: Callable, *arguments):
     """`run` in a worker, of which only rank 0 prints."""
     label_output()
     silence_others()
-    return run(*arguments)
+    try:
+        return run(*arguments)
+    except RuntimeError as error:
+        # Of a collective that has timed out, which names no rank.
+        explain(error)
+        raise
 
 
 def launch(function: Callable, arguments: tuple, workers: int, port: int | None):
@@ -156,13 +162,21 @@ def launch(function: Callable, arguments: tuple, workers: int, port: int | None)
             sys.exit(ENDED_AT_ONCE)
         if failure.exitcode == STOPPED or forwarded:
             raise StoppedError("all processes of the run have ended") from None
-        report = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
-        message = report.get("message", "")
-        if message.startswith(MISTAKE):
-            raise UserError(message.removeprefix(MISTAKE)) from None
+        for mistake in (_report(each)["message"] for each in error.failures.values()):
+            # A rank that has lost its connection to the one with the mistake may have died in the same second.
+            if mistake.startswith(MISTAKE):
+                raise UserError(mistake.removeprefix(MISTAKE)) from None
+        report = _report(failure)
+        message = report["message"]
         name = failure.signal_name() if failure.exitcode < 0 else f"exit status {failure.exitcode}"
         trace = report.get("extraInfo", {}).get("py_callstack") or message
         raise WorkerDiedError(f"rank {rank} of {workers} died ({name}); the others were ended. It said:\n{trace}") from None
+
+
+def _report(failure: ProcessFailure) -> dict:
+    """What a worker has written of its error; of one that was killed only that."""
+    report = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
+    return {"message": ""} | report
 
 
 @contextmanager
@@ -239,11 +253,13 @@ def start_group(timeout_minutes: float, offloads: bool = False) -> torch.device:
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+    start_heartbeats(store, rank, size, timeout.total_seconds())
     return device
 
 
 def end_group() -> None:
     """Leave the process group."""
+    stop_heartbeats()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -27,6 +27,7 @@ from preference_training.distributed.layer_splitting import (
     split_optimizer_state,
     splits_in_one_process,
 )
+from preference_training.distributed.out_of_memory import Lockstep, ShardedLockstep
 from preference_training.distributed.sharding import (
     Layout,
     clip_by_global_norm,
@@ -110,6 +111,10 @@ class Placement:
         return False
 
     # ---- a step ---------------------------------------------------------------------------------------------------------
+
+    def lockstep(self) -> Lockstep:
+        """What keeps this process in step with others when it runs out of memory."""
+        return Lockstep()
 
     def before_backward(self, policy: nn.Module, is_last: bool) -> None:
         """Prepare for a pack's backward pass; `is_last` for the last one of a step."""
@@ -282,6 +287,10 @@ class Sharded(Placement):
             print("sample_during_eval: off, since the weights are sharded; sample_during_eval=true turns it on", flush=True)
             return False
         return super().samples(requested)
+
+    def lockstep(self) -> Lockstep:
+        """What keeps this process in step with others when it runs out of memory; not within a layer that is split."""
+        return Lockstep() if self.layout.mesh["tensor"].size() > 1 else ShardedLockstep(self.ranks)
 
     def before_backward(self, policy: nn.Module, is_last: bool) -> None:
         """Tell FSDP when to reduce gradients."""

@@ -26,6 +26,7 @@ from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError
 from preference_training.core.machine import tune_malloc
 from preference_training.core.process_group import Ranks, full_tensor, local_world_size, reshard, to_local
+from preference_training.distributed.out_of_memory import recorded_passes
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained, load_model
@@ -267,6 +268,7 @@ def reference_beside(policy: nn.Module, layout: Layout, tokenizer, device: torch
         for mine, theirs in zip(copy.parameters(), policy.parameters(), strict=True):
             to_local(mine).copy_(to_local(theirs))
     set_buffers(copy, {name: buffer.clone() for name, buffer in policy.named_buffers()})
+    copy.recorded_passes = getattr(policy, "recorded_passes", None)
     return copy.eval().requires_grad_(False)
 
 
@@ -336,8 +338,9 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
     if source is not None:
         weights = dict(source.named_parameters())
         expected = logps_and_gradients(response_scores, source, batch, [weights[name] for name in names])
-    logps = response_scores(model, batch.to(compute_device(model)))
-    logps.sum().backward()
+    with recorded_passes(model):
+        logps = response_scores(model, batch.to(compute_device(model)))
+        logps.sum().backward()
     weights = dict(model.named_parameters())
     found = [full_tensor(weights[name].grad).float().cpu() for name in names]
     model.zero_grad(set_to_none=True)

@@ -73,6 +73,15 @@ def reference_logps(reference, batch: PackedBatch, loss: Loss | None) -> tuple[T
     return reference.with_tokens(batch) if loss is not None and loss.reads_tokens else (reference(batch), None)
 
 
+def zero_scores(batch: PackedBatch, loss: Loss | None, zero: Tensor) -> tuple[Tensor, TokenLogps | None]:
+    """The like of what `policy_scores` gives: zeros that depend on a scalar zero."""
+    scores = zero + zero.new_zeros(len(batch.response_lengths))
+    if loss is None or not (loss.reads_tokens or loss.reads_collision):
+        return scores, None
+    values = _to_float64(zero + zero.new_zeros(len(batch.scored)))
+    return scores, TokenLogps(values, batch.scored_responses, values if loss.reads_collision else None)
+
+
 def trie_scores(model: nn.Module, batch: PackedBatch) -> Tensor:
     """`response_scores` in one forward of the packed tokens."""
     by_trie, _ = _ways(model)

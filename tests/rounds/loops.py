@@ -21,14 +21,14 @@ SMALL = (
     "rounds.n_samples=4", "rounds.max_new_tokens=12", "rounds.held_out=held_out.jsonl",
 )  # fmt: skip
 # The score is the share of the letter e; each question is a line in asked.txt.
-JUDGE = '''
+JUDGE = """
 from pathlib import Path
 
 def score(prompt, response):
     with open(Path(__file__).with_name("asked.txt"), "a") as file:
         file.write(repr((prompt, response)) + "\\n")
     return response.count("e") / max(1, len(response))
-'''
+"""
 
 
 def make_model(folder: Path) -> None:
@@ -47,7 +47,11 @@ def make_prompts(folder: Path, count: int = 12, held_out: int = 4) -> None:
 
 def overrides(folder: Path, *more: str) -> list[str]:
     """The command line of a small loop from the model of `make_model`."""
-    first = (f"model.archive={folder / 'first' / 'LATEST'}", f"local_dirs={folder / 'runs'}", f"local_run_dir={folder / 'loop'}")
+    first = (
+        f"model.archive={folder / 'first' / 'LATEST'}",
+        f"local_dirs={folder / 'runs'}",
+        f"local_run_dir={folder / 'loop'}",
+    )
     return [*TINY, *SMALL, *first, *more]
 
 

@@ -122,7 +122,7 @@ def test_the_log_probs_of_samples_are_those_of_the_model_computed_by_transformer
 def test_samples_are_trained_on_with_the_token_ids_that_were_sampled_from(done):
     """The prompt that a round trains on is, token by token, the one that the policy was asked with."""
     prompt = done.prompts[0]
-    policy = sampling.Policy.load(done.config, done.prompts)
+    policy = sampling.Policy.of(done.config, done.prompts)
     assert policy.format.name == "hh"
     assert policy.prompt_ids(prompt) == policy.tokenizer("\n\nHuman: Question 0?\n\nAssistant:").input_ids
 

@@ -7,6 +7,7 @@ optimizer state, clips gradients, and says which ranks share the data.
 import copy
 import time
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ class Placement:
         other = self.with_config(self.config.changed({f"model.{key}": value for key, value in values.items()}))
         return LiveReference(other.load_policy().eval().requires_grad_(False))
 
-    def with_config(self, config) -> "Placement":
+    def with_config(self, config) -> Self:
         """The same devices for the model of another configuration, which keeps no model under an adapter."""
         other = copy.copy(self)
         other.config, other.base_dir = config, None
@@ -244,7 +245,7 @@ class Sharded(Placement):
         # Where gradients stay whole until the step, they are reduced once, after the last pack.
         self.reduces_once = config.trainer.sharding in ("optimizer", "none")
 
-    def with_config(self, config) -> "Sharded":
+    def with_config(self, config) -> Self:
         """The same processes for the model of another configuration."""
         other = super().with_config(config)
         other.layout = Layout.of(config, self.layout.mesh)

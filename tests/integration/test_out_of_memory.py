@@ -74,12 +74,6 @@ def test_a_step_is_repeated_until_it_fits_and_a_resumed_run_keeps_the_smaller_pa
 
 
 @pytest.mark.long
-def test_memory_that_runs_out_while_gradients_are_reduced_ends_the_run_with_what_to_do(settings):
-    with pytest.raises(UserError, match=r"rank 1 ran out of memory while gradients were reduced .* resume=auto"):
-        launch(work.fail_for_good, (settings, "reducing", {}), 2, None)
-
-
-@pytest.mark.long
 def test_an_example_that_does_not_fit_alone_is_named(settings):
     with pytest.raises(UserError, match=r"max_length: a single example of \d+ tokens does not fit into the memory of rank 1"):
         launch(work.fail_for_good, (settings, "last block", {"attempts": 20}), 2, None)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from preference_training.batching.parts import PackPart, part_of_pack
 from preference_training.batching.staging import StagedTensors
 from preference_training.batching.tries import BLOCK, PrefixCounter, Trie, TrieLayout, build_trie, trees
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
@@ -116,6 +117,21 @@ class PackedBatch:
         # Where the cached property keeps its value.
         batch.__dict__["layout"] = TrieLayout(self.trie, device, layout)
         return batch
+
+    def part(self, number: int, parts: int) -> PackPart:
+        """What process `number` of a context group of `parts` computes, on the batch's device; built once."""
+        if "own_part" not in self.__dict__:
+            on_gpu = torch.cuda.is_available()
+            if self.source is None:
+                part = part_of_pack(self, number, parts, BLOCK if on_gpu else 1)
+            else:
+                part = self.source.part(number, parts)
+                if on_gpu:
+                    device = self.input_ids.device
+                    staged = StagedTensors.of(part.tensors | part.layout.complete().tensors)
+                    part = part.with_layout(staged.to(device), device)
+            self.__dict__["own_part"] = part
+        return self.__dict__["own_part"]
 
     def for_gpu(self) -> "PackedBatch":
         """The batch padded to whole blocks of attention, and staged: prepared ahead of time for its one copy to a GPU."""
@@ -251,6 +267,10 @@ class TokenBudget:
         prefixes a new pack would compute a fifth again, and of short ones little is lost.
         """
         return min(self.limit, self.soft_limit + 4 * shared)
+
+    def over(self, parts: int) -> "TokenBudget":
+        """The budget of packs that so many processes compute together."""
+        return TokenBudget(min(parts * self.limit, sys.maxsize), min(parts * self.soft_limit, sys.maxsize))
 
 
 UNLIMITED = TokenBudget(sys.maxsize, sys.maxsize)

@@ -66,7 +66,7 @@ def number_of_data_ranks(config) -> int:
     world = trainer.world_size if config.dry_run else None
     world = world or (int(os.environ["WORLD_SIZE"]) if in_worker() else number_of_workers(trainer))
     # Null splits layers over all of them.
-    together = (trainer.tensor_parallel_size or world) if trainer.splits_layers else 1
+    together = (trainer.tensor_parallel_size or world) if trainer.splits_layers else trainer.context_parallel_size or 1
     return max(1, world // together)
 
 

@@ -188,7 +188,8 @@ class Sharded(Placement):
 
     def __init__(self, config, tokenizer, device: torch.device, mesh: DeviceMesh):
         self.config, self.tokenizer, self.device = config, tokenizer, device
-        self.ranks, self.layout = data_ranks(mesh), Layout.of(config, mesh)
+        self.ranks = data_ranks(mesh, config.trainer.context_parallel_size or 1)
+        self.layout = Layout.of(config, mesh, self.ranks.context)
         # Where gradients stay whole until the step, they are reduced once, after the last pack.
         self.reduces_once = config.trainer.sharding in ("optimizer", "none")
 

@@ -97,7 +97,8 @@ def token_budgets(config: RunConfig, policy, ranks, checkpoint: Checkpoint | Non
     """The token budgets of a run: those of its checkpoint, bit for bit, if it is resumed with as many processes."""
     if checkpoint:
         before = checkpoint.state["train_batches"]
-        if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
+        then = before["ranks"], before.get("context", 1)
+        if then == (ranks.size, ranks.context.size) and config.max_tokens_per_microbatch is None:
             # Early checkpoints hold one budget.
             return Budgets(TokenBudget(*before["budget"][:2]), TokenBudget(*before["budget"][-2:]))
     budget = token_budget(policy, config.max_tokens_per_microbatch, weight_copies=config.weight_copies)
@@ -150,8 +151,11 @@ def make_reference(config: RunConfig, placement: Placement, policy, reads, read_
 def computing_settings(config: RunConfig) -> dict:
     """The keys on which the last bits of a model's log-probs depend, besides those that the model itself has."""
     model, trainer = config.model, config.trainer
+    size = trainer.context_parallel_size or 1
+    # Nothing for one, so that what was computed before there was more stays known.
+    context = [size] * (size > 1)
     return {
-        "trainer": [trainer.name, trainer.tensor_parallel_size],
+        "trainer": [trainer.name, trainer.tensor_parallel_size, *context],
         "dtypes": [config.sharded_dtype, trainer.output_dtype, model.quantized_compute_dtype],
         "kernels": [config.compile, config.tf32, model.liger_kernels],
     }

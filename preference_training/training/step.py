@@ -229,11 +229,12 @@ class TrainingStep:
         return policy_scores(self.models.policy, pack, self.models.loss)
 
     def reduce(self, sums: dict[str, Tensor], grad_norm: Tensor, counts: tuple[int, int], stop: bool = False) -> Tensor:
-        """A step's numbers over all ranks: `sums`, `counts`, how many ranks are to stop, the gradient's norm."""
+        """A step's numbers over all ranks: `sums`, `counts`, how many processes are to stop, the gradient's norm."""
         # Filled on the device: values copied there from ordinary memory would make the host wait.
         others = torch.stack([torch.full((), float(number), device=self.device) for number in (*counts, stop)])
-        totals = self.placement.ranks.all_reduce_sum(torch.cat([*sums.values(), others]))
-        return torch.cat([totals, grad_norm.detach().to(totals).reshape(1)])
+        ranks = self.placement.ranks
+        totals = ranks.all_reduce_sum(torch.cat([*sums.values(), others]))
+        return torch.cat([totals[:-1], ranks.any_process(totals[-1:]), grad_norm.detach().to(totals).reshape(1)])
 
     # ---- the update -----------------------------------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ class BatchIterator:
         self.position = beginning()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position (epoch, examples yielded of it, examples in total), both budgets, the ranks, and how many share a pack."""
+        """The position (epoch, examples yielded of it, examples in total), both budgets, ranks, and processes per rank."""
         budgets = [length for budget in (self.budget, self.first_budget) for length in (budget.limit, budget.soft_limit)]
         return {"position": self.position, "budget": budgets, "ranks": self.ranks.size, "context": self.ranks.context.size}
 

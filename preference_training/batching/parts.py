@@ -25,8 +25,6 @@ from preference_training.core.process_group import WHOLE_PACKS
 # costs about as much.
 MAX_IMBALANCE = 1.1
 
-Indices = NDArray[numpy.int64]
-
 
 class Piece(NamedTuple):
     """The part of a branch that lies in one slice: `own` packed tokens from `start` on, at positions from `shared` on.
@@ -49,7 +47,7 @@ class Cut:
     """
 
     trie: Trie
-    index: Indices
+    index: NDArray[numpy.int64]
     slice_length: int | None
 
     @classmethod
@@ -72,7 +70,7 @@ class Cut:
         return TrieLayout(_sub_trie(self.trie, self.index[part]), device)
 
     @cached_property
-    def places(self) -> Indices:
+    def places(self) -> NDArray[numpy.int64]:
         """The place of each packed token among all processes' tokens, process by process: [T]."""
         found = numpy.empty(int(self.index.max()) + 1, numpy.int64)
         found[self.index.ravel()] = numpy.arange(self.index.size)
@@ -92,7 +90,8 @@ def _trees(trie: Trie) -> list[tuple[int, int]]:
 
 def _divided(trees: Sequence[tuple[int, int]], parts: int) -> list[list[tuple[int, int]]]:
     """The trees of each process, in packed order: longest first, each to the process with the fewest tokens."""
-    loads, found = [0] * parts, [[] for _ in range(parts)]  # type: tuple[list[int], list[list[tuple[int, int]]]]
+    loads = [0] * parts
+    found: list[list[tuple[int, int]]] = [[] for _ in range(parts)]
     for start, end in sorted(trees, key=lambda tree: tree[0] - tree[1]):
         lightest = loads.index(min(loads))
         loads[lightest] += end - start
@@ -100,7 +99,7 @@ def _divided(trees: Sequence[tuple[int, int]], parts: int) -> list[list[tuple[in
     return [sorted(own) for own in found]
 
 
-def _padded(trees: Sequence[Sequence[tuple[int, int]]], length: int, total: int) -> Indices:
+def _padded(trees: Sequence[Sequence[tuple[int, int]]], length: int, total: int) -> NDArray[numpy.int64]:
     """The packed indices of each process's trees, padded with indices from `total` on: [N, length]."""
     rows, padding = [], total
     for own in trees:
@@ -111,7 +110,7 @@ def _padded(trees: Sequence[Sequence[tuple[int, int]]], length: int, total: int)
     return numpy.stack(rows).astype(numpy.int64)
 
 
-def _sub_trie(trie: Trie, index: Indices) -> Trie:
+def _sub_trie(trie: Trie, index: NDArray[numpy.int64]) -> Trie:
     """The trie of whole trees, at consecutive indices, and padding."""
     places = {int(packed): place for place, packed in enumerate(index)}
     numbers: dict[int, int] = {-1: -1}
@@ -273,38 +272,46 @@ def part_of_pack(pack: Any, part: int, parts: int, unit: int) -> PackPart:
     total = len(pack.input_ids) - pack.num_padding
     branches = tuple(branch for branch in pack.trie.branches if branch.start < total)
     cut = Cut.of(Trie(branches, pack.trie.ends), parts, unit)
-    index, real = cut.index[part], cut.index[part] < total
-    of_tokens = [torch.from_numpy(numpy.where(real, each[numpy.where(real, index, 0)], 0)) for each in _of_tokens(pack)]
-    scored, scored_places, chosen = _located(cut, pack.predicted_at.numpy(), part)
-    last, last_places, _ = _located(cut, pack.last_tokens.numpy(), part)
+    scored, last = (_locate(cut, packed.numpy(), part) for packed in (pack.predicted_at, pack.last_tokens))
     return PackPart(
-        *of_tokens,
-        scored_ids=torch.from_numpy(pack.scored_ids.numpy()[chosen]),
-        predicted_at=torch.from_numpy(scored),
-        scored_places=torch.from_numpy(scored_places),
-        last_tokens=torch.from_numpy(last),
-        last_places=torch.from_numpy(last_places),
+        input_ids=_chosen(pack.input_ids, cut.index[part]),
+        position_ids=_chosen(pack.position_ids, cut.index[part]),
+        scored_ids=pack.scored_ids[torch.from_numpy(scored.chosen)],
+        predicted_at=torch.from_numpy(scored.inner),
+        scored_places=torch.from_numpy(scored.places),
+        last_tokens=torch.from_numpy(last.inner),
+        last_places=torch.from_numpy(last.places),
         layout=cut.layout(part, torch.device("cpu")),
     )
 
 
-def _of_tokens(pack: Any) -> tuple[Indices, Indices]:
-    return pack.input_ids.numpy(), pack.position_ids.numpy()
+def _chosen(values: Tensor, index: NDArray[numpy.int64]) -> Tensor:
+    """Values of packed tokens [T] at some indices [C], and 0 at those of padding."""
+    values = values.new_zeros(int(index.max()) + 1 + len(values)).index_copy(0, torch.arange(len(values)), values)
+    return values[torch.from_numpy(index)]
 
 
-def _located(cut: Cut, packed: Indices, part: int) -> tuple[Indices, Indices, Indices]:
-    """Of some packed indices [S] those that are a process's.
+class _Located(NamedTuple):
+    """Where some packed tokens [S] are computed.
 
-    Returns their indices among its tokens, padded with 0 to the most of any process [K]; the place of each of the S among the
-    N * K of all processes; and which of the S the process's are, padded with 0 [K].
+    inner: [K], the indices among a process's tokens of those that are its own. chosen: [K], which of the S these are. Both are
+    padded with 0 to the most of any process. places: [S], the place of each among the N * K of all processes.
     """
+
+    inner: NDArray[numpy.int64]
+    chosen: NDArray[numpy.int64]
+    places: NDArray[numpy.int64]
+
+
+def _locate(cut: Cut, packed: NDArray[numpy.int64], part: int) -> _Located:
     parts, size = cut.index.shape
     owners, inner = numpy.divmod(cut.places[packed], size)
     counts = numpy.bincount(owners, minlength=parts)
     most = max(int(counts.max()), 1)
-    order = numpy.argsort(owners, kind="stable")
     ordinals = numpy.empty(len(packed), numpy.int64)
-    ordinals[order] = numpy.arange(len(packed)) - numpy.repeat(numpy.cumsum(counts) - counts, counts)
+    ordinals[numpy.argsort(owners, kind="stable")] = numpy.arange(len(packed)) - numpy.repeat(
+        numpy.cumsum(counts) - counts, counts
+    )
     own = numpy.flatnonzero(owners == part)
     missing = (0, most - len(own))
-    return numpy.pad(inner[own], missing), owners * most + ordinals, numpy.pad(own, missing)
+    return _Located(numpy.pad(inner[own], missing), numpy.pad(own, missing), owners * most + ordinals)

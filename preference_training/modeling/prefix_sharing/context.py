@@ -14,10 +14,14 @@ from torch import Tensor
 from preference_training.batching.parts import SlicedLayout
 from preference_training.core.process_group import ContextGroup
 
+# torch renamed these; the old names warn where both exist.
+_all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+_reduce_scatter = getattr(torch.distributed, "reduce_scatter_single", None) or torch.distributed.reduce_scatter_tensor
+
 
 def _gather(rows: Tensor, context: ContextGroup) -> Tensor:
     found = rows.new_empty(context.size * len(rows), *rows.shape[1:])
-    torch.distributed.all_gather_into_tensor(found, rows.contiguous(), group=context.group)
+    _all_gather(found, rows.contiguous(), group=context.group)
     return found
 
 
@@ -36,7 +40,7 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         whole = gradient.float().contiguous()
         own = whole.new_empty(len(whole) // ctx.context.size, *whole.shape[1:])
-        torch.distributed.reduce_scatter_tensor(own, whole, group=ctx.context.group)
+        _reduce_scatter(own, whole, group=ctx.context.group)
         return own.to(gradient.dtype), None
 
 

@@ -193,8 +193,8 @@ def _attention_of_slices(query: Tensor, key: Tensor, value: Tensor, layout: Slic
     for number, queries in zip(own, query.split([layout.pieces[number].own for number in own], dim=2), strict=True):
         first = rules.first_visible(layout.pieces[number].shared)
         sequence = layout.sequence(number)
-        of_sequence = (torch.cat([each[part][:, :, :count] for part, count in sequence], dim=2) for each in (keys, values))
-        outputs.append(_rows_after(queries, *(each[:, :, first:] for each in of_sequence), rules))
+        seen = [torch.cat([each[part][:, :, :count] for part, count in sequence], dim=2) for each in (keys, values)]
+        outputs.append(_rows_after(queries, seen[0][:, :, first:], seen[1][:, :, first:], rules))
     return torch.cat(outputs, dim=2)
 
 

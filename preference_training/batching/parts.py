@@ -274,8 +274,8 @@ def part_of_pack(pack: Any, part: int, parts: int, unit: int) -> PackPart:
     cut = Cut.of(Trie(branches, pack.trie.ends), parts, unit)
     scored, last = (_locate(cut, packed.numpy(), part) for packed in (pack.predicted_at, pack.last_tokens))
     return PackPart(
-        input_ids=_chosen(pack.input_ids, cut.index[part]),
-        position_ids=_chosen(pack.position_ids, cut.index[part]),
+        input_ids=_chosen(pack.input_ids[:total], cut.index[part]),
+        position_ids=_chosen(pack.position_ids[:total], cut.index[part]),
         scored_ids=pack.scored_ids[torch.from_numpy(scored.chosen)],
         predicted_at=torch.from_numpy(scored.inner),
         scored_places=torch.from_numpy(scored.places),

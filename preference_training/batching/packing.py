@@ -88,6 +88,12 @@ class PackedBatch:
         return 0 if self.is_filler else len(self.input_ids) - self.num_padding
 
     @property
+    def num_computed(self) -> int:
+        """Packed tokens that this process computes, with padding."""
+        part: PackPart | None = self.__dict__.get("own_part")
+        return len(self.input_ids if part is None else part.input_ids)
+
+    @property
     def num_row_tokens(self) -> int:
         """Tokens of a row for each member of each example, as computing examples one by one would take; 0 for a filler."""
         lengths = [length for _, length in self.trie.ends]

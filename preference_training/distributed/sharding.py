@@ -31,6 +31,7 @@ from preference_training.core.process_group import (
     local_world_size,
     to_local,
 )
+from preference_training.distributed.launching import check_context_size
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained, load_model
@@ -76,10 +77,7 @@ def data_ranks(mesh: DeviceMesh, context_size: int = 1) -> Ranks:
 
 def _ranks_of_groups(device_type: str, processes: int, context_size: int, tensor_size: int) -> Ranks:
     """The same, from a mesh of their own: weights are sharded over all processes, whatever they compute."""
-    if processes % context_size:
-        raise UserError(
-            f"trainer.context_parallel_size: found {context_size}, expected a divisor of the number of processes, {processes}."
-        )
+    check_context_size(context_size, processes)
     names = ("data", "context", "tensor")
     mesh = init_device_mesh(device_type, (processes // context_size, context_size, tensor_size), mesh_dim_names=names)
     context = ContextGroup(mesh["context"].get_local_rank(), context_size, mesh["context"].get_group())

@@ -4,39 +4,83 @@ Each function runs on every process; the first one's result is the test's.
 """
 
 import random
+from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import fully_shard
 
+from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.packing import TokenBudget, build_packs, iterate_examples
-from preference_training.core.process_group import full_tensor
+from preference_training.batching.schedule import RunLength, Schedule
+from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
+from preference_training.core.process_group import SINGLE_PROCESS, full_tensor
+from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.launching import end_group, start_group
 from preference_training.distributed.sharding import data_ranks, find_blocks, make_mesh
 from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from tests.architectures import tiny_models
-from tests.integration.sharded_work import BETA_DPO, OTHER_LOSSES, TRAJECTORIES, World, follow
+from tests.integration.sharded_work import BETA_DPO, TRAJECTORIES, World, follow, golden_prompts
+from tests.support.building import weights_of
 from tests.support.random_tries import plain_results, random_prompts, relative_error, weighted_sum
 
-# Every token of a pack takes part in these: sums, means over tokens, collisions, labels and statistics of a micro-batch.
-LOSSES = (BETA_DPO, *(loss for loss in OTHER_LOSSES if loss["name"] in ("kto", "wpo", "rpo")))
 
-
-def follow_trajectories(settings: dict, numbers: list[int], others: bool) -> dict:
-    """Golden trajectories on two processes that share packs: under some shardings, in small packs, other losses."""
+def follow_one(settings: dict, number: int) -> dict:
+    """One trajectory in packs whose trees stay whole, and in smaller ones, which are cut."""
     world = World(settings)
-    results = {}
-    both = {"context_parallel_size": 2}
-    for number in numbers:
-        for sharding in ("full", "optimizer") if others else ("full",):
-            results[f"{number} {sharding}"] = follow(world, TRAJECTORIES[number], world.mesh(sharding), sharding, **both)
-    first = TRAJECTORIES[numbers[0]]
-    results["small packs"] = follow(world, first, world.mesh("full"), "full", budget=60, **both)
-    for loss in LOSSES if others else ():
-        results[loss["name"]] = follow(world, first, world.mesh("full"), "full", loss, budget=150, **both)
+    results = {
+        str(budget): follow(world, TRAJECTORIES[number], world.mesh("full"), "full", budget=budget) for budget in (None, 60)
+    }
     end_group()
     return results
+
+
+def follow_on_four(settings: dict, number: int) -> dict:
+    """Two ranks of two processes each, sharded over all, and over two machines; and one rank of four."""
+    results = {}
+    world = World(settings)
+    for sharding in ("full", "hybrid"):
+        mesh = world.mesh(sharding, local_size=2)
+        results[sharding] = follow(world, TRAJECTORIES[number], mesh, sharding, BETA_DPO, budget=60)
+    world.config = world.config.changed({"trainer.context_parallel_size": 4})
+    results["four"] = follow(world, TRAJECTORIES[number], world.mesh("full"), "full")
+    end_group()
+    return results
+
+
+def resume_elsewhere(settings: dict, folder: str) -> dict[str, float]:
+    """Four steps of one rank of two processes; how far from its end two ranks, and one process, come from its second step."""
+    world = World(settings)
+    changes = {"optimizer": "AdamW", "lr": 1e-3, "warmup_steps": 0, "batch_size": 8}
+    table, loss = PromptTable.of(golden_prompts(world.tokenizer, "pairs")), {"name": "dpo", "beta": 0.1}
+    mesh, alone = world.mesh("full"), {"trainer.context_parallel_size": 1}
+    together, ranks = world.sharded("llama", loss, mesh, "full", **changes)
+    apart, each = world.sharded("llama", loss, mesh, "full", **changes, **alone)
+    assert (ranks.size, each.size) == (1, 2)
+    trainers = {"together": (together, ranks), "two": (apart, each), "one": (world.alone("llama", loss, **changes), None)}
+    for trainer, on in trainers.values():
+        packing = Packing(TokenBudget(150, 150), on or SINGLE_PROCESS)
+        schedule = Schedule(table, 8, length=RunLength(n_epochs=None, n_steps=4))
+        trainer.batches.train = BatchIterator(schedule, packing=packing)
+    for step in together.batches.train:
+        together.train_step(step)
+        if together.state.updates == 2:
+            options = SaveOptions(timeout_minutes=1)
+            with CheckpointWriter(Path(folder), together.models.policy, world.tokenizer, ranks, options) as writer:
+                writer.write(together.snapshot())
+    for name in ("two", "one"):
+        trainer = trainers[name][0]
+        trainer.continue_from(Checkpoint.read(Path(folder) / "step-16"))
+        for step in trainer.batches.train:
+            trainer.train_step(step)
+    ends = {
+        name: torch.cat([full_tensor(weight).detach().flatten() for weight in weights_of(trainer).values()])
+        for name, (trainer, _) in trainers.items()
+    }
+    end_group()
+    return {name: ((end - ends["together"]).norm() / end.norm()).item() for name, end in ends.items()}
 
 
 def compute_any_trie(names: list[str], context_size: int, seeds: int) -> dict[str, dict[str, float]]:

@@ -94,14 +94,11 @@ class World:
         return build_trainer(self.config.changed(changes), *models, tokenizer=self.tokenizer)
 
 
-def follow(
-    world: World, trajectory: dict, mesh, sharding: str, loss: dict | None = None, budget: int | None = None, **trainer_keys
-) -> dict:
+def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | None = None, budget: int | None = None) -> dict:
     """Eight steps of a golden trajectory, sharded and alone: the largest relative difference of each kind of number."""
     loss = loss or trajectory["loss"]
     changes = {key: trajectory[key] for key in ("optimizer", "lr", "warmup_steps", "max_grad_norm")}
-    more = {f"trainer.{name}": value for name, value in trainer_keys.items()}
-    trainer, ranks = world.sharded(trajectory["architecture"], loss, mesh, sharding, **changes, **more)
+    trainer, ranks = world.sharded(trajectory["architecture"], loss, mesh, sharding, **changes)
     single = world.alone(trajectory["architecture"], loss, **changes)
     prompts = golden_prompts(world.tokenizer, trainer.models.loss.examples)
     size = trajectory["batch_size"] // trajectory["gradient_accumulation_steps"]

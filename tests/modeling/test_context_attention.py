@@ -71,5 +71,5 @@ def test_long_slices_are_masked_some_rows_at_a_time(monkeypatch, window, chunk):
 
 
 @pytest.mark.parametrize(("softcap", "window", "chunk"), mostly_long(RULES, [(20.0, 40, None)]))
-def test_compiled_blocks_of_slices_attend_as_in_the_whole_pack(blocks, softcap, window, chunk):  # noqa: F811
+def test_compiled_blocks_of_slices_attend_as_in_the_whole_pack(blocks, softcap, window, chunk):
     compare_with_the_whole(attention_by_blocks, a_cut(2, 128), Rules(0.5, window, chunk, softcap, torch.randn(4)))

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from preference_training.batching.parts import SlicedLayout
 from preference_training.batching.tries import TrieLayout
@@ -206,10 +207,17 @@ def _rows_after(queries: Tensor, keys: Tensor, values: Tensor, rules: Rules) -> 
     outputs, end = [], length - rows
     for part in queries.split(MASKED_ROWS, dim=2):
         end += part.shape[2]
-        index = torch.arange(end, device=queries.device)
-        mask = _mask(index[-part.shape[2] :], index, rules.window, rules.chunk, queries.dtype)
-        outputs.append(_attend(part, keys[:, :, :end], values[:, :, :end], mask, rules))
+        # Computed again in the backward pass, which would otherwise keep each layer's masks.
+        arguments = part, keys[:, :, :end], values[:, :, :end], rules
+        outputs.append(checkpoint(_last_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(outputs, dim=2)
+
+
+def _last_rows(queries: Tensor, keys: Tensor, values: Tensor, rules: Rules) -> Tensor:
+    """`_causal_rows` under a mask of these rows only."""
+    index = torch.arange(keys.shape[2], device=queries.device)
+    mask = _mask(index[-queries.shape[2] :], index, rules.window, rules.chunk, queries.dtype)
+    return _attend(queries, keys, values, mask, rules)
 
 
 def _causal_rows(queries: Tensor, keys: Tensor, values: Tensor, rules: Rules) -> Tensor:

@@ -196,8 +196,8 @@ def _check_sharding(config: RunConfig) -> None:
     size = trainer.context_parallel_size or 1
     if size > 1 and config.prefix_sharing == "off":
         raise UserError(
-            f"prefix_sharing: found off, expected auto or on: trainer.context_parallel_size is {size}, and only packs, not padded "
-            "rows, are computed by several processes together."
+            f"prefix_sharing: found off, expected auto or on: trainer.context_parallel_size is {size}, and padded rows cannot "
+            "be divided among processes."
         )
     if trainer.world_size is None:
         return

@@ -4,6 +4,7 @@ Each function runs on every process; the first one's result is the test's.
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.core.process_group import SINGLE_PROCESS, full_tensor
 from preference_training.data.prompt_table import PromptTable
+from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.launching import end_group, start_group
 from preference_training.distributed.sharding import data_ranks, find_blocks, make_mesh
 from preference_training.modeling.kernels import enable_activation_checkpointing
@@ -28,11 +30,9 @@ from tests.support.random_tries import plain_results, random_prompts, relative_e
 
 
 def follow_one(settings: dict, number: int) -> dict:
-    """One trajectory in packs whose trees stay whole, and in smaller ones, which are cut."""
+    """One trajectory, in packs that are cut."""
     world = World(settings)
-    results = {
-        str(budget): follow(world, TRAJECTORIES[number], world.mesh("full"), "full", budget=budget) for budget in (None, 60)
-    }
+    results = {"cut": follow(world, TRAJECTORIES[number], world.mesh("full"), "full", budget=60)}
     end_group()
     return results
 
@@ -83,6 +83,18 @@ def resume_elsewhere(settings: dict, folder: str) -> dict[str, float]:
     return {name: ((end - ends["together"]).norm() / end.norm()).item() for name, end in ends.items()}
 
 
+def one_tree_or_many(seed: int) -> list[TokenizedPrompt]:
+    """Random prompts: those of an odd seed share nothing, and are so many that they can be divided without a cut."""
+    if seed % 2 == 0:
+        return random_prompts(random.Random(seed), longest=40, most=6)
+    prompts: list[TokenizedPrompt] = []
+    for k in range(12):
+        (prompt,) = random_prompts(random.Random(100 * seed + k), longest=10, most=1)
+        first_row = prompts[-1].first_row + len(prompts[-1].responses) if prompts else 0
+        prompts.append(replace(prompt, first_row=first_row))
+    return prompts
+
+
 def compute_any_trie(names: list[str], context_size: int, seeds: int) -> dict[str, dict[str, float]]:
     """Log-probs and gradients of random tries, and those of each sequence alone in plain transformers: largest differences.
 
@@ -103,7 +115,7 @@ def compute_any_trie(names: list[str], context_size: int, seeds: int) -> dict[st
         for seed in range(seeds):
             if seed == seeds - 1:
                 enable_activation_checkpointing(model.train())
-            examples = list(iterate_examples(random_prompts(random.Random(seed), longest=40, most=6)))
+            examples = list(iterate_examples(one_tree_or_many(seed)))
             expected, expected_gradients = plain_results(plain, examples)
             for batch in build_packs(examples, TokenBudget(300, 200), ranks):
                 logps = response_scores(model, batch)

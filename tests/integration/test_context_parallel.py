@@ -9,6 +9,8 @@ from tests.integration.test_sharded_training import ALL, ONE, assert_equal, numb
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
+MODELS = ["llama", "gemma2", "gemma3_text", "llama4-scaled", "mistral", "deepseek_v3"]
+
 
 @pytest.fixture
 def settings(compose) -> dict:
@@ -43,22 +45,20 @@ def test_two_ranks_of_two_processes_and_one_of_four_follow_a_golden_trajectory(s
     ("names", "seeds"),
     [
         (["gpt_oss"], 2),
-        pytest.param(
-            ["llama", "gemma2", "gemma3_text", "llama4-scaled", "mistral", "deepseek_v3", "gpt2"], 6, marks=pytest.mark.long
-        ),
+        pytest.param(["llama", "gemma2", "gemma3_text", "llama4-scaled", "mistral", "deepseek_v3"], 6, marks=pytest.mark.long),
     ],
     ids=["one", "all"],
 )
 def test_each_sequence_has_the_log_probs_and_gradients_that_it_has_alone_in_plain_transformers(names, seeds):
-    """Windows, chunks, sinks, soft-caps, few key heads, learned positions, activations that are computed again."""
+    """Windows, chunks, sinks, soft-caps, few key heads, other sizes of values, activations that are computed again."""
     results = launch(context_work.compute_any_trie, (names, 2, seeds), 2, None)
     for name, found in results.items():
         assert found["logps"] <= 1e-4 and found["gradient"] <= 1e-5 and found["cut"], f"{name}: {found}"
 
 
 @pytest.mark.long
-def test_sequences_of_few_tokens_on_three_processes_have_the_numbers_they_have_alone():
-    found = launch(context_work.compute_any_trie, (["llama"], 3, 12), 3, None)["llama"]
+def test_on_three_processes_sequences_have_the_numbers_they_have_alone_where_trees_are_cut_and_where_not():
+    found = launch(context_work.compute_any_trie, (["llama"], 3, 6), 3, None)["llama"]
     assert found["logps"] <= 1e-4 and found["gradient"] <= 1e-5 and found["cut"] and found["whole trees"], found
 
 
@@ -86,7 +86,5 @@ def test_what_cannot_be_cut_is_refused(compose):
         compose("trainer=FSDPTrainer", "trainer.context_parallel_size=2", "prefix_sharing=off")
     with pytest.raises(UserError, match=r"trainer.world_size: found 6, expected a multiple of trainer.context_parallel_size"):
         compose("trainer=FSDPTrainer", "trainer.context_parallel_size=4", "trainer.world_size=6", "dry_run=true")
-    with pytest.raises(
-        UserError, match=r"trainer.context_parallel_size: this trainer has no such key. It belongs to trainer=FSDP"
-    ):
+    with pytest.raises(UserError, match=r"trainer.context_parallel_size: this trainer has no such key. It belongs to"):
         compose("trainer=TensorParallelTrainer", "trainer.context_parallel_size=2")

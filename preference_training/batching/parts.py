@@ -52,11 +52,11 @@ class Cut:
 
     @classmethod
     def of(cls, trie: Trie, parts: int, unit: int) -> "Cut":
-        """Cut a trie without padding; the tokens of each process, or of its slices, are a multiple of `unit`."""
+        """Cut a trie without padding; the tokens of each process are a multiple of twice `unit`, those of a slice of `unit`."""
         total = trie.num_tokens
         length = _whole_units(-(-total // (2 * parts)), unit)
         trees = _divided(_trees(trie), parts)
-        fullest = _whole_units(max(sum(end - start for start, end in own) for own in trees), unit)
+        fullest = _whole_units(max(sum(end - start for start, end in own) for own in trees), 2 * unit)
         if fullest <= MAX_IMBALANCE * 2 * length:
             return cls(trie, _padded(trees, fullest, total), None)
         slices = numpy.arange(2 * parts * length).reshape(2 * parts, length)

@@ -89,9 +89,9 @@ class BatchIterator:
         self.position = beginning()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position (epoch, examples yielded of it, examples in total), both budgets, and the number of ranks."""
+        """The position (epoch, examples yielded of it, examples in total), both budgets, ranks, and processes per rank."""
         budgets = [length for budget in (self.budget, self.first_budget) for length in (budget.limit, budget.soft_limit)]
-        return {"position": self.position, "budget": budgets, "ranks": self.ranks.size}
+        return {"position": self.position, "budget": budgets, "ranks": self.ranks.size, "context": self.ranks.context.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the position in a `state_dict`, on any number of ranks."""

@@ -227,6 +227,12 @@ def _check_float8(config: RunConfig) -> None:
 
 def _check_sharding(config: RunConfig) -> None:
     trainer = config.trainer
+    size = trainer.context_parallel_size or 1
+    if size > 1 and config.prefix_sharing == "off":
+        raise UserError(
+            f"prefix_sharing: found off, expected auto or on: trainer.context_parallel_size is {size}, and padded rows cannot "
+            "be divided among processes."
+        )
     if trainer.world_size is None:
         return
     if trainer.sharding == "hybrid" and trainer.nproc_per_node is None:
@@ -234,7 +240,7 @@ def _check_sharding(config: RunConfig) -> None:
             "trainer.nproc_per_node: not given. Expected the processes of each machine: with trainer.sharding=hybrid they "
             "share the weights, and trainer.world_size does not say how many they are."
         )
-    divisors = {"tensor_parallel_size": trainer.tensor_parallel_size}
+    divisors = {name: getattr(trainer, name) for name in ("tensor_parallel_size", "context_parallel_size")}
     if trainer.sharding == "hybrid":
         divisors["nproc_per_node"] = trainer.nproc_per_node
     for name, divisor in divisors.items():

@@ -59,15 +59,28 @@ def number_of_workers(trainer) -> int:
     return trainer.nproc_per_node or torch.cuda.device_count() or 2
 
 
+def number_of_processes(config) -> int:
+    """The number of processes of a sharded run, over all machines; in a dry run of those that it simulates."""
+    world = config.trainer.world_size if config.dry_run else None
+    return world or (int(os.environ["WORLD_SIZE"]) if in_worker() else number_of_workers(config.trainer))
+
+
+def check_context_size(size: int, processes: int) -> None:
+    """Raise UserError where processes cannot be divided into context groups of a size."""
+    if processes % size:
+        raise UserError(
+            f"trainer.context_parallel_size: found {size}, expected a divisor of the number of processes, {processes}."
+        )
+
+
 def number_of_data_ranks(config) -> int:
     """The number of data-parallel ranks."""
     trainer = config.trainer
     if not trainer.is_sharded:
         return 1
-    world = trainer.world_size if config.dry_run else None
-    world = world or (int(os.environ["WORLD_SIZE"]) if in_worker() else number_of_workers(trainer))
+    world = number_of_processes(config)
     # Null splits layers over all of them.
-    together = (trainer.tensor_parallel_size or world) if trainer.splits_layers else 1
+    together = (trainer.tensor_parallel_size or world) if trainer.splits_layers else trainer.context_parallel_size or 1
     return max(1, world // together)
 
 
@@ -86,6 +99,8 @@ def run_or_launch(run: Callable, config: RunConfig, run_dir: Path, in_sweep: boo
 
     `run` is pickled by its name.
     """
+    if config.trainer.is_sharded:
+        check_context_size(config.trainer.context_parallel_size or 1, number_of_processes(config))
     config = settle_batch_size(config)
     if config.dry_run or not needs_processes(config):
         return run(config, run_dir, in_sweep)

@@ -241,7 +241,8 @@ class Sharded(Placement):
 
     def __init__(self, config, tokenizer, device: torch.device, mesh: DeviceMesh):
         self.config, self.tokenizer, self.device = config, tokenizer, device
-        self.ranks, self.layout = data_ranks(mesh), Layout.of(config, mesh)
+        self.ranks = data_ranks(mesh, config.trainer.context_parallel_size or 1)
+        self.layout = Layout.of(config, mesh, self.ranks.context)
         # Where gradients stay whole until the step, they are reduced once, after the last pack.
         self.reduces_once = config.trainer.sharding in ("optimizer", "none")
 
@@ -291,7 +292,8 @@ class Sharded(Placement):
 
     def lockstep(self) -> Lockstep:
         """What keeps this process in step with others when it runs out of memory; not within a layer that is split."""
-        return Lockstep() if self.layout.mesh["tensor"].size() > 1 else ShardedLockstep(self.ranks)
+        # Inside a layer, processes that split it or its tokens wait for each other too.
+        return Lockstep() if self.ranks.have_members else ShardedLockstep(self.ranks)
 
     def before_backward(self, policy: nn.Module, is_last: bool) -> None:
         """Tell FSDP when to reduce gradients."""

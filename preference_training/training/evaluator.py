@@ -9,7 +9,7 @@ from torch import nn
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.machine import said_while_slow
 from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_used, smaller_is_better
-from preference_training.core.process_group import progress
+from preference_training.core.process_group import is_distributed, progress
 from preference_training.distributed.placement import Placement
 from preference_training.evaluation.breakdown import change_metrics, interval_metrics, values_by_example
 from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
@@ -181,7 +181,7 @@ class Evaluator:
 
         def interrupt() -> None:
             # Several ranks sample in lockstep: none may leave.
-            if self.may_stop and self.ranks.size == 1 and self.observers.stop.signal is not None:
+            if self.may_stop and not is_distributed() and self.observers.stop.signal is not None:
                 self.stopped = True
                 raise EvaluationStoppedError
 

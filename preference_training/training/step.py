@@ -331,11 +331,13 @@ class TrainingStep:
     def reduce(
         self, sums: dict[str, Tensor], grad_norm: Tensor, counts: tuple[int, int], flags: tuple[bool, bool] = (False, False)
     ) -> Tensor:
-        """A step's numbers over all ranks: `sums`, `counts`, how many ranks have each flag, the gradient's norm."""
+        """A step's numbers over all ranks: `sums`, `counts`, how many processes have each flag, the gradient's norm."""
         # Filled on the device: values copied there from ordinary memory would make the host wait.
         others = torch.stack([torch.full((), float(number), device=self.device) for number in (*counts, *flags)])
-        totals = self.placement.ranks.all_reduce_sum(torch.cat([*sums.values(), others]))
-        return torch.cat([totals, grad_norm.detach().to(totals).reshape(1)])
+        ranks = self.placement.ranks
+        totals = ranks.all_reduce_sum(torch.cat([*sums.values(), others]))
+        summed, flagged = totals.split([len(totals) - len(flags), len(flags)])
+        return torch.cat([summed, ranks.any_process(flagged), grad_norm.detach().to(totals).reshape(1)])
 
     # ---- the update -----------------------------------------------------------------------------------------------------
 

@@ -129,6 +129,19 @@ def test_hybrid_gathers_within_a_machine_and_adds_up_across(tiny):
     assert found.memory["parameters"] == pytest.approx(part(4), abs=200)
 
 
+def test_a_context_group_gathers_keys_and_values_and_scatters_their_gradients(tiny):
+    alone, found = (costs(tiny("trainer=FSDPTrainer", f"trainer.context_parallel_size={size}")) for size in (1, 4))
+    # One prompt of 58 tokens and a response of 38, which begins with the other: 8 slices of 12. Keys and values of 128 numbers.
+    of_layer = 2 * 96 * 128 * 4 * 3 // 4
+    weights = {key: size for key, size in sent(alone.traffic).items() if key[1] != "all-reduce"}
+    assert {key: size for key, size in sent(found.traffic).items() if key[1] != "all-reduce"} == weights | {
+        ("policy", "all-gather", 4): LAYERS * of_layer,
+        ("reference", "all-gather", 4): LAYERS * of_layer,
+        ("policy", "reduce-scatter", 4): LAYERS * of_layer,
+    }
+    assert found.memory["activations"] < 0.6 * alone.memory["activations"]
+
+
 def test_weights_are_gathered_in_param_dtype_and_gradients_added_up_in_reduce_dtype(tiny):
     config = tiny("trainer=FSDPTrainer", "model.fsdp_policy_mp=bfloat16")
     traffic = costs(config, live=False).traffic

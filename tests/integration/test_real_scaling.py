@@ -41,7 +41,11 @@ CASES = {
     ),
     "four ranks": (
         4,
-        [(FSDP, "trainer.sharding=grad_op"), ("trainer=TensorParallelTrainer", "trainer.tensor_parallel_size=2")],
+        [
+            (FSDP, "trainer.sharding=grad_op"),
+            (FSDP, "trainer.context_parallel_size=2"),
+            ("trainer=TensorParallelTrainer", "trainer.tensor_parallel_size=2"),
+        ],
     ),
 }
 

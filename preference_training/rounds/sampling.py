@@ -133,7 +133,8 @@ def sample(loop: Loop, number: int) -> None:
     if files.held_out_samples.is_file():
         return
     held_out, count = loop.held_out, rounds.n_held_out_samples
-    print(f"{files.name}: sampling {count} responses to each of {len(held_out):,} held-out prompts", flush=True)
+    if held_out:
+        print(f"{files.name}: sampling {count} responses to each of {len(held_out):,} held-out prompts", flush=True)
     parts = _sample_parts(policy, held_out, count, files, files.held_out_samples)
     rows = join_tables(parts, SAMPLES).to_pylist()
     own = first = _logps(policy, rows, held_out)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +13,14 @@ from preference_training.configuration.sections import JudgingConfig
 from preference_training.configuration.validation import KEY_VARIABLE, RULE
 from preference_training.core.errors import UserError, nearest
 from preference_training.rounds.judges import chat, reward, rules
-from preference_training.rounds.judges.base import Judge
+from preference_training.rounds.judges.base import Judge, JudgedInput
 from preference_training.rounds.judges.ensemble import EnsembleJudge, Member
 from preference_training.rounds.judges.functions import FunctionJudge, ToyJudge
 from preference_training.rounds.judges.people import PeopleJudge
 from preference_training.rounds.judges.unit_tests import TestsJudge
 from preference_training.rounds.judges.verdicts import Verdicts
 from preference_training.rounds.loop import VERDICTS
+from preference_training.rounds.prompts import LoopPrompt
 
 KEY = "rounds.judge"
 # The folder of the files that people's verdicts are exchanged in.
@@ -50,12 +51,14 @@ class Kind(NamedTuple):
 
     build: makes it; it may load a model. check: raises UserError where build would fail, loading nothing heavy: it is called
     before the loop begins. argument: what follows the colon, in capitals; "" for nothing. reads: the options that it reads.
+    check_row: raises UserError for a prompt whose row lacks what the judge needs.
     """
 
     build: Callable[[Asked], Judge]
     check: Callable[[Asked], object]
     argument: str = ""
     reads: tuple[str, ...] = ()
+    check_row: Callable[[Asked, JudgedInput], object] = lambda _asked, _sample: None
 
 
 def _chat_judge(asked: Asked) -> Judge:
@@ -101,7 +104,12 @@ _CHAT = Kind(_chat_judge, _check_chat, "MODEL", ("url", "rubric", "rubric_scale"
 _TESTS = ("tests_column", "tests_seconds", "tests_memory_mb", "tests_workers", "prefer_fast")
 KINDS: Mapping[str, Kind] = {
     "toy": Kind(lambda _: ToyJudge(), lambda _: None),
-    "tests": Kind(lambda asked: TestsJudge(asked.options), lambda asked: TestsJudge(asked.options).check(), reads=_TESTS),
+    "tests": Kind(
+        lambda asked: TestsJudge(asked.options),
+        lambda asked: TestsJudge(asked.options).check(),
+        reads=_TESTS,
+        check_row=lambda asked, sample: TestsJudge(asked.options).tests_of(sample),
+    ),
     "reward_model": Kind(_reward_judge, lambda asked: reward.check_reward_model(asked.argument), "NAME_OR_RUN"),
     "openai": _CHAT,
     "ollama": _CHAT,
@@ -140,10 +148,21 @@ def _asked(entry: str | Mapping[str, Any], config: RunConfig, in_list: bool) -> 
 
 def check_judge(config: RunConfig) -> None:
     """Raise UserError where a judge that the configuration names cannot work; loads nothing heavy."""
-    for given in (config.rounds.judge, config.rounds.second_judge):
-        for entry in [] if given is None else listed(given):
-            kind, asked = _asked(entry, config, isinstance(given, list))
-            kind.check(asked)
+    for kind, asked in _all_asked(config):
+        kind.check(asked)
+
+
+def check_rows(config: RunConfig, prompts: Iterable[LoopPrompt]) -> None:
+    """Raise UserError for the first prompt whose row lacks what a judge needs."""
+    judges = _all_asked(config)
+    for prompt in prompts:
+        for kind, asked in judges:
+            kind.check_row(asked, JudgedInput(prompt.prompt, "", prompt.row))
+
+
+def _all_asked(config: RunConfig) -> list[tuple[Kind, Asked]]:
+    given = [each for each in (config.rounds.judge, config.rounds.second_judge) if each is not None]
+    return [_asked(entry, config, isinstance(each, list)) for each in given for entry in listed(each)]
 
 
 def build_judge(config: RunConfig) -> Judge:

@@ -118,7 +118,7 @@ class ComparingJudge(Judge):
         return Score(0.5 if share is None else share, _words(share, len(known) + equal, found.values()))
 
     def facts(self, samples: Sequence[JudgedInput]) -> dict[str, Any]:
-        """comparisons, unanswered; in both orders, and how often the orders disagreed; the share of that, order_disagreement."""
+        """comparisons and those unanswered; in_both_orders and of these those whose orders disagree, as count and as share."""
         found = [self.recall(each) for each in self._all(samples)]
         both = [each.orders_disagree for each in found if each.orders_disagree is not None]
         facts: dict[str, Any] = {"comparisons": len(found), "unanswered": sum(each.value is None for each in found)}

@@ -11,7 +11,7 @@ from preference_training.core.errors import UserError, nearest
 from preference_training.core.values import hash_values
 from preference_training.rounds.judges.base import Judge, JudgedInput, Score
 
-# A sentence ends with marks, perhaps with quotes or brackets behind them, before a space or the end; Chinese ones need no space.
+# A sentence ends with marks, perhaps with quotes or brackets behind them, before a space or the end; Chinese marks need none.
 SENTENCE_END = re.compile("[.!?\u2026]+[\"')\\]\u201d\u2019]*(?=\\s|$)|[\u3002\uff01\uff1f]+")
 UNITS: dict[str, Callable[[str], int]] = {
     "characters": lambda text: len(text.strip()),

@@ -31,13 +31,13 @@ UNJUDGED = 0.1
 Finding = dict[str, str]
 
 
-# ---- facts ----------------------------------------------------------------------------------------------------------------
+# ---- facts --------------------------------------------------------------------------------------------------------------
 
 
 def facts_of_scores(rows: Sequence[dict]) -> dict[str, Any]:
     """What scores and samples say of the judge. rows: with prompt_id, text, token_ids, n_tokens, logp, score and reason.
 
-    length_correlation: of score and length in tokens, both less the mean of their prompt, with a 95% interval. tied_prompts: the
+    length_correlation: of score and length in tokens, less the means of their prompt, with a 95% interval. tied_prompts: the
     share of prompts with several judged responses that all have one score. different: the share of the responses to a prompt
     that are different. repeated_4grams: the share of 4-grams of tokens that their response has had before. logp_per_token: the
     mean log-prob of a token at temperature 1, in nats. unjudged_reasons: how many have no score, by reason.
@@ -62,21 +62,23 @@ def facts_of_scores(rows: Sequence[dict]) -> dict[str, Any]:
 
 def length_correlation(groups: Sequence[Sequence[dict]]) -> dict[str, Any]:
     """The correlation of score and length among the responses to a prompt. groups: the judged rows of each prompt."""
-    scores, lengths, numbers = [], [], []
-    for number, rows in enumerate(groups):
-        for column, values in ((scores, [row["score"] for row in rows]), (lengths, [row["n_tokens"] for row in rows])):
-            column += [value - fmean(values) for value in values]
-        numbers += [number] * len(rows)
-    if not scores:
+    columns: dict[str, list[float]] = {"score": [], "n_tokens": []}
+    for rows in groups:
+        for name, column in columns.items():
+            usual = fmean(row[name] for row in rows)
+            column += [row[name] - usual for row in rows]
+    numbers = [number for number, rows in enumerate(groups) for _ in rows]
+    if not numbers:
         return estimate(None, None)
-    return estimate(*correlation(numpy.array(scores), numpy.array(lengths), numbers))
+    scores, lengths = (numpy.array(column) for column in columns.values())
+    return estimate(*correlation(scores, lengths, numbers))
 
 
-# ---- findings -------------------------------------------------------------------------------------------------------------
+# ---- findings -----------------------------------------------------------------------------------------------------------
 
 
 def findings(summaries: Sequence[dict[str, Any]]) -> list[Finding]:
-    """What the last of some summaries suggests, compared with those before it, from the first round on: kind and text of each."""
+    """What the last of some summaries suggests, compared with those before it, from the first round on: kinds and texts."""
     now, first = summaries[-1], summaries[0]
     checks = (
         ("length", _length(now, first)), ("repetition", _repetition(now, first)), ("diversity", _diversity(now, first)),
@@ -88,18 +90,19 @@ def findings(summaries: Sequence[dict[str, Any]]) -> list[Finding]:
 
 def _length(now: dict, first: dict) -> Iterator[str]:
     length, before = _held_out(now, "length"), _held_out(first, "length")
-    if length.get("low") and before.get("high") and length["low"] > before["high"]:
-        if length["mean"] > GROWN * before["mean"]:
-            yield (
-                f"responses have grown from {before['mean']:.0f} to {length['mean']:.0f} tokens since the first round: look "
-                "whether they say more, or the judge likes length"
-            )
+    beyond_noise = bool(length.get("low") and before.get("high")) and length["low"] > before["high"]
+    if beyond_noise and length["mean"] > GROWN * before["mean"]:
+        yield (
+            f"responses have grown from {before['mean']:.0f} to {length['mean']:.0f} tokens since the first round: look "
+            "whether they say more, or the judge likes length"
+        )
     found = now.get("samples", {}).get("length_correlation", {})
     if found.get("low") is not None and (found["low"] > LARGE_CORRELATION or found["high"] < -LARGE_CORRELATION):
         which = "longer" if found["mean"] > 0 else "shorter"
         yield (
             f"{which} responses to a prompt have higher scores (correlation {found['mean']:.2f} [{found['low']:.2f}, "
-            f"{found['high']:.2f}]): the policy learns to write {which} ones. rounds.length_matched pairs responses of similar length"
+            f"{found['high']:.2f}]): the policy learns to write {which} ones. rounds.length_matched pairs responses of similar "
+            "length"
         )
 
 
@@ -128,7 +131,7 @@ def _diversity(now: dict, first: dict) -> Iterator[str]:
     if fell:
         parts = [words[name].format(*values) for name, values in fell.items()]
         yield (
-            f"the policy's responses become alike: fewer {', and fewer '.join(parts)}. There is less and less to compare; a larger "
+            f"the policy's responses become alike: fewer {', and fewer '.join(parts)}. There is less to compare; a larger "
             "loss.beta, a higher rounds.temperature or fewer rounds keep more of them"
         )
 
@@ -139,14 +142,14 @@ def _second_judge(summaries: Sequence[dict]) -> Iterator[str]:
     if rate.get("low") is None or second.get("high") is None:
         return
     # The model before the first round ties with itself.
-    best = max(
-        [0.5, *(found["mean"] for each in earlier if (found := each.get("second_win_rate")) and found["mean"] is not None)]
-    )
-    if rate["low"] > 0.5 and second["high"] < best:
+    known = [found for each in earlier if (found := each.get("second_win_rate")) and found["low"] is not None]
+    best = max(known, key=lambda found: found["low"], default={"mean": 0.5, "low": 0.5})
+    best = best if best["low"] > 0.5 else {"mean": 0.5, "low": 0.5}
+    if rate["low"] > 0.5 and second["high"] < best["low"]:
         yield (
-            f"the judge prefers the policy to the first model in {rate['mean']:.0%} of comparisons, and the second judge in "
-            f"{second['mean']:.0%}, after {best:.0%} at best: the policy has learned what pleases the judge, not what "
-            "is better. Use an earlier round's policy, or another judge"
+            f"the judge prefers the policy to the first model in {rate['mean']:.0%} of comparisons, but the second judge in "
+            f"{second['mean']:.0%}, where it was {best['mean']:.0%} before: the policy has learned what pleases the judge, not "
+            "what is better. Use an earlier round's policy, or another judge"
         )
 
 

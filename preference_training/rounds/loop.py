@@ -4,7 +4,7 @@ rounds.json        what the loop was started with
 prompts.parquet    its prompts, as they were then
 verdicts.jsonl     every score that a judge has given, by a hash of judge, prompt and response
 round-1/           samples.parquet, held_out_samples.parquet: responses of the policy before the round
-                   scores.parquet, held_out_scores.parquet: what the judge says of them
+                   scores.parquet, held_out_scores.parquet: what the judge says of them; judged.json: of its own scores
                    pairs.parquet: what the round trains on; excluded.json: what was excluded, by reason
                    train.yaml, run/: the training, as a configuration and as a run; policy: a link to its checkpoint
                    summary.json: the round in numbers
@@ -68,6 +68,11 @@ class RoundFiles:
     def held_out_scores(self) -> Path:
         """Their scores."""
         return self.directory / "held_out_scores.parquet"
+
+    @property
+    def judged(self) -> Path:
+        """What the judges say of their own scores: comparisons, disagreements."""
+        return self.directory / "judged.json"
 
     @property
     def sampling(self) -> Path:

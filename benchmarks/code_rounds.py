@@ -48,9 +48,9 @@ class Settings:
     sft_prompts: int = 1200
     sft_epochs: int = 4
     sft_lr: float = 2e-3
-    prompts: int = 1600
-    rounds: int = 4
-    round_prompts: int = 400
+    prompts: int = 900
+    rounds: int = 3
+    round_prompts: int = 300
     samples: int = 8
     loss: str = "rpo"
     beta: float = 0.1
@@ -128,7 +128,7 @@ def rounds_keys(folder: Path, loop: Path, settings: Settings) -> list[str]:
     """The command line of the rounds: chosen responses pass all tests, rejected ones do not."""
     keys = [
         *common_keys(folder, settings), "+rounds=default", f"model.archive={folder / 'sft' / 'LATEST'}", "rounds.judge=tests",
-        "rounds.judging.tests_seconds=2", "rounds.pairs=all", "rounds.threshold=1",
+        "rounds.judging.tests_seconds=2", "rounds.judging.tests_workers=4", "rounds.pairs=all", "rounds.threshold=1",
         f"rounds.prompts={folder / 'prompts.jsonl'}", f"rounds.held_out={folder / 'held_out.jsonl'}",
         f"rounds.n_held_out_samples={settings.eval_samples}",
         f"rounds.rounds={settings.rounds}", f"rounds.prompts_per_round={settings.round_prompts}", "rounds.max_new_tokens=96",
@@ -148,6 +148,12 @@ def train(keys: Sequence[str]) -> dict:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"seconds": time.monotonic() - started, "cpu_seconds": cpu, "load": os.getloadavg()[0]}
+
+
+def timed(path: Path, keys: Sequence[str]) -> None:
+    """Train, and add to a file how long it took: a line for each time that it was begun or continued."""
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*earlier, train(keys)]))
 
 
 # ---- pass@1 --------------------------------------------------------------------------------------------------------------
@@ -228,10 +234,10 @@ def main() -> None:
     folder, name, results = given.pop("folder").resolve(), given.pop("loop"), given.pop("results")
     settings, loop = Settings(**given), folder / name
     prepare(folder, settings)
-    times = {}
     if not (folder / "sft" / "LATEST").exists():
-        times["sft"] = train(sft_keys(folder, settings))
-    times["rounds"] = train(rounds_keys(folder, loop, settings))
+        timed(folder / "sft_times.json", sft_keys(folder, settings))
+    timed(folder / f"{name}_times.json", rounds_keys(folder, loop, settings))
+    times = {key: json.loads(path.read_text()) for key in ("sft", name) if (path := folder / f"{key}_times.json").exists()}
     rows = policies(loop, settings.rounds)
     for row in rows:
         print(line(row))

@@ -3,6 +3,8 @@
 rounds.json        what the loop was started with
 prompts.parquet    its prompts, as they were then
 verdicts.jsonl     every score that a judge has given, by a hash of judge, prompt and response
+comparisons.jsonl  verdicts of a language model that compares two responses
+people/            pairs that wait for people, and their verdicts
 round-1/           samples.parquet, held_out_samples.parquet: responses of the policy before the round
                    scores.parquet, held_out_scores.parquet: what the judge says of them; judged.json: of its own scores
                    pairs.parquet: what the round trains on; excluded.json: what was excluded, by reason

@@ -35,6 +35,8 @@ from preference_training.rounds.prompts import LoopPrompt, read_stored
 from preference_training.tracking.run_files import json_object
 
 ROUNDS, PROMPTS, VERDICTS = "rounds.json", "prompts.parquet", "verdicts.jsonl"
+# Of a round: what the judges say of their own scores: comparisons, disagreements.
+JUDGED = "judged.json"
 # The first way to pair that a loss trains on, by what its examples are.
 USUAL_PAIRS = {"pairs": "best_worst", "rankings": "ranking", "labels": "unpaired", "targets": "best_of_n"}
 
@@ -70,11 +72,6 @@ class RoundFiles:
     def held_out_scores(self) -> Path:
         """Their scores."""
         return self.directory / "held_out_scores.parquet"
-
-    @property
-    def judged(self) -> Path:
-        """What the judges say of their own scores: comparisons, disagreements."""
-        return self.directory / "judged.json"
 
     @property
     def sampling(self) -> Path:

@@ -13,7 +13,7 @@ from preference_training.evaluation.intervals import estimate, mean_interval, sh
 from preference_training.evaluation.phrasing import with_interval
 from preference_training.generation.repetition import repeated_share
 from preference_training.rounds.judges.findings import facts_of_scores, findings
-from preference_training.rounds.loop import Loop, RoundFiles
+from preference_training.rounds.loop import JUDGED, Loop, RoundFiles
 from preference_training.rounds.tables import read_table
 from preference_training.tracking.run_files import json_object
 
@@ -26,7 +26,7 @@ def summarize(loop: Loop, number: int) -> dict[str, Any]:
         rows = read_rows(files.samples, files.scores)
         summary["samples"] = facts_of_samples(rows) | facts_of_scores(rows)
         summary |= json_object(files.excluded)
-    summary["judges"] = json_object(files.judged)
+    summary["judges"] = json_object(files.directory / JUDGED)
     earlier = [read_summary(loop.round(each)) for each in range(1, number)]
     summary["findings"] = findings([*filter(None, earlier), summary])
     write_atomically(files.summary, json.dumps(summary, indent=1) + "\n")

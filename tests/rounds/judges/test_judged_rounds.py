@@ -8,7 +8,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.signals import StoppedError
 from preference_training.rounds.driver import work
 from preference_training.rounds.judging import judge
-from preference_training.rounds.loop import Loop
+from preference_training.rounds.loop import JUDGED, Loop
 from preference_training.rounds.summary import summarize
 from preference_training.rounds.tables import SAMPLES, read_table, write_table
 from tests.rounds import loops
@@ -60,7 +60,7 @@ def test_a_judge_that_compares_gives_win_shares_and_held_out_win_rates_against_t
     assert [scores(found.round(number).held_out_scores) for number in (1, 2, 3)] == [[0.5], [1.0], [1.0]]
     summary = json.loads(found.round(3).summary.read_text())
     assert summary["held_out"]["win_rate"]["mean"] == 1.0
-    judged = json.loads(found.round(2).judged.read_text())
+    judged = json.loads((found.round(2).directory / JUDGED).read_text())
     assert judged["samples"] == {
         "comparisons": 9, "unanswered": 0, "in_both_orders": 9, "orders_disagree": 0, "order_disagreement": 0.0,
     }  # fmt: skip
@@ -101,7 +101,7 @@ def test_an_ensemble_keeps_the_scores_of_its_members_and_asks_each_once(loop):
     # The letter e is not in x; win shares 1, 1/2 and 0 have the mean 1/2 and the variance 1/6.
     z = 0.5 / (1 / 6) ** 0.5
     assert scores(found.round(1).scores) == pytest.approx([2 * z / 3, 0.0, -2 * z / 3] * 3)
-    assert set(json.loads(found.round(1).judged.read_text())["samples"]["members"]) == {
+    assert set(json.loads((found.round(1).directory / JUDGED).read_text())["samples"]["members"]) == {
         "1: my_judge.py:score", "2: openai:the-model",
     }  # fmt: skip
 

@@ -75,12 +75,6 @@ class RoundFiles:
         return self.directory / "sampling.json"
 
     @property
-    def template(self) -> str | None:
-        """The template that the prompts were rendered with; None where nothing was sampled."""
-        found = json_object(self.sampling).get("template")
-        return found if isinstance(found, str) else None
-
-    @property
     def pairs(self) -> Path:
         """What the round trains on."""
         return self.directory / "pairs.parquet"

@@ -44,10 +44,9 @@ def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> None
     held_out = [prompt for prompt in prompts if prompt.held_out]
     sampled = prompts_of_round(prompts, 1, config.rounds.prompts_per_round, config.seed)
     rounds = config.rounds
-    trained = len(prompts) - len(held_out)
+    of = f"{len(sampled):,} of {counted(len(prompts) - len(held_out), 'prompt')}"
     print(
-        f"rounds: {rounds.rounds}, each of {counted(rounds.n_samples, 'response')} to {len(sampled):,} of {counted(trained, 'prompt')}; "
-        f"{len(held_out):,} held out",
+        f"rounds: {rounds.rounds}, each of {counted(rounds.n_samples, 'response')} to {of}; {len(held_out):,} held out",
         *(f"  {count:,} {what}" for what, count in said.items()),
         sep="\n",
         flush=True,

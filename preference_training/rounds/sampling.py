@@ -122,6 +122,10 @@ def sample(loop: Loop, number: int) -> None:
     quiet_libraries()
     config = loop.config_before(number)
     policy = Policy.of(config, loop.prompts)
+    if number == 1:
+        # Before the first response is sampled: that each prompt leaves room for one.
+        for prompt in loop.prompts:
+            policy.prompt_ids(prompt)
     files.directory.mkdir(parents=True, exist_ok=True)
     known = {"template": policy.format.name, "model": policy.identity, "archive": config.model.archive}
     write_atomically(files.sampling, json.dumps(known, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """Starting a loop, or continuing one: all that is wrong is said before anything expensive."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from preference_training.rounds.driver import run_loop
 from preference_training.rounds.judges.choice import check_judge
 from preference_training.rounds.loop import PROMPTS, ROUNDS, USUAL_PAIRS, Loop, counted
 from preference_training.rounds.processes import StepFailedError, locked_loop
-from preference_training.rounds.prompts import prompts_of_round, read_prompts, store
+from preference_training.rounds.prompts import prompts_of_round, read_prompts, read_stored, store
 
 # The ways to pair that a loss can train on, by what its examples are.
 PAIRS_FOR = {
@@ -40,7 +41,9 @@ def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> None
     directory = find_loop(config, run_dir)
     for line in check(config):
         print(line, flush=True)
-    prompts, said = read_prompts(config.rounds)
+    stored = directory / PROMPTS
+    # A loop that goes on has its prompts, whatever has become of their file.
+    prompts, said = (read_stored(stored), Counter()) if stored.is_file() else read_prompts(config.rounds)
     held_out = [prompt for prompt in prompts if prompt.held_out]
     sampled = prompts_of_round(prompts, 1, config.rounds.prompts_per_round, config.seed)
     rounds = config.rounds
@@ -56,8 +59,8 @@ def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> None
     try:
         with locked_loop(directory):
             loop = Loop.start(directory, config)
-            if not (directory / PROMPTS).is_file():
-                store(prompts, directory / PROMPTS)
+            if not stored.is_file():
+                store(prompts, stored)
             run_loop(loop)
     except StepFailedError as failed:
         sys.exit(failed.told())

@@ -217,3 +217,12 @@ def test_the_first_model_as_reference_is_the_one_that_the_loop_began_with(folder
     rows = [json.loads(line) for line in (loop.round(2).run / "metrics.jsonl").read_text().splitlines()]
     # Policy and reference are two models: at step 0 the loss is not ln 2.
     assert rows[0]["rewards_eval/margins"] != 0
+
+
+def test_a_prompt_that_leaves_no_room_is_named_before_anything_is_sampled(folder):
+    rows = [{"prompt": "Short?"}, {"prompt": "\n\nHuman: " + "Long? " * 200 + "\n\nAssistant:"}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loop = loops.start(folder, *FAST)
+    with pytest.raises(UserError, match=r"rounds\.prompts: prompt 1 has .* tokens, and max_length leaves no room"):
+        loops.run(loop)
+    assert not list(loop.directory.glob("round-1/*"))

@@ -84,7 +84,8 @@ def _ask(judge: Judge, inputs: Sequence[JudgedInput], verdicts: Verdicts, what: 
     """Ask a judge for the scores that are not known, each once."""
     unknown = {key: each for each in inputs if (key := Verdicts.key(judge, each)) not in verdicts.known}
     known = len({Verdicts.key(judge, each) for each in inputs}) - len(unknown)
-    print(what + f"; {known:,} are known" * bool(known), flush=True)
+    if inputs:
+        print(what + f"; {known:,} are known" * bool(known), flush=True)
     with said_while_slow("still judging"):
         for start in range(0, len(unknown), judge.at_once):
             some = list(unknown.values())[start : start + judge.at_once]

@@ -1,7 +1,11 @@
 """Servers as samplers of rounds: what they are asked, the weights that a vLLM gets, and what happens where they fail."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from preference_training.configuration.validation import configured
 from preference_training.core.errors import UserError
 from preference_training.core.signals import StoppedError
+from preference_training.generation.servers import OpenAIServer
 from preference_training.rounds import sampling, start
 from preference_training.rounds.driver import run_one
 from preference_training.rounds.loop import Loop
@@ -18,6 +23,7 @@ from preference_training.rounds.served import asking, weights
 from preference_training.rounds.served.notes import count_unanswered, note_unanswered
 from preference_training.rounds.tables import read_table
 from tests.rounds import loops
+from tests.support.files import ROOT
 from tests.support.sampling_servers import Chats, Fault, Vllm, listening
 
 SFT = ("loss=sft", "rounds.pairs=best_of_n", "rounds.n_samples=3", "rounds.sampler_weights=fixed")
@@ -165,7 +171,7 @@ def test_a_vllm_that_does_not_drop_its_cache_is_an_error(second):
 
 
 def test_what_a_vllm_computed_under_former_weights_shows_in_its_log_probs(second, monkeypatch):
-    """It says that it drops its cache, and does not: behind prompts that it knows, log-probs are those of two models at once."""
+    """It says that it drops its cache, and does not: behind prompts that it knows, log-probs are of two models at once."""
     vllm, sample = second
     monkeypatch.setattr(vllm, "reset", lambda _body: (200, {"success": True}))
     asked = {"model": "the-model", "max_tokens": 1, "seed": 0, "n": 1, "temperature": 1.0, "stop_token_ids": []}
@@ -192,9 +198,9 @@ def test_a_vllm_with_requests_of_others_is_waited_for(second, monkeypatch):
     assert vllm.running == 0 and loop.round(2).samples.is_file()
 
 
-def test_log_probs_that_are_those_of_the_round_before_to_the_last_bit_are_an_error(second, monkeypatch):
+def test_log_probs_that_are_those_of_the_round_before_to_the_last_bit_are_an_error(second):
     """As where the server's dtype rounds away what a round has changed; here nothing has, but for the note of the policy."""
-    vllm, sample = second
+    _, sample = second
     loop = loop_of(Path.cwd())
     noted = json.loads(loop.round(1).sampling.read_text())
     sample()
@@ -204,6 +210,24 @@ def test_log_probs_that_are_those_of_the_round_before_to_the_last_bit_are_an_err
         path.unlink()
     with pytest.raises(UserError, match="log-probs of the round before to the last bit"):
         sample()
+
+
+def test_an_adapter_has_a_name_for_its_content_and_is_loaded_once(folder):
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "first" / "LATEST")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder / "adapter")
+    with listening(Vllm(folder / "first" / "LATEST", "lora")) as server:
+        vllm = weights.Vllm(OpenAIServer("the-model", f"{server.url}/v1"), wait=5)
+        assert [vllm.load_adapter(folder / "adapter", "a" * 32) for _ in range(2)] == ["policy-" + "a" * 16] * 2
+        assert vllm.load_adapter(folder / "adapter", "b" * 32) == "policy-" + "b" * 16
+        assert list(server.adapters) == ["policy-" + "b" * 16]
+        assert len(server.bodies("/v1/load_lora_adapter")) == 2
+        server.fault = lambda path, *_: Fault(500, '{"error": {"message": "LoRA rank 64 is greater than max_lora_rank 16."}}')
+        with pytest.raises(
+            UserError, match=r"max_lora_rank 16\.\. Expected a vLLM with --enable-lora and a --max-lora-rank of"
+        ):
+            vllm.load_adapter(folder / "adapter", "c" * 32)
 
 
 @pytest.mark.long
@@ -324,7 +348,7 @@ def test_what_fails_for_a_while_is_asked_again(fault, folder, capsys):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (Fault(401, '{"error": {"message": "no such key"}}'), "status 401: no such key. Expected a server that has the model teacher"),
+        (Fault(401, '{"error": {"message": "no such key"}}'), "status 401: no such key. Expected a server that has the model"),
         (Fault(404, "{}"), "status 404. Expected a server that has the model teacher"),
         (Fault(500, "broken"), "status 500: broken, 6 times. Start it, or name another one. What has been sampled is kept"),
         (Fault(drops=True), "unreachable, 6 times. Start it"),
@@ -365,6 +389,27 @@ def test_a_response_that_was_noted_as_missing_and_came_later_does_not_count(tmp_
     for _ in range(2):
         note_unanswered(table, 1, range(3), "refused")
     assert count_unanswered(table, {(1, 0)}) == {"responses that the server did not give (refused)": 2}
+
+
+@pytest.mark.long
+def test_a_signal_ends_the_step_though_a_server_hangs(folder):
+    """Exit status 75, long before the server's time is over, and what was sampled before is kept."""
+    with listening(Chats(answers_of_prompts, fault=failing(Fault(hangs=True), 1))) as server:
+        loop = loops.start(
+            folder, *SFT, f"rounds.sampler={server.url}", "rounds.sampler_timeout=500", "rounds.sampler_workers=1"
+        )
+        command = [sys.executable, "-m", "preference_training.rounds", "sample", str(loop.directory), "--round", "1"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        try:
+            while len(server.bodies("/v1/chat/completions")) < 2 and process.poll() is None:
+                time.sleep(0.02)
+            process.terminate()
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 75, said
+    assert said.endswith("stopped: SIGTERM\n")
 
 
 # ---- before anything begins -------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Stand-ins for servers that sample: a vLLM with a model of its own, which takes weights and adapters, and servers for chats.
 
-The vLLM computes with transformers, in OpenAI's protocol over HTTP. It caches what it computed of prompts, with the weights of then,
-until it is told to drop that.
+The vLLM computes with transformers, in OpenAI's protocol over HTTP. It caches what it computed of prompts, with the weights of
+then, until it is told to drop that.
 """
 
 import copy

@@ -98,7 +98,7 @@ def check_has_changed(protocol: TokenProtocol, probed: Probed, before: dict[str,
     then = before.get("probe")
     if then == [list(probed.tokens), list(probed.logps)] and before.get("model") != protocol.policy.identity:
         raise UserError(
-            f"rounds.sampler: {protocol.server.base} has the log-probs of the round before to the last bit: it has not "
-            "taken the weights, or its dtype cannot express how they have changed. Serve the model with --dtype float32, or train with a "
-            "larger lr."
+            f"rounds.sampler: {protocol.server.base} has the log-probs of the round before to the last bit: it has not taken "
+            "the weights, or its dtype cannot express how they have changed. Serve the model with --dtype float32, or train "
+            "with a larger lr."
         )

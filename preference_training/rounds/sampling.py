@@ -35,7 +35,7 @@ from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.state import compute_device, move_to_devices, weights_hash
 from preference_training.modeling.token_budget import token_budget
 from preference_training.modeling.tokenizer import load_tokenizer
-from preference_training.rounds.loop import Loop, RoundFiles
+from preference_training.rounds.loop import Loop, RoundFiles, counted
 from preference_training.rounds.prompts import LoopPrompt, prompts_of_round
 from preference_training.rounds.served.choice import is_policy_served, is_served, served_source
 from preference_training.rounds.tables import SAMPLES, join_tables, save_table, write_table
@@ -130,6 +130,10 @@ def sample(loop: Loop, number: int) -> None:
     quiet_libraries()
     config = loop.config_before(number)
     policy = Policy.of(config, loop.prompts)
+    if number == 1:
+        # Before the first response is sampled: that each prompt leaves room for one.
+        for prompt in loop.prompts:
+            policy.prompt_ids(prompt)
     files.directory.mkdir(parents=True, exist_ok=True)
     local = partial(_responses, policy)
     source, facts = served_source(loop, number, policy) if is_served(config) else (local, {})
@@ -137,14 +141,20 @@ def sample(loop: Loop, number: int) -> None:
     write_atomically(files.sampling, json.dumps(known, indent=1) + "\n")
     if files.number is not None and not files.samples.is_file():
         chosen = prompts_of_round(loop.prompts, number, rounds.prompts_per_round, config.seed)
-        print(f"{files.name}: sampling {rounds.n_samples} responses to each of {len(chosen):,} prompts", flush=True)
+        print(
+            f"{files.name}: sampling {counted(rounds.n_samples, 'response')} to each of {counted(len(chosen), 'prompt')}",
+            flush=True,
+        )
         parts = _sample_parts(source, chosen, rounds.n_samples, files, files.samples)
         _finish(files.samples, join_tables(parts, SAMPLES))
     if files.held_out_samples.is_file():
         return
     held_out, count = loop.held_out, rounds.n_held_out_samples
     if held_out:
-        print(f"{files.name}: sampling {count} responses to each of {len(held_out):,} held-out prompts", flush=True)
+        print(
+            f"{files.name}: sampling {counted(count, 'response')} to each of {counted(len(held_out), 'held-out prompt')}",
+            flush=True,
+        )
     # Where another model samples, it is still the policy that is compared from round to round.
     source = source if is_policy_served(config) else local
     parts = _sample_parts(source, held_out, count, files, files.held_out_samples)

@@ -1,6 +1,7 @@
 """Starting a loop, or continuing one: all that is wrong is said before anything expensive."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from preference_training.core.processes import in_worker
 from preference_training.losses.registry import example_kind, find_loss, model_head
 from preference_training.rounds.driver import run_loop
 from preference_training.rounds.judges.choice import check_judge
-from preference_training.rounds.loop import PROMPTS, ROUNDS, USUAL_PAIRS, Loop
+from preference_training.rounds.loop import PROMPTS, ROUNDS, USUAL_PAIRS, Loop, counted
 from preference_training.rounds.processes import StepFailedError, locked_loop
-from preference_training.rounds.prompts import prompts_of_round, read_prompts, store
+from preference_training.rounds.prompts import prompts_of_round, read_prompts, read_stored, store
 from preference_training.rounds.served.choice import check_sampler, is_served
 
 # The ways to pair that a loss can train on, by what its examples are.
@@ -44,14 +45,15 @@ def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> None
     directory = find_loop(config, run_dir)
     for line in check(config):
         print(line, flush=True)
-    prompts, said = read_prompts(config.rounds)
+    stored = directory / PROMPTS
+    # A loop that goes on has its prompts, whatever has become of their file.
+    prompts, said = (read_stored(stored), Counter()) if stored.is_file() else read_prompts(config.rounds)
     held_out = [prompt for prompt in prompts if prompt.held_out]
     sampled = prompts_of_round(prompts, 1, config.rounds.prompts_per_round, config.seed)
     rounds = config.rounds
-    trained = len(prompts) - len(held_out)
+    of = f"{len(sampled):,} of {counted(len(prompts) - len(held_out), 'prompt')}"
     print(
-        f"rounds: {rounds.rounds}, each of {rounds.n_samples} responses to {len(sampled):,} of {trained:,} prompts; "
-        f"{len(held_out):,} prompts are held out",
+        f"rounds: {rounds.rounds}, each of {counted(rounds.n_samples, 'response')} to {of}; {len(held_out):,} held out",
         *(f"  {count:,} {what}" for what, count in said.items()),
         sep="\n",
         flush=True,
@@ -61,8 +63,8 @@ def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> None
     try:
         with locked_loop(directory):
             loop = Loop.start(directory, config)
-            if not (directory / PROMPTS).is_file():
-                store(prompts, directory / PROMPTS)
+            if not stored.is_file():
+                store(prompts, stored)
             run_loop(loop)
     except StepFailedError as failed:
         sys.exit(failed.told())

@@ -14,6 +14,7 @@ from preference_training.rounds.judges.choice import check_judge
 from preference_training.rounds.loop import PROMPTS, ROUNDS, USUAL_PAIRS, Loop, counted
 from preference_training.rounds.processes import StepFailedError, locked_loop
 from preference_training.rounds.prompts import prompts_of_round, read_prompts, read_stored, store
+from preference_training.rounds.served.choice import check_sampler, is_served
 
 # The ways to pair that a loss can train on, by what its examples are.
 PAIRS_FOR = {
@@ -29,6 +30,9 @@ READ_BY = {
     "top_k": ("top_k",),
     "threshold": ("unpaired", "best_of_n"),
 }
+
+# The keys of servers that sample.
+OF_SERVERS = ("sampler_model", "sampler_weights", "sampler_workers", "sampler_timeout")
 
 
 def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> None:
@@ -115,7 +119,10 @@ def check(config: RunConfig) -> list[str]:
     check_judge(config)
     given = _given(config)
     unread = [key for key, ways in READ_BY.items() if f"rounds.{key}" in given and pairs not in ways]
-    return [f"rounds.{key}: without effect, since pairs is {pairs}" for key in unread]
+    unused = [f"rounds.{key}: without effect, since pairs is {pairs}" for key in unread]
+    if not is_served(config):
+        unused += [f"rounds.{key}: without effect, since sampler is local" for key in OF_SERVERS if f"rounds.{key}" in given]
+    return unused + check_sampler(config)
 
 
 def _given(config: RunConfig) -> Sequence[str]:

@@ -38,6 +38,7 @@ GROUPS = {
     "model": "Every preset has these keys. `model=blank_model` sets none of them.",
     "loss": "`loss=NAME` selects a file; its keys are listed below it.",
     "trainer": "`trainer=NAME` selects a file. `BasicTrainer` has no keys of its own.",
+    "rounds": "Only with `+rounds=default`: a loop of rounds ([Without labels](without-labels.md)).",
 }
 PRESETS = {"model": "base_model", "adapter": None, "experiment": None}
 

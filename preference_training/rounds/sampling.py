@@ -56,7 +56,7 @@ class Policy:
     identity: str
 
     @classmethod
-    def load(cls, config: RunConfig, prompts: Sequence[LoopPrompt], template: str | None = None) -> "Policy":
+    def of(cls, config: RunConfig, prompts: Sequence[LoopPrompt], template: str | None = None) -> "Policy":
         """Load the model of a configuration. template: None is that of its training, or what fits it."""
         config = with_converted_model(fit_dtypes(config))
         tokenizer = load_tokenizer(config.model, config.cache_dir)
@@ -121,7 +121,7 @@ def sample(loop: Loop, number: int) -> None:
         return
     quiet_libraries()
     config = loop.config_before(number)
-    policy = Policy.load(config, loop.prompts)
+    policy = Policy.of(config, loop.prompts)
     files.directory.mkdir(parents=True, exist_ok=True)
     known = {"template": policy.format.name, "model": policy.identity, "archive": config.model.archive}
     write_atomically(files.sampling, json.dumps(known, indent=1) + "\n")
@@ -141,7 +141,7 @@ def sample(loop: Loop, number: int) -> None:
         # Its memory is free before the other model takes its own.
         del policy
         release_memory()
-        first = _logps(Policy.load(loop.config, loop.prompts, known["template"]), rows, held_out)
+        first = _logps(Policy.of(loop.config, loop.prompts, known["template"]), rows, held_out)
     rows = [row | {"logp": one, "logp_first": other} for row, one, other in zip(rows, own, first, strict=True)]
     write_table(files.held_out_samples, rows, SAMPLES)
     shutil.rmtree(_parts_of(files.held_out_samples), ignore_errors=True)

@@ -19,7 +19,10 @@ from preference_training.rounds.tables import read_table
 from preference_training.rounds.training import training_values
 from tests.rounds import loops
 
-FAST = ("loss=dpo", "lr=3e-3", "n_epochs=4", "loss.beta=0.05")
+FAST = (
+    "loss=dpo", "lr=1e-2", "n_epochs=3", "batch_size=16", "rounds.pairs=all", "rounds.n_samples=6", "loss.beta=0.05",
+    "rounds.n_held_out_samples=16",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,7 @@ def done(first, tmp_path_factory):
     shutil.copytree(first, folder, dirs_exist_ok=True, symlinks=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(sampling, "PROMPTS_PER_PART", 4)
         loop = loops.start(folder, *FAST)
         loops.run(loop)
     return loop
@@ -67,7 +71,8 @@ def content(path: Path) -> dict[str, bytes]:
 def test_what_the_judge_prefers_becomes_more_frequent(done):
     [before, between, after] = [read_summary(files)["held_out"] for files in done.rounds()]
     assert before["score"]["mean"] < between["score"]["mean"] < after["score"]["mean"]
-    assert after["win_rate"]["mean"] > 0.5 and before["win_rate"] is None
+    assert after["score"]["low"] > before["score"]["high"]
+    assert after["win_rate"]["low"] > 0.5 and before["win_rate"] is None
     # The model before the first round is itself.
     assert before["kl"]["mean"] == 0 and after["kl"]["mean"] > 0
 
@@ -117,7 +122,7 @@ def test_the_log_probs_of_samples_are_those_of_the_model_computed_by_transformer
 def test_samples_are_trained_on_with_the_token_ids_that_were_sampled_from(done):
     """The prompt that a round trains on is, token by token, the one that the policy was asked with."""
     prompt = done.prompts[0]
-    policy = sampling.Policy.load(done.config, done.prompts)
+    policy = sampling.Policy.of(done.config, done.prompts)
     assert policy.format.name == "hh"
     assert policy.prompt_ids(prompt) == policy.tokenizer("\n\nHuman: Question 0?\n\nAssistant:").input_ids
 
@@ -127,6 +132,7 @@ def test_samples_are_trained_on_with_the_token_ids_that_were_sampled_from(done):
 
 def test_a_loop_that_is_interrupted_everywhere_ends_with_the_same_files_and_weights(done, folder, monkeypatch):
     """Stopped at each part of sampling, within judging, and before each step: it goes on, and nothing is judged twice."""
+    # As of the other, since the last bits of log-probs depend on what is computed together.
     monkeypatch.setattr(sampling, "PROMPTS_PER_PART", 4)
     written, save, added = [], sampling.write_table, []
 
@@ -156,17 +162,19 @@ def test_a_loop_that_is_interrupted_everywhere_ends_with_the_same_files_and_weig
             stops += 1
     assert stops > 10
     assert content(loop.directory) == content(done.directory)
+    # Whoever is killed between an answer and its line in the file asks again; here no stop falls between.
     assert set(Counter(loops.asked(folder)).values()) == {1}
     for number in (1, 2):
         one, other = weights(loop, number), weights(done, number)
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-def test_more_rounds_continue_a_loop_that_is_over(done, folder):
+def test_more_rounds_continue_a_loop_that_is_over(done, folder, monkeypatch):
     shutil.copytree(done.directory, folder / "loop", symlinks=True)
     before = content(folder / "loop")
     loop = Loop.open(folder / "loop")
     assert loop.round(3).directory.name == "final" and loop.round(3).next_step is None
+    monkeypatch.chdir(done.directory.parent)
     loop = loops.start(done.directory.parent, *FAST, "rounds.rounds=3", f"local_run_dir={folder / 'loop'}")
     assert (loop.round(3).directory.name, loop.round(3).next_step) == ("round-3", "sample")
     after = content(folder / "loop")
@@ -176,7 +184,7 @@ def test_more_rounds_continue_a_loop_that_is_over(done, folder):
 def test_a_loop_is_not_continued_with_another_configuration(folder):
     loops.start(folder, *FAST)
     with pytest.raises(UserError, match=r"another configuration: loss\.beta: was 0\.05, is 0\.1"):
-        loops.start(folder, *FAST[:-1])
+        loops.start(folder, *FAST, "loss.beta=0.1")
     with pytest.raises(UserError, match=r"rounds\.judge: was '.*my_judge\.py:score', is '.*my_judge\.py:other'"):
         loops.start(folder, *FAST, "rounds.judge=my_judge.py:other")
 
@@ -184,8 +192,8 @@ def test_a_loop_is_not_continued_with_another_configuration(folder):
 def test_where_nothing_can_be_paired_the_loop_stops_with_the_reason(folder):
     (folder / "my_judge.py").write_text("def score(prompt, response):\n    return 1\n")
     loop = loops.start(folder, *FAST)
-    with pytest.raises(UserError, match=r"best_worst makes nothing to train on of the 48 responses of round-1: .*72 pairs of "
-                                        r"responses with equal scores; 12 prompts whose responses all have the same score"):  # fmt: skip
+    reasons = "180 pairs of responses with equal scores; 12 prompts whose responses all have the same score"
+    with pytest.raises(UserError, match=rf"all makes nothing to train on of the 72 responses of round-1: {reasons}"):
         loops.run(loop)
     assert not loop.round(1).pairs.exists()
 
@@ -200,6 +208,7 @@ def test_replay_takes_the_share_that_was_asked_for(folder, done):
     assert now == {"path": str(loop.round(2).pairs)}
 
 
+@pytest.mark.long
 def test_the_first_model_as_reference_is_the_one_that_the_loop_began_with(folder):
     loop = loops.start(folder, *FAST, "rounds.reference=first")
     loops.run(loop)

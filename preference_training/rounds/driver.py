@@ -27,7 +27,8 @@ def run_loop(loop: Loop, run: Run = run_step, report: Callable[[Path], object] |
 
     Raises StoppedError where it is to stop, StepFailedError where a process has failed, UserError.
     """
-    with locked_loop(loop.directory):
+    # Between the steps, and in those that this process does itself.
+    with locked_loop(loop.directory), handling(stop_at_signal):
         for number, files in enumerate(loop.rounds(), start=1):
             while (step := files.next_step) is not None:
                 run_one(loop, number, step, run)
@@ -56,10 +57,9 @@ def run_one(loop: Loop, number: int, step: str, run: Run = run_step) -> None:
         run(write_training(loop, number), name)
         finish_training(loop.round(number))
     else:
-        with handling(stop_at_signal):
-            (make_pairs if step == "pair" else summarize)(loop, number)
-            if step == "summarize":
-                print(*write_metrics(loop), sep="\n", flush=True)
+        (make_pairs if step == "pair" else summarize)(loop, number)
+        if step == "summarize":
+            print(*write_metrics(loop), sep="\n", flush=True)
 
 
 def _reference(loop: Loop, number: int) -> str:

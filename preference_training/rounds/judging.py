@@ -10,7 +10,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.machine import said_while_slow
 from preference_training.rounds.judges.base import Judge, JudgedInput, Score
 from preference_training.rounds.judges.choice import build_judge
-from preference_training.rounds.loop import Loop
+from preference_training.rounds.loop import Loop, counted
 from preference_training.rounds.prompts import LoopPrompt, as_json
 from preference_training.rounds.tables import SCORES, read_table, write_table
 from preference_training.tracking.run_files import json_lines
@@ -70,7 +70,12 @@ def judge(loop: Loop, number: int, again: bool = False) -> None:
         for samples, scores in wanted.items():
             rows = read_table(samples, ["prompt_id", "number", "text"])
             inputs = [_input(prompts[row["prompt_id"]], row["text"]) for row in rows]
-            _ask(chosen, inputs, verdicts, f"{files.name}: judging {len(rows):,} responses of {samples.stem}, by {chosen.name}")
+            _ask(
+                chosen,
+                inputs,
+                verdicts,
+                f"{files.name}: judging {counted(len(rows), 'response')} of {samples.stem}, by {chosen.name}",
+            )
             write_table(scores, _scores(chosen, rows, inputs, verdicts), SCORES)
     finally:
         chosen.close()
@@ -84,7 +89,8 @@ def _ask(judge: Judge, inputs: Sequence[JudgedInput], verdicts: Verdicts, what: 
     """Ask a judge for the scores that are not known, each once."""
     unknown = {key: each for each in inputs if (key := Verdicts.key(judge, each)) not in verdicts.known}
     known = len({Verdicts.key(judge, each) for each in inputs}) - len(unknown)
-    print(what + f"; {known:,} are known" * bool(known), flush=True)
+    if inputs:
+        print(what + f"; {known:,} are known" * bool(known), flush=True)
     with said_while_slow("still judging"):
         for start in range(0, len(unknown), judge.at_once):
             some = list(unknown.values())[start : start + judge.at_once]

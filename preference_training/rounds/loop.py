@@ -40,6 +40,11 @@ ROUNDS, PROMPTS, VERDICTS = ROUNDS_FILE, "prompts.parquet", "verdicts.jsonl"
 USUAL_PAIRS = {"pairs": "best_worst", "rankings": "ranking", "labels": "unpaired", "targets": "best_of_n"}
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 prompt, 2 prompts."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 @dataclass(frozen=True)
 class RoundFiles:
     """The files of a round, whether they are there or not. number: from 1; None for what follows the last round."""
@@ -76,12 +81,6 @@ class RoundFiles:
     def sampling(self) -> Path:
         """What was sampled from: the template of the prompts, and the model."""
         return self.directory / "sampling.json"
-
-    @property
-    def template(self) -> str | None:
-        """The template that the prompts were rendered with; None where nothing was sampled."""
-        found = json_object(self.sampling).get("template")
-        return found if isinstance(found, str) else None
 
     @property
     def pairs(self) -> Path:

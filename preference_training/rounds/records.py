@@ -8,7 +8,7 @@ import pyarrow
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
-from preference_training.rounds.loop import Loop, RoundFiles
+from preference_training.rounds.loop import Loop, RoundFiles, counted
 from preference_training.rounds.pairing import Candidate, pair
 from preference_training.rounds.prompts import LoopPrompt, as_json
 from preference_training.rounds.tables import read_table, save_table
@@ -61,8 +61,12 @@ def scored_responses(files: RoundFiles) -> dict[int, list[Candidate]]:
 
 def _words(counts: dict, way: str) -> str:
     what = {"ranking": "rankings", "unpaired": "labeled prompts", "best_of_n": "targets"}.get(way)
-    made = f"{counts['records']:,} {what}" if what else f"{counts['pairs']:,} pairs of {counts['records']:,} prompts"
-    return f"{made}, of {counts['responses']:,} responses to {counts['prompts']:,} prompts"
+    made = (
+        f"{counts['records']:,} {what}"
+        if what
+        else f"{counted(counts['pairs'], 'pair')} of {counted(counts['records'], 'prompt')}"
+    )
+    return f"{made}, of {counted(counts['responses'], 'response')} to {counted(counts['prompts'], 'prompt')}"
 
 
 def _lines(excluded: Counter) -> list[str]:

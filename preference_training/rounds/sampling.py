@@ -34,7 +34,7 @@ from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.state import compute_device, move_to_devices, weights_hash
 from preference_training.modeling.token_budget import token_budget
 from preference_training.modeling.tokenizer import load_tokenizer
-from preference_training.rounds.loop import Loop, RoundFiles
+from preference_training.rounds.loop import Loop, RoundFiles, counted
 from preference_training.rounds.prompts import LoopPrompt, prompts_of_round
 from preference_training.rounds.tables import SAMPLES, join_tables, save_table, write_table
 from preference_training.tracking.run_files import STATE, read_run_info
@@ -127,13 +127,20 @@ def sample(loop: Loop, number: int) -> None:
     write_atomically(files.sampling, json.dumps(known, indent=1) + "\n")
     if files.number is not None and not files.samples.is_file():
         chosen = prompts_of_round(loop.prompts, number, rounds.prompts_per_round, config.seed)
-        print(f"{files.name}: sampling {rounds.n_samples} responses to each of {len(chosen):,} prompts", flush=True)
+        print(
+            f"{files.name}: sampling {counted(rounds.n_samples, 'response')} to each of {counted(len(chosen), 'prompt')}",
+            flush=True,
+        )
         parts = _sample_parts(policy, chosen, rounds.n_samples, files, files.samples)
         _finish(files.samples, join_tables(parts, SAMPLES))
     if files.held_out_samples.is_file():
         return
     held_out, count = loop.held_out, rounds.n_held_out_samples
-    print(f"{files.name}: sampling {count} responses to each of {len(held_out):,} held-out prompts", flush=True)
+    if held_out:
+        print(
+            f"{files.name}: sampling {counted(count, 'response')} to each of {counted(len(held_out), 'held-out prompt')}",
+            flush=True,
+        )
     parts = _sample_parts(policy, held_out, count, files, files.held_out_samples)
     rows = join_tables(parts, SAMPLES).to_pylist()
     own = first = _logps(policy, rows, held_out)

@@ -11,7 +11,7 @@ from preference_training.core.processes import in_worker
 from preference_training.losses.registry import example_kind, find_loss, model_head
 from preference_training.rounds.driver import run_loop
 from preference_training.rounds.judges.choice import check_judge
-from preference_training.rounds.loop import PROMPTS, ROUNDS, USUAL_PAIRS, Loop
+from preference_training.rounds.loop import PROMPTS, ROUNDS, USUAL_PAIRS, Loop, counted
 from preference_training.rounds.processes import StepFailedError, locked_loop
 from preference_training.rounds.prompts import prompts_of_round, read_prompts, store
 from preference_training.rounds.summary import objective_of
@@ -47,10 +47,9 @@ def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False, report:
     held_out = [prompt for prompt in prompts if prompt.held_out]
     sampled = prompts_of_round(prompts, 1, config.rounds.prompts_per_round, config.seed)
     rounds = config.rounds
-    trained = len(prompts) - len(held_out)
+    of = f"{len(sampled):,} of {counted(len(prompts) - len(held_out), 'prompt')}"
     print(
-        f"rounds: {rounds.rounds}, each of {rounds.n_samples} responses to {len(sampled):,} of {trained:,} prompts; "
-        f"{len(held_out):,} prompts are held out",
+        f"rounds: {rounds.rounds}, each of {counted(rounds.n_samples, 'response')} to {of}; {len(held_out):,} held out",
         *(f"  {count:,} {what}" for what, count in said.items()),
         sep="\n",
         flush=True,

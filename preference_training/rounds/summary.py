@@ -30,7 +30,7 @@ from preference_training.core.metric_names import (
 )
 from preference_training.evaluation.intervals import estimate, mean_interval, share_interval
 from preference_training.evaluation.phrasing import with_interval
-from preference_training.rounds.loop import Loop, RoundFiles
+from preference_training.rounds.loop import Loop, RoundFiles, counted
 from preference_training.rounds.tables import read_table
 from preference_training.tracking.run_files import METRICS, json_object, metric_rows, split_rows
 
@@ -166,7 +166,7 @@ def held_out_line(facts: dict[str, Any], number: int) -> str:
     if facts["kl"]["mean"] is not None:
         parts.append(f"KL to the first {facts['kl']['mean']:.3g} nats")
     more = [f"{facts[name]:,} {name}" for name in ("unjudged", "truncated") if facts[name]]
-    return f"{who}, on {facts['prompts']:,} held-out prompts: " + ", ".join(parts + more)
+    return f"{who}, on {counted(facts['prompts'], 'held-out prompt')}: " + ", ".join(parts + more)
 
 
 def _text(found: dict) -> str:

@@ -13,7 +13,7 @@ from preference_training.core.files import replace_symlink, write_atomically
 from preference_training.core.metric_names import ROUNDS
 from preference_training.rounds.loop import Loop, RoundFiles
 from preference_training.rounds.tables import read_table
-from preference_training.tracking.run_files import LATEST
+from preference_training.tracking.run_files import LATEST, json_object
 
 # The program that trains, beside the package.
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -39,7 +39,7 @@ def training_values(loop: Loop, number: int) -> dict[str, Any]:
     }
     if archive is not None:
         values["model.archive"] = str(archive)
-    if template := files.template:
+    if template := json_object(files.sampling).get("template"):
         values["template"] = template
     # The loop reads checkpoints only.
     values.setdefault("save_policy_pt", False)

@@ -82,7 +82,7 @@ def test_a_dry_run_reads_the_prompts_and_writes_nothing(compose, tmp_path, monke
     rows = [{"prompt": f"Question {k}?"} for k in range(20)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     start_loop(compose(*LOOP, "loss=dpo", "dry_run=true", "rounds.held_out=0"), tmp_path / "loop")
-    assert capsys.readouterr().out == "rounds: 3, each of 8 responses to 20 of 20 prompts; 0 prompts are held out\n"
+    assert capsys.readouterr().out == "rounds: 3, each of 8 responses to 20 of 20 prompts; 0 held out\n"
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 

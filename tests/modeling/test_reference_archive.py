@@ -1,0 +1,77 @@
+"""A reference that is another model than the one that training starts from: model.reference_archive."""
+
+import pytest
+import torch
+
+from preference_training.core.errors import UserError
+from preference_training.modeling.loading import check_model, load_model
+from preference_training.modeling.logprobs import response_scores
+from tests.modeling.test_adapters import BATCH, configured, finished, trainer_of
+
+__all__ = ["configured"]
+
+
+def logps(config, tokenizer) -> torch.Tensor:
+    """Log-probs of the model of a configuration, by itself."""
+    with torch.no_grad():
+        return response_scores(load_model(config.model, tokenizer), BATCH)
+
+
+@pytest.fixture
+def runs(configured, tokenizer, tmp_path):
+    """Checkpoints of a run on all weights and of one that went on from it."""
+    first = finished(configured(), tokenizer, tmp_path / "first")
+    return first, finished(configured(f"model.archive={first}"), tokenizer, tmp_path / "second")
+
+
+def test_the_reference_has_the_weights_of_its_own_archive_and_keeps_them(configured, tokenizer, runs):
+    first, second = runs
+    trainer = trainer_of(configured(f"model.archive={second}", f"model.reference_archive={first}"), tokenizer)
+    trainer.train()
+    expected = logps(configured(f"model.archive={first}"), tokenizer)
+    assert torch.allclose(trainer.models.reference(BATCH), expected, atol=1e-5)
+    assert not torch.allclose(logps(configured(f"model.archive={second}"), tokenizer), expected, atol=1e-2)
+
+
+def test_base_is_the_model_without_an_archive(configured, tokenizer, runs):
+    _, second = runs
+    trainer = trainer_of(configured(f"model.archive={second}", "model.reference_archive=base"), tokenizer)
+    assert torch.allclose(trainer.models.reference(BATCH), logps(configured(), tokenizer), atol=1e-5)
+
+
+def test_under_an_adapter_base_is_the_model_itself_without_a_copy(configured, tokenizer, tmp_path):
+    first = finished(configured("+adapter=lora"), tokenizer, tmp_path / "first")
+    given = ("+adapter=lora", f"model.archive={first}", "model.reference_archive=base")
+    check_model(configured(*given).model, tokenizer)
+    trainer = trainer_of(configured(*given), tokenizer)
+    assert trainer.models.reference.model is trainer.models.policy
+    trainer.train()
+    assert torch.allclose(trainer.models.reference(BATCH), logps(configured(), tokenizer), atol=1e-5)
+
+
+@pytest.mark.long
+def test_under_an_adapter_it_may_be_another_adapter(configured, tokenizer, tmp_path):
+    first = finished(configured("+adapter=lora"), tokenizer, tmp_path / "first")
+    second = finished(configured("+adapter=lora", f"model.archive={first}"), tokenizer, tmp_path / "second")
+    given = ("+adapter=lora", f"model.archive={second}", f"model.reference_archive={first}")
+    trainer = trainer_of(configured(*given), tokenizer)
+    expected = logps(configured("+adapter=lora", f"model.archive={first}"), tokenizer)
+    began = logps(configured("+adapter=lora", f"model.archive={second}"), tokenizer)
+    with torch.no_grad():
+        assert torch.allclose(response_scores(trainer.models.policy, BATCH), began, atol=1e-5)
+    trainer.train()
+    assert torch.allclose(trainer.models.reference(BATCH), expected, atol=1e-5)
+    assert not torch.allclose(began, expected, atol=1e-3)
+
+
+def test_what_cannot_be_a_reference_is_refused(configured, runs):
+    first, _ = runs
+    with pytest.raises(UserError, match=r"model\.reference_archive: nowhere: no such file or directory"):
+        configured("model.reference_archive=nowhere")
+    with pytest.raises(UserError, match=r"model\.reference_archive: found .*first/LATEST, expected an adapter or base"):
+        configured("+adapter=lora", f"model.reference_archive={first}")
+
+
+def test_two_models_are_said_to_be_two(configured):
+    assert configured().two_models_notice is None
+    assert "the reference is base" in configured("model.reference_archive=base").two_models_notice

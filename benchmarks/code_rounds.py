@@ -12,10 +12,12 @@ Prints pass@1 after SFT and after each round, with 95% intervals over problems, 
 import argparse
 import datetime
 import json
+import os
 import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -47,10 +49,11 @@ class Settings:
     samples: int = 8
     pairs_per_prompt: int = 8
     temperature: float = 1.0
-    loss: str = "dpo"
+    loss: str = "rpo"
     beta: float = 0.1
-    dpo_lr: float = 3e-4
-    dpo_epochs: int = 2
+    alpha: float = 10.0
+    dpo_lr: float = 5e-4
+    dpo_epochs: int = 4
     eval_samples: int = 8
 
 
@@ -136,8 +139,8 @@ def evaluated(checkpoint: Path, problems: list[dict], settings: Settings) -> dic
     return pass_at_1(outcomes) | {"by_difficulty": by}
 
 
-def run(folder: Path, settings: Settings) -> list[dict]:
-    """SFT and all rounds: a row each."""
+def run(folder: Path, settings: Settings) -> Iterator[dict]:
+    """SFT and all rounds: a row each. An SFT that the folder has already is not repeated."""
     folder.mkdir(parents=True, exist_ok=True)
     for_sft = training_problems(settings.sft_prompts, settings.seed)
     # Rounds ask other problems than SFT showed, but where they are drawn twice.
@@ -152,28 +155,27 @@ def run(folder: Path, settings: Settings) -> list[dict]:
         f"model.from_config.num_hidden_layers={settings.num_layers}", f"seed={settings.seed}", "eval_every=1000000",
         "do_first_eval=false", "n_eval_examples=16", "batch_size=16",
     )  # fmt: skip
-    started, rows = time.monotonic(), []
+    started = time.monotonic()
 
-    def report(name: str, checkpoint: Path, **more) -> None:
-        rows.append({"after": name, **evaluated(checkpoint, held_out, settings), "seconds": time.monotonic() - started, **more})
-        print(json.dumps({key: value for key, value in rows[-1].items() if key != "shares"}), flush=True)
+    def row(name: str, checkpoint: Path, **more) -> dict:
+        return {"after": name, **evaluated(checkpoint, held_out, settings), "seconds": time.monotonic() - started, **more}
 
     sft = rows_file(folder / "sft.jsonl", [{"prompt": each.prompt + "\n", "response": each.solution} for each in for_sft])
     if not (folder / "sft" / "LATEST").exists():
         options = ("loss=sft", f"n_epochs={settings.sft_epochs}", f"lr={settings.sft_lr}", "warmup_steps=20")
         train(folder / "sft", *common, f"datasets=[{sft}]", *options)
     checkpoint = folder / "sft" / "LATEST"
-    report("sft", checkpoint)
+    yield row("sft", checkpoint)
     for number in range(1, settings.rounds + 1):
         some = rest[(number - 1) * settings.round_prompts : number * settings.round_prompts]
         pairs, facts = one_round(checkpoint, some, settings, number)
         file = rows_file(folder / f"pairs_{number}.jsonl", pairs)
         options = (f"loss={settings.loss}", f"loss.beta={settings.beta}", f"lr={settings.dpo_lr}", "warmup_steps=5")
         options += (f"n_epochs={settings.dpo_epochs}", f"model.archive={checkpoint}")
+        options += (f"loss.alpha={settings.alpha}",) * (settings.loss == "rpo")
         train(folder / f"round_{number}", *common, f"datasets=[{file}]", *options)
         checkpoint = folder / f"round_{number}" / "LATEST"
-        report(f"round {number}", checkpoint, **facts)
-    return rows
+        yield row(f"round {number}", checkpoint, **facts)
 
 
 def one_round(checkpoint: Path, problems: list[Problem], settings: Settings, number: int) -> tuple[list[dict], dict]:
@@ -200,10 +202,12 @@ def main() -> None:
     given = vars(parser.parse_args())
     folder, results = given.pop("folder").resolve(), given.pop("results")
     settings = Settings(**given)
-    rows = run(folder, settings)
-    facts = {"command": sys.argv, "hardware": hardware(), "versions": versions(), "settings": asdict(settings), "rows": rows}
+    facts = {"command": sys.argv, "hardware": hardware(), "versions": versions(), "settings": asdict(settings), "rows": []}
     path = results or ROOT / "benchmarks" / "results" / f"{datetime.date.today()}_code_rounds_cpu.json"
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+    for row in run(folder, settings):
+        print(json.dumps({key: value for key, value in row.items() if key != "shares"}), flush=True)
+        facts["rows"].append(row | {"load": os.getloadavg()[0]})
+        path.write_text(json.dumps(facts, indent=1) + "\n")
     print(path)
 
 

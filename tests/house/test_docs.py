@@ -249,10 +249,12 @@ def test_quick_start_can_be_followed(clone):
 
 
 def test_the_page_on_python_can_be_followed(clone):
-    [printed] = follow_page("docs/python.md", clone).values()
+    printed, judged = follow_page("docs/python.md", clone).values()
     run_dir, stopped = printed.splitlines()[-1].split(" ", 1)
     assert stopped.startswith("callback: the loss is small enough 0.2")
     assert (Path(run_dir) / "LATEST" / "model.safetensors").is_file()
+    [judging] = [block.text for block in shown.blocks("docs/python.md") if "run_tests" in block.text]
+    assert judged.splitlines() == [line.removeprefix("# ") for line in judging.splitlines() if line.startswith("# ")]
 
 
 @pytest.mark.long

@@ -8,7 +8,6 @@ from preference_training.core.errors import UserError
 from preference_training.sandbox import pass_rates
 from preference_training.sandbox.pass_rates import Outcome, run_tests
 from preference_training.sandbox.sandbox import Isolation, Limits, Sandbox, open_sandbox
-from tests.support import shown
 
 LIMITS = Limits(cpu_seconds=60, wall_seconds=60, memory_mb=256, files_mb=4, output_kb=16)
 TESTS = ["assert half(4) == 2", "assert half(7) == 3", "assert half(0) == 0"]
@@ -127,10 +126,3 @@ def test_a_machine_that_cannot_isolate_programs_runs_none(monkeypatch):
 def test_no_programs_have_no_outcomes():
     assert run_tests([], [], 2, LIMITS) == []
     assert Outcome(1, 4, 0.1).rate == 0.25
-
-
-def test_the_docs_print_what_they_show(capsys):
-    [block] = [block.text for block in shown.blocks("docs/python.md") if "run_tests" in block.text]
-    code, printed = block.split("# 2 2 passed")
-    exec(code, {})
-    assert capsys.readouterr().out.rstrip() == ("# 2 2 passed" + printed).replace("# ", "").rstrip()

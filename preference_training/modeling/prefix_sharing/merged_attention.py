@@ -51,6 +51,7 @@ class _MergedAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, parts: list[AttentionPart],
         kernel: VarlenKernel, scores: Scores,
     ) -> Tensor:  # fmt: skip
+        """The merged output."""
         own, *others = parts
         output, lse = kernel.forward(query, key, value, own, scores)
         found = [(part.queries, *kernel.forward(*_of(part, query, key, value), part, scores)) for part in others]
@@ -72,6 +73,7 @@ class _MergedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of query, key, value and sinks."""
         query, key, value, output, total, sinks = ctx.saved_tensors
         (own, *others), kernel, scores = ctx.how
         gradient = gradient.contiguous()

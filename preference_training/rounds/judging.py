@@ -11,7 +11,7 @@ from preference_training.core.machine import said_while_slow
 from preference_training.rounds.judges.base import Judge, JudgedInput, PendingError
 from preference_training.rounds.judges.choice import build_judge, build_second_judge
 from preference_training.rounds.judges.verdicts import Verdicts
-from preference_training.rounds.loop import Loop, RoundFiles
+from preference_training.rounds.loop import JUDGED, Loop, RoundFiles, counted
 from preference_training.rounds.tables import SCORES, read_table, write_table
 from preference_training.tracking.run_files import json_object
 
@@ -90,14 +90,16 @@ class Judging:
         known = len({Verdicts.key(judge, each) for each in inputs}) - unknown
         if inputs:
             said = f"; {known:,} are known" * bool(known)
-            print(f"{self.files.name}: judging {len(inputs):,} responses of {what}{said}", flush=True)
+            print(f"{self.files.name}: judging {counted(len(inputs), 'response')} of {what}{said}", flush=True)
         with said_while_slow("still judging"):
             self.verdicts.ask(judge, inputs)
 
     def _keep_facts(self, facts: dict[str, Any]) -> None:
         """Write what the judges say of their own scores, before the scores: it is there whenever they are."""
-        known = json_object(self.files.judged) | facts
-        write_atomically(self.files.judged, json.dumps({name: known[name] for name in sorted(known)}, indent=1) + "\n")
+        known = json_object(self.files.directory / JUDGED) | facts
+        write_atomically(
+            self.files.directory / JUDGED, json.dumps({name: known[name] for name in sorted(known)}, indent=1) + "\n"
+        )
 
     def _scores(
         self, rows: Sequence[dict], inputs: Sequence[JudgedInput], chosen: Judge, second: Judge | None

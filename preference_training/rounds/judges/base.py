@@ -4,7 +4,7 @@ A new judge is a class with these attributes and a line in `choice.py`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from preference_training.data.rows.records import Prompt, message_of
@@ -36,6 +36,10 @@ class Score(NamedTuple):
     reason: str | None = None
 
 
+# Keeps the scores of samples.
+Keep = Callable[[Sequence[JudgedInput], Sequence[Score]], None]
+
+
 class PendingError(Exception):
     """A judge has no verdicts yet, as where people give them; the message says what to do. The loop stops, and can go on."""
 
@@ -56,6 +60,12 @@ class Judge(ABC):
     @abstractmethod
     def judge(self, samples: Sequence[JudgedInput]) -> list[Score]:
         """A score for each response. Raises UserError, and PendingError where the scores come later."""
+
+    def judge_each(self, samples: Sequence[JudgedInput], keep: Keep) -> None:
+        """Have each score kept as soon as it is known, at the latest after `at_once` of them. Raises what `judge` raises."""
+        for start in range(0, len(samples), self.at_once):
+            some = samples[start : start + self.at_once]
+            keep(some, self.judge(some))
 
     def facts(self, samples: Sequence[JudgedInput]) -> dict[str, Any]:
         """What is to be known of the scores of these samples, all of which were judged, as plain values for the summary."""

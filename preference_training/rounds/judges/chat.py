@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from string import Template
+from threading import Lock
 from typing import TypeVar
 
 import xxhash
@@ -20,7 +21,7 @@ from preference_training.core.values import hash_values
 from preference_training.data.rows.records import Prompt
 from preference_training.evaluation.judges import ChatJudge, NoVerdictError, OllamaJudge, OpenAIJudge, read_coded
 from preference_training.evaluation.win_rates import VerdictStore
-from preference_training.rounds.judges.base import Judge, JudgedInput, Score
+from preference_training.rounds.judges.base import Judge, JudgedInput, Keep, Score
 from preference_training.rounds.judges.comparing import ComparingJudge, Comparison, Outcome
 
 KEYS = ("rounds.judge", "rounds.judging.url")
@@ -109,20 +110,31 @@ class RubricJudge(Judge):
         self.chat, self.rubric, self.scale, self.asking = chat, rubric, scale, asking
         self.template = Template((CONFIG_DIR / "rubric_prompt.txt").read_text())
         self.name = f"{chat.server.kind}:{chat.server.model}"
-        # Fewer at a time than of a function: what is not kept yet has been paid for.
-        self.at_once = 4 * asking.workers
         asked = [chat.identity, self.template.template, rubric, scale, chat.settings]
         self.identity = f"rubric {self.name} {hash_values(asked)}"
 
     def judge(self, samples: Sequence[JudgedInput]) -> list[Score]:
         """The score of each response; None, with the reason, where the model does not give one. Raises UserError."""
         scores: dict[int, Score] = {}
+        self._ask(samples, scores.__setitem__)
+        return [scores[number] for number in range(len(samples))]
+
+    def judge_each(self, samples: Sequence[JudgedInput], keep: Keep) -> None:
+        """Have each score kept as it comes: it has been paid for. Raises UserError."""
+        for start in range(0, len(samples), self.at_once):
+            some = samples[start : start + self.at_once]
+            self._ask(some, lambda number, score, some=some: keep([some[number]], [score]))  # type: ignore[misc]
+
+    def _ask(self, samples: Sequence[JudgedInput], keep: Callable[[int, Score], None]) -> None:
+        keeping = Lock()
 
         def answer(number: int) -> None:
-            scores[number] = self._answer(samples[number])
+            score = self._answer(samples[number])
+            with keeping:
+                keep(number, score)
 
-        missing = self.asking.ask(range(len(samples)), answer)
-        return [scores[number] if number in scores else Score(None, missing[number]) for number in range(len(samples))]
+        for number, reason in self.asking.ask(range(len(samples)), answer).items():
+            keep(number, Score(None, reason))
 
     def _answer(self, sample: JudgedInput) -> Score:
         prompt = readable(sample.prompt)

@@ -54,7 +54,7 @@ def facts_of_scores(rows: Sequence[dict]) -> dict[str, Any]:
         "length_correlation": length_correlation(several),
         "tied_prompts": fmean(len({row["score"] for row in some}) == 1 for some in several) if several else None,
         "different": fmean(len({row["text"] for row in some}) / len(some) for some in groups.values()) if groups else None,
-        "repeated_4grams": repeated_share(row["token_ids"] for row in rows),
+        "repeated_4grams": repeated_share(row["token_ids"] or () for row in rows),
         "logp_per_token": sum(row["logp"] for row in known) / tokens if tokens else None,
         "unjudged_reasons": dict(reasons.most_common()),
     }

@@ -12,7 +12,7 @@ from preference_training.sandbox.pass_rates import Outcome, isolated_sandbox, ru
 from preference_training.sandbox.sandbox import Limits
 
 # A program that waits uses no CPU time; one that computes gets less of it where others run beside it.
-WALL_PER_CPU_SECOND = 3
+WALL_PER_CPU_SECOND = 5
 FILES_MB, OUTPUT_KB = 4, 256
 # The column with the name of the function, where there is one; tests may say it too.
 FUNCTION = "function_name"

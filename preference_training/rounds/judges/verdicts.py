@@ -47,10 +47,7 @@ class Verdicts:
 
     def ask(self, judge: Judge, samples: Sequence[JudgedInput]) -> None:
         """Ask a judge for the scores that are not known, each once, and keep them. Raises UserError, PendingError."""
-        unknown = self.unknown(judge, samples)
-        for start in range(0, len(unknown), judge.at_once):
-            some = unknown[start : start + judge.at_once]
-            self.add(judge, some, judge.judge(some))
+        judge.judge_each(self.unknown(judge, samples), lambda some, scores: self.add(judge, some, scores))
 
     def add(self, judge: Judge, samples: Sequence[JudgedInput], scores: Sequence[Score]) -> None:
         """Keep scores. Raises UserError where they cannot be written."""

@@ -55,8 +55,8 @@ class Settings:
     loss: str = "rpo"
     beta: float = 0.1
     alpha: float = 10.0
-    lr: float = 5e-4
-    epochs: int = 4
+    lr: float = 2e-4
+    epochs: int = 2
     eval_samples: int = 8
 
 

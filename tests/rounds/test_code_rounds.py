@@ -35,7 +35,7 @@ def code_rounds(monkeypatch):
             start.start_loop(config, Path(config.local_run_dir))
         return {}
 
-    monkeypatch.setattr(start, "run_loop", loops.run)
+    monkeypatch.setattr(start, "run_loop", lambda loop, report: loops.run(loop))
     monkeypatch.setattr(code_rounds, "train", in_this_process)
     return code_rounds
 

@@ -1,5 +1,7 @@
 """benchmarks/code_rounds.py: code that passes its tests by rounds, on a language so small that it is learned in seconds."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 from string import ascii_lowercase
@@ -78,6 +80,16 @@ def test_a_round_learns_from_tests_alone(code_rounds, tmp_path, monkeypatch):
     # As computed from the texts alone.
     texts = [row["text"] for row in read_table(tmp_path / "loop" / "final" / "held_out_samples.parquet")]
     assert after["pass@1"] == sum(text == TASKS[0].solution for text in texts) / len(texts)
+
+
+@pytest.mark.long
+def test_pass_at_1_rises_on_held_out_problems(tmp_path):
+    """SFT and the first round as they are published, by the command itself."""
+    results = tmp_path / "results.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "code_rounds.py"), str(tmp_path / "runs"), "--rounds", "1"]
+    subprocess.run([*command, "--results", str(results)], check=True, timeout=1800)
+    [before, after] = json.loads(results.read_text())["rows"]
+    assert 0.1 < before["pass@1"] < after["pass@1"] and after["gain"]["low"] > 0
 
 
 # ---- pass@1 ----------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ report.html        all of it as a page
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,7 @@ from preference_training.rounds.prompts import LoopPrompt, read_stored
 from preference_training.tracking.run_files import ROUNDS_FILE, json_object
 
 ROUNDS, PROMPTS, VERDICTS = ROUNDS_FILE, "prompts.parquet", "verdicts.jsonl"
+FINAL = "final"
 # Of a round: what the judges say of their own scores: comparisons, disagreements.
 JUDGED = "judged.json"
 # The first way to pair that a loss trains on, by what its examples are.
@@ -173,6 +175,9 @@ class Loop:
             check_same_loop(directory, earlier, config, given)
         with writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
+            if earlier and earlier["rounds"] != config.rounds.rounds:
+                # It is of another policy than the one that will be the last.
+                shutil.rmtree(directory / FINAL, ignore_errors=True)
             save_config(config, directory)
             write_rerun(config, directory)
             kept = {"rounds": config.rounds.rounds, "given": given, "config": config.as_dict()}
@@ -228,7 +233,7 @@ class Loop:
 
 def files_of(directory: Path, rounds: int, number: int) -> RoundFiles:
     """The files of a round of a loop with so many rounds; of the one after the last, those of the last policy."""
-    return RoundFiles(directory / "final", None) if number > rounds else RoundFiles(directory / f"round-{number}", number)
+    return RoundFiles(directory / FINAL, None) if number > rounds else RoundFiles(directory / f"round-{number}", number)
 
 
 def all_files(directory: Path) -> list[RoundFiles]:

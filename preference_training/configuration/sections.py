@@ -149,6 +149,7 @@ class TrainerConfig(Section):
 
     name: str = key(anything, MAY_CHANGE_ON_RESUME)
     tensor_parallel_size: int | None = optional_key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
+    context_parallel_size: int | None = optional_key(whole(1), MAY_CHANGE_ON_RESUME)
     nproc_per_node: int | None = optional_key(whole(1, null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     world_size: int | None = optional_key(whole(1, null=True), NOT_SHOWN)
     device_memory: float | None = optional_key(positive(null=True), NOT_SHOWN)

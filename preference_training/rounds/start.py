@@ -2,11 +2,12 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
+from preference_training.core.metric_names import ROUNDS as ROUNDS_METRICS
 from preference_training.core.processes import in_worker
 from preference_training.losses.registry import example_kind, find_loss, model_head
 from preference_training.rounds.driver import run_loop
@@ -15,7 +16,10 @@ from preference_training.rounds.loop import PROMPTS, ROUNDS, USUAL_PAIRS, Loop, 
 from preference_training.rounds.processes import StepFailedError, locked_loop
 from preference_training.rounds.prompts import prompts_of_round, read_prompts, read_stored, store
 from preference_training.rounds.served.choice import check_sampler, is_served
+from preference_training.rounds.summary import objective_of
 
+# The exit status of a process that a mistake of the user's has ended.
+MISTAKE = 2
 # The ways to pair that a loss can train on, by what its examples are.
 PAIRS_FOR = {
     "pairs": ("best_worst", "all", "top_k"),
@@ -35,14 +39,13 @@ READ_BY = {
 OF_SERVERS = ("sampler_model", "sampler_weights", "sampler_workers", "sampler_timeout")
 
 
-def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> None:
-    """Run a loop from its beginning, or from where `resume` finds one. Raises UserError, and StoppedError.
+def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False, report: Callable | None = None) -> float | None:
+    """Run a loop from its beginning, or from where `resume` finds one; returns its `objective`. report: see `run_loop`.
 
-    Exits as a step does that fails in its process.
+    Exits as a step does that fails in its process; as a job of a sweep, raises StepFailedError or UserError in place of it.
+    Raises UserError, and StoppedError.
     """
-    if in_sweep:
-        raise UserError("rounds: a sweep's jobs are single runs. Start loops of rounds one by one.")
-    directory = find_loop(config, run_dir)
+    directory = find_loop(config, run_dir, in_sweep)
     for line in check(config):
         print(line, flush=True)
     stored = directory / PROMPTS
@@ -58,20 +61,31 @@ def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> None
         sep="\n",
         flush=True,
     )
+    if config.objective.startswith(ROUNDS_METRICS) and not held_out:
+        raise UserError(f"objective: {config.objective} is of held-out prompts, and there are none. Raise rounds.held_out.")
     if config.dry_run:
-        return
+        return None
     try:
         with locked_loop(directory):
             loop = Loop.start(directory, config)
             if not stored.is_file():
                 store(prompts, stored)
-            run_loop(loop)
+            run_loop(loop, report=report)
+            return objective_of(loop)
     except StepFailedError as failed:
+        if in_sweep and failed.status == MISTAKE:
+            raise UserError(f"rounds: {failed}; what it said is above") from failed
+        if in_sweep:
+            # The other jobs go on.
+            raise
         sys.exit(failed.told())
 
 
-def find_loop(config: RunConfig, run_dir: Path) -> Path:
-    """The directory of a loop: that of the start, or one that `resume` means. Raises UserError."""
+def find_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Path:
+    """The directory of a loop: that of the start, or one that `resume` means. Raises UserError.
+
+    in_sweep: other loops beside it are other jobs, whatever their names.
+    """
     if config.resume is None:
         if (run_dir / ROUNDS).is_file():
             raise UserError(
@@ -83,7 +97,7 @@ def find_loop(config: RunConfig, run_dir: Path) -> Path:
         if not (given / ROUNDS).is_file():
             raise UserError(f"resume: {given} holds no loop of rounds. Expected the run directory of one, or auto.")
         return given
-    beside = sorted(run_dir.parent.glob(f"{config.exp_name}_*"), reverse=True)
+    beside = [] if in_sweep else sorted(run_dir.parent.glob(f"{config.exp_name}_*"), reverse=True)
     found = next((path for path in (run_dir, *beside) if (path / ROUNDS).is_file()), None)
     print(f"resume: continuing {found}" if found else f"resume: no loop of {config.exp_name} yet, starting one", flush=True)
     return found or run_dir
@@ -99,6 +113,10 @@ def check(config: RunConfig) -> list[str]:
     if config.eval_only or config.debug:
         key = "eval_only" if config.eval_only else "debug"
         raise UserError(f"{key}: found true, and rounds train from the checkpoint of the round before. Set {key}=false.")
+    if config.pruner is not None:
+        raise UserError(
+            f"pruner: found {config.pruner}, and loops of rounds have no evaluations in common to be pruned by. Set it to null."
+        )
     if model_head(loss) == "value":
         raise UserError(
             f"loss: {loss} trains a reward model, which writes no responses. Train it first; rounds can be judged by it."

@@ -2,18 +2,51 @@
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import combinations, pairwise
 from statistics import mean
 from typing import Any
 
 from preference_training.core.files import write_atomically
+from preference_training.core.metric_names import (
+    DISTINCT,
+    EXAMPLES,
+    HELD_OUT_KL,
+    HELD_OUT_LENGTH,
+    HELD_OUT_PROMPTS,
+    HELD_OUT_REWARD,
+    HELD_OUT_WIN_RATE,
+    HIGH,
+    LOW,
+    PAIRS,
+    RECORDS,
+    ROUND,
+    ROUNDS,
+    SAMPLES_LENGTH,
+    SAMPLES_REWARD,
+    SIMILARITY,
+    UPDATES,
+)
 from preference_training.evaluation.intervals import estimate, mean_interval, share_interval
 from preference_training.evaluation.phrasing import with_interval
 from preference_training.rounds.loop import Loop, RoundFiles, counted
 from preference_training.rounds.tables import read_table
-from preference_training.tracking.run_files import json_object
+from preference_training.tracking.run_files import METRICS, json_object, metric_rows, split_rows
+
+# A loop's metrics: of the held-out part of a summary, with intervals; of its samples; of what was made of them.
+HELD_OUT_METRICS = {
+    HELD_OUT_REWARD: "score", HELD_OUT_WIN_RATE: "win_rate", HELD_OUT_LENGTH: "length", HELD_OUT_KL: "kl",
+}  # fmt: skip
+SAMPLE_METRICS = {
+    SAMPLES_REWARD: "mean_score", SAMPLES_LENGTH: "mean_length", DISTINCT: "distinct_2", SIMILARITY: "similarity",
+}  # fmt: skip
+COUNT_METRICS = {PAIRS: "pairs", RECORDS: "records"}
+# The columns of the table: title and metric.
+COLUMNS = {
+    "score": HELD_OUT_REWARD, "win rate": HELD_OUT_WIN_RATE, "tokens": HELD_OUT_LENGTH, "KL": HELD_OUT_KL,
+    "distinct-2": DISTINCT, "pairs": PAIRS,
+}  # fmt: skip
 
 
 def summarize(loop: Loop, number: int) -> dict[str, Any]:
@@ -145,3 +178,77 @@ def _text(found: dict) -> str:
 def read_summary(files: RoundFiles) -> dict[str, Any]:
     """The summary of a round; empty where there is none yet."""
     return json_object(files.summary)
+
+
+# ---- all rounds -----------------------------------------------------------------------------------------------------------
+
+
+def loop_metrics(rounds: Sequence[RoundFiles]) -> list[dict[str, float]]:
+    """What is known of the policies of a loop as rows of metrics: of the first model, and of that after each round.
+
+    Those of samples and pairs are of the round that samples from the policy.
+    """
+    rows, trained = [], Counter({EXAMPLES: 0, UPDATES: 0})
+    for number, files in enumerate(rounds):
+        summary = read_summary(files)
+        if summary:
+            rows.append({**trained, ROUND: number, **_metrics(summary)})
+        last = next(reversed(metric_rows(files.run / METRICS)), {})
+        trained.update({name: last.get(name, 0) for name in (EXAMPLES, UPDATES)})
+    return rows
+
+
+def _metrics(summary: dict[str, Any]) -> dict[str, float]:
+    found, facts = {}, summary.get("held_out") or {}
+    for metric, name in HELD_OUT_METRICS.items():
+        known = facts.get(name) or {}
+        found |= {metric: known.get("mean"), metric + LOW: known.get("low"), metric + HIGH: known.get("high")}
+    found[HELD_OUT_PROMPTS] = facts.get("prompts")
+    found |= {metric: (summary.get("samples") or {}).get(name) for metric, name in SAMPLE_METRICS.items()}
+    found |= {metric: (summary.get("counts") or {}).get(name) for metric, name in COUNT_METRICS.items()}
+    return {metric: value for metric, value in found.items() if value is not None}
+
+
+def write_metrics(loop: Loop) -> list[str]:
+    """Write metrics.jsonl of a loop; returns its table as lines."""
+    rows = loop_metrics(list(loop.rounds()))
+    write_atomically(loop.directory / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+    return metrics_table(rows)
+
+
+def metrics_table(rows: Sequence[dict[str, float]]) -> list[str]:
+    """The metrics of a loop's policies as lines: on held-out prompts with intervals; of the samples from each, and their pairs.
+
+    Columns without any value are left out.
+    """
+    titles = {title: metric for title, metric in COLUMNS.items() if any(metric in row for row in rows)}
+    cells = [["policy", *titles]]
+    cells += [[policy_name(int(row[ROUND])), *(metric_text(row, metric) for metric in titles.values())] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def policy_name(rounds: int) -> str:
+    """What a policy is called that was trained in so many rounds."""
+    return "first model" if rounds == 0 else f"after round {rounds}"
+
+
+def metric_text(row: dict[str, float], metric: str) -> str:
+    """A metric with its interval, if it has one."""
+    value = row.get(metric)
+    if not isinstance(value, int | float):
+        return "-"
+    if metric in COUNT_METRICS:
+        return f"{value:,.0f}"
+    low, high = row.get(metric + LOW), row.get(metric + HIGH)
+    return with_interval(value, low, high) if low is not None and low < high else f"{value:.3g}"
+
+
+def objective_of(loop: Loop) -> float | None:
+    """What a loop returns to a sweeper: the metric `objective` of its last policy, or of the last training's evaluation."""
+    objective = loop.config.objective
+    if objective.startswith(ROUNDS):
+        rows = loop_metrics(list(loop.rounds()))
+    else:
+        _, rows = split_rows(metric_rows(loop.round(loop.config.rounds.rounds).run / METRICS))
+    return rows[-1].get(objective) if rows else None

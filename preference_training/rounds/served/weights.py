@@ -84,7 +84,7 @@ class Vllm:
             time.sleep(BETWEEN_LOOKS)
 
     def load_adapter(self, directory: Path, content: str) -> str:
-        """Load an adapter, and unload those of earlier rounds; its name. content: names the model's and its weights. Raises UserError."""
+        """Load an adapter, and unload those of earlier rounds; its name. content: a hash of all weights. Raises UserError."""
         name = ADAPTER_PREFIX + hash_values(content)[:16]
         try:
             loaded = [each for each in self.server.listed(self.server.models()) if each.startswith(ADAPTER_PREFIX)]

@@ -4,7 +4,8 @@ rounds.json        what the loop was started with
 prompts.parquet    its prompts, as they were then
 verdicts.jsonl     every score that a judge has given, by a hash of judge, prompt and response
 round-1/           samples.parquet, held_out_samples.parquet: responses of the policy before the round
-                   scores.parquet, held_out_scores.parquet: what the judge says of them
+                   sampling.json, *.unanswered.jsonl: what was sampled from; which responses a server did not give
+           scores.parquet, held_out_scores.parquet: what the judge says of them
                    pairs.parquet: what the round trains on; excluded.json: what was excluded, by reason
                    train.yaml, run/: the training, as a configuration and as a run; policy: a link to its checkpoint
                    summary.json: the round in numbers

@@ -45,6 +45,7 @@ KINDS = {
     r"python scripts/\w+\.py( |$)": "test_its_script_understands_it",
     r"python -m preference_collection (import|export|push|generate|judge|score) ": "test_the_labeling_app_understands_it",
     r"python -m preference_training\.rounds (sample|judge|pair|summarize|train|status|run) ": "test_the_rounds_understand_it",
+    r"vllm serve ": "tests_apart/servers/test_rounds.py starts it",
     r"make [\w-]+": "test_what_is_made_is_there",
     r"pip install (--no-deps )?-r |pip install hydra-optuna-sweeper": "test_what_is_made_is_there",
     r"python3 -m venv |\. \.venv/bin/activate": "followed in a clean clone",

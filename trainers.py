@@ -15,6 +15,7 @@ from preference_training.checkpointing.snapshot import Snapshot, scalar_state
 from preference_training.core import metric_names as names
 from preference_training.core.errors import UserError
 from preference_training.core.machine import memory_held
+from preference_training.core.process_group import progress
 from preference_training.core.random_streams import random_streams, restore_random_streams
 from preference_training.core.signals import StoppedError
 from preference_training.distributed.placement import OneProcess, Placement, Sharded, TensorParallel
@@ -23,7 +24,7 @@ from preference_training.tracking.tracker import Metrics
 from preference_training.training.evaluator import EvaluationStoppedError, Evaluator
 from preference_training.training.monitors import TrainingMonitor
 from preference_training.training.parts import Batches, Models, Observers, Pace, RunState
-from preference_training.training.step import PackResult, TrainingStep
+from preference_training.training.step import PackResult, Shortage, TrainingStep
 
 
 class Trainer:
@@ -140,11 +141,11 @@ class Trainer:
             self.observers.ledger.record(self.state.examples, margins)
         return result.metrics
 
-    def halve(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Cut a batch, and all later ones, into packs half as large."""
-        halves = self.batches.train.halve_packs(micro_batches)
-        limit = self.batches.train.budget.limit
-        self.tracker.log_message(f"warning: out of memory; packs are limited to {limit} tokens from now on")
+    def halve(self, micro_batches: Sequence[MicroBatch], shortage: Shortage | None = None) -> list[MicroBatch]:
+        """Cut a batch, and all later ones, into packs half as large. shortage: on which ranks memory ran out, of several."""
+        halves = self.batches.train.halve_packs(micro_batches, shortage and shortage.largest)
+        limit, where = self.batches.train.budget.limit, f" on {shortage}" if shortage else ""
+        self.tracker.log_message(f"warning: out of memory{where}; packs are limited to {limit} tokens from now on")
         return halves
 
     def log_skipped(self, packs: Sequence[PackResult]) -> None:
@@ -172,6 +173,7 @@ class Trainer:
         if writer is None or (self.saved_at == self.state.examples and not finished):
             return
         self.tracker.flush()
+        progress.at("a checkpoint")
         if not self.placement.ranks.broadcast(writer.checked):
             writer.check = checkpoint_check(self.models.policy, self.config, self.step.device)
         writer.write(self.snapshot(), with_policy_pt=finished and self.config.save_policy_pt)
@@ -181,6 +183,7 @@ class Trainer:
             self.observers.tell_checkpoints()
             # The launcher would end rank 0, which may still be writing, when another process ends.
             self.placement.ranks.barrier()
+        progress.at(None)
 
     def snapshot(self) -> Snapshot:
         """The run as it is now."""

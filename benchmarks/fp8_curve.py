@@ -22,10 +22,11 @@ SETTINGS = {
     "FP8": ["model.policy_dtype=bfloat16", "model.fp8=true"],
 }
 COMMON = (
-    "model=tiny", "datasets=[toy]", "loss=dpo", "batch_size=8", "n_epochs=null", "do_first_eval=false", "sample_during_eval=false",
-    "n_eval_examples=8", "eval_every=100000", "save_strategy=no", "save_policy_pt=false", "wandb.enabled=false", "seed=0",
-    "++model.from_config.hidden_size=64", "++model.from_config.intermediate_size=192", "++model.from_config.num_hidden_layers=2",
-    "max_length=96", "max_prompt_length=48",
+    "model=tiny", "datasets=[toy]", "loss=dpo", "batch_size=8", "n_epochs=null", "do_first_eval=false", "seed=0",
+    "sample_during_eval=false",
+    "n_eval_examples=8", "eval_every=100000", "save_strategy=no", "save_policy_pt=false", "wandb.enabled=false",
+    "++model.from_config.hidden_size=64", "++model.from_config.intermediate_size=192",
+    "++model.from_config.num_hidden_layers=2", "max_length=96", "max_prompt_length=48",
 )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ PARTS = {
     "compiling": Part("compiling", 220),
     "runs": Part("whole_runs", 220),
     "options": Part("whole_runs", 220),
-    "fsdp": Part("whole_runs", 200),
+    "fsdp": Part("whole_runs", 220),
     "speed_hh": Part("speed", 90, alone=True),
     "profile": Part("profiling", 60, alone=True),
     "attention": Part("attention", 60, alone=True),

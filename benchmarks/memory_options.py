@@ -1,6 +1,7 @@
 """The effect of each option that saves memory or time on a training step, for a Llama with 62M parameters in float32.
 
     python benchmarks/memory_options.py --rounds 2
+    python benchmarks/memory_options.py --held        what a pack holds between its passes, by kind of activation checkpointing
 
 DPO with a live reference on the embedded data, in packs of at most 512 tokens; each setting runs in its own process, in turn.
 Prints a JSON object with raw values, and writes it to benchmarks/results/.
@@ -33,6 +34,7 @@ SETTINGS = {
     "all weights, AdamW": ["optimizer=AdamW"],
     "all weights, AdamW8bit": ["optimizer=AdamW8bit"],
     "all weights, RMSprop, activation checkpointing": ["activation_checkpointing=true"],
+    "all weights, RMSprop, selective checkpointing": ["activation_checkpointing=selective"],
     "all weights, RMSprop, compiled": ["compile=true"],
     "LoRA, RMSprop": ["+adapter=lora"],
     "QLoRA, RMSprop": ["+adapter=qlora"],
@@ -94,6 +96,47 @@ def one(overrides: list[str]) -> dict:
     }
 
 
+def held_between_passes() -> dict:
+    """Bytes of the tensors that a pack's forward pass leaves for its backward pass, weights aside.
+
+    By kind of activation checkpointing and dtype, for one pack of four prompts with two responses each.
+    """
+    import train  # noqa: F401  registers the resolver that the configuration uses
+    from preference_training.batching.packing import iterate_examples, pack_examples
+    from preference_training.configuration.validation import configured
+    from preference_training.core.random_streams import seed_everything
+    from preference_training.data.tokenization import TokenizedPrompt
+    from preference_training.dry_run.memory_estimate import StorageCounter
+    from preference_training.modeling.kernels import enable_activation_checkpointing
+    from preference_training.modeling.loading import build_untrained
+    from preference_training.modeling.logprobs import response_scores
+    from preference_training.modeling.prefix_sharing.sharing import attend_over_tries
+    from preference_training.modeling.tokenizer import load_tokenizer
+
+    responses = [[7] * 30, [8] * 30]
+    prompts = [TokenizedPrompt([number] * 60, responses, [(0, 1)]) for number in range(10, 14)]
+    pack = pack_examples(list(iterate_examples(prompts)))
+    found: dict = {"tokens": len(pack.input_ids)}
+    for dtype in ("float32", "bfloat16"):
+        for kind in (False, "selective", True):
+            seed_everything(0)
+            config = configured(*MODEL, f"model.policy_dtype={dtype}")
+            model = build_untrained(config.model, load_tokenizer(config.model))
+            attend_over_tries(model)
+            if kind:
+                enable_activation_checkpointing(model, kind)
+            with StorageCounter(vocabulary=0) as counter:
+                for weight in model.parameters():
+                    weight.view(-1)
+                counter.kind = "activations"
+                logps = response_scores(model, pack)
+                counter.restart()
+                held = counter.most()["activations"]
+            logps.sum().backward()
+            found[f"{dtype}, activation_checkpointing={str(kind).lower()}"] = held
+    return found
+
+
 def import_libraries(config) -> None:
     """Import the libraries that a setting needs, so that they are not measured."""
 
@@ -108,7 +151,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--held", action="store_true", help="count what a pack holds between its passes, instead")
     args = parser.parse_args()
+    if args.held:
+        from measure import hardware, versions
+
+        facts = {"command": sys.argv, "hardware": hardware(), "versions": versions(), "held": held_between_passes()}
+        path = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}_held_activations_cpu.json"
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+        print(json.dumps(facts["held"], indent=1), path, sep="\n")
+        return
     if args.one is not None:
         with contextlib.redirect_stdout(sys.stderr):
             found = one(SETTINGS[args.one])

@@ -17,13 +17,15 @@ from preference_training.modeling.prefix_sharing.proof import random_tries
 from preference_training.modeling.prefix_sharing.sharing import attend_over_tries
 
 CASES = [
-    ("llama", "plain"), ("gemma3", "plain"), ("llama", "lora"), ("llama", "checkpointing"), ("llama", "autocast"),
-    ("llama", "compile"), ("gemma2", "plain"),
+    ("llama", "plain"), ("gemma3", "plain"), ("llama", "lora"), ("llama", "checkpointing"), ("llama", "selective"),
+    ("llama", "autocast"), ("llama", "compile"), ("llama", "compile, selective"), ("gemma2", "plain"),
 ]  # fmt: skip
 SETTINGS = {
     "plain": [],
     "lora": ["+adapter=lora"],
     "checkpointing": ["activation_checkpointing=true"],
+    "selective": ["activation_checkpointing=selective"],
+    "compile, selective": ["compile=true", "activation_checkpointing=selective"],
     "autocast": ["model.autocast_dtype=bfloat16"],
     "compile": ["compile=true"],
 }
@@ -62,7 +64,7 @@ def count(family: str, kind: str, settings: Settings) -> dict:
     dtype = "float32" if kind == "autocast" or settings.is_cpu else "bfloat16"
     model = make_model(build_config(FAMILIES[family], dtype, *SETTINGS[kind]), settings)
     attend_over_tries(model)
-    if kind == "compile":
+    if "compile" in kind:
         compile_between_attentions(model)
     # What a run does first: the proof, on a short batch that is not padded.
     take(model, by_blocks(random_tries(model.config.vocab_size).to(model.compute_device)), trie_scores)
@@ -80,7 +82,7 @@ def count(family: str, kind: str, settings: Settings) -> dict:
         "slow_steps": {step: each for step, each in enumerate(seconds) if each > 1},
         "last_step_seconds": seconds[-1],
         # Of a compiled model also the graphs of its blocks.
-        "most_graphs": None if kind == "compile" else MOST_GRAPHS,
+        "most_graphs": None if "compile" in kind else MOST_GRAPHS,
     }
 
 

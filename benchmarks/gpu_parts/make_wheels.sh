@@ -7,7 +7,7 @@ set -eu
 folder=$1
 mkdir -p "$folder"
 packages=(hydra-core==1.3.8 omegaconf==2.3.1 datasets==5.2.0 dill==0.4.0 multiprocess beautifulsoup4==4.15.0 soupsieve
-  uniplot==0.23.2 readchar)
+  uniplot==0.23.2 readchar bitsandbytes==0.50.2)
 if [ $# -gt 1 ]; then packages+=(trl==1.16.0); fi
 platforms=(--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform any)
 python=${PYTHON:-python3}

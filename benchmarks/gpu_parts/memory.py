@@ -1,5 +1,6 @@
 """Memory: whether the token budget fits, how much it uses, whether a dry run is right, and what a head of 128k words takes."""
 
+import time
 from itertools import islice
 
 import torch
@@ -19,6 +20,7 @@ from gpu_parts.making import (
     small_of,
 )
 from preference_training.dry_run.memory_estimate import step_memory
+from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.scoring_head import MAX_LOGITS_BYTES
 from preference_training.modeling.prefix_sharing.sharing import attend_over_tries, share_prefixes
@@ -41,6 +43,8 @@ def memory(found: Found, settings: Settings) -> None:
     # The trie of a very long pack takes long to build; what is measured is a token's share.
     for share in settings.choose((0.25, 1.0), (0.002,)):
         found.attempt(f"{share:g} of the budget", fill, model, int(min(limit, 200_000) * share), settings, must=fits)
+    for kind in (False, "selective", True):
+        found.attempt(f"activation checkpointing, {kind}", checkpointed, model, kind, settings)
     del model
     found.attempt("a step, as a dry run estimates it", step_and_estimate, settings, must=agree)
     found.attempt("the budget on trial", budget_on_trial, settings, must=leaves_gaps)
@@ -113,6 +117,17 @@ def budget_on_trial(settings: Settings) -> dict:
 def leaves_gaps(result: dict) -> bool:
     """Whether a step at the budget left at least half of the reserve free."""
     return result.get("of_device", 0) < 0.95
+
+
+def checkpointed(model: nn.Module, kind: bool | str, settings: Settings) -> dict:
+    """What a pack takes, and how long, with a kind of activation checkpointing; once before, to compile."""
+    model.train()
+    if kind:
+        enable_activation_checkpointing(model, kind)
+    tokens = settings.choose(30_000, 600)
+    fill(model, tokens, settings)
+    began = time.perf_counter()
+    return fill(model, tokens, settings) | {"seconds": round(time.perf_counter() - began, 3)}
 
 
 def fits(result: dict) -> bool:

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -29,10 +30,14 @@ OPTIONS = {
     "sharing with LoRA": ((*EXACT, "+adapter=lora"), ("prefix_sharing=off",), 1e-4),
     "sharing in bfloat16": (BFLOAT16, ("prefix_sharing=off",), 2e-2),
     "activation checkpointing": (EXACT, ("activation_checkpointing=true",), 1e-4),
+    "selective checkpointing": (EXACT, ("activation_checkpointing=selective",), 1e-4),
+    "compiled, selective": (EXACT, ("compile=true", "activation_checkpointing=selective"), 1e-4),
     "compiled": (EXACT, ("compile=true",), 1e-4),
     "autocast": ((), ("model.autocast_dtype=bfloat16",), 2e-2),
     "float16 with a loss scaler": (EXACT, ("model.autocast_dtype=float16",), 2e-2),
     "flash attention": (BFLOAT16, ("prefix_attention=varlen",), 2e-2),
+    # Eight bits beside sixteen: that it trains at all, begins at ln 2, and goes the same way.
+    **({"FP8": (BFLOAT16, ("model.fp8=true",), 2e-1)} if find_spec("torchao") else {}),
 }
 FSDP = {
     "float32": EXACT,
@@ -43,9 +48,11 @@ FSDP = {
     "offload": (*BFLOAT16, "trainer.cpu_offload=true"),
     "float16 with a loss scaler": (*EXACT, "trainer.param_dtype=float16"),
     "flash attention": (*BFLOAT16, "prefix_attention=varlen"),
+    "QLoRA": (*EXACT, "+adapter=qlora"),
+    "QLoRA, mixed, offload": (*EXACT, "+adapter=qlora", "trainer.param_dtype=bfloat16", "trainer.cpu_offload=true"),
 }
 # Of those, the ones that must log what one device logs, and how closely.
-LIKE_ONE_DEVICE = {"float32": 1e-4, "bfloat16": 2e-2}
+LIKE_ONE_DEVICE = {"float32": 1e-4, "bfloat16": 2e-2, "QLoRA": 1e-4}
 SEVERAL = {
     "layers over devices": (),
     "FSDP": ("trainer=FSDPTrainer",),
@@ -175,11 +182,15 @@ def compare_runs(found: Found, name: str, known: Path, folder: Path, overrides: 
 def fsdp(found: Found, settings: Settings) -> None:
     """FSDP with one process, over NCCL on a GPU, in every precision."""
     root = settings.work / "fsdp"
-    for name, overrides in settings.choose(FSDP, {"float32": EXACT}).items():
+    cases = settings.choose(FSDP, {"float32": EXACT})
+    if find_spec("bitsandbytes") is None:
+        found.put("left out", "QLoRA: the package bitsandbytes is not installed")
+        cases = {name: overrides for name, overrides in cases.items() if "QLoRA" not in name}
+    for name, overrides in cases.items():
         folder = root / name.replace(", ", "_").replace(" ", "_")
         found.attempt(name, run, folder, "loss=dpo", "n_steps=4", *SHARDED, *overrides)
         if name in LIKE_ONE_DEVICE and not settings.is_cpu:
-            compare_runs(found, f"{name}, one device", folder, root / f"one_{name}", overrides, LIKE_ONE_DEVICE[name])
+            compare_runs(found, f"{name}, one device", folder, root / f"one_{folder.name}", overrides, LIKE_ONE_DEVICE[name])
 
 
 def several_gpus(found: Found, settings: Settings) -> None:

@@ -89,9 +89,9 @@ class BatchIterator:
         self.position = beginning()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position (epoch, examples yielded of it, examples in total), both budgets, and the number of ranks."""
+        """The position (epoch, examples yielded of it, examples in total), both budgets, ranks, and processes per rank."""
         budgets = [length for budget in (self.budget, self.first_budget) for length in (budget.limit, budget.soft_limit)]
-        return {"position": self.position, "budget": budgets, "ranks": self.ranks.size}
+        return {"position": self.position, "budget": budgets, "ranks": self.ranks.size, "context": self.ranks.context.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the position in a `state_dict`, on any number of ranks."""
@@ -124,10 +124,12 @@ class BatchIterator:
         """Whether the last step that was yielded ends its epoch."""
         return self.position["examples_in_epoch"] == self.schedule.epoch_size(self.position["epoch"])
 
-    def halve_packs(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Repack a step, and all later ones, into packs half as large as its largest."""
-        largest = max(len(pack.input_ids) for micro_batch in batch for pack in micro_batch.packs)
-        self.budget = TokenBudget(largest // 2, min(largest // 2, self.budget.soft_limit))
+    def halve_packs(self, batch: Sequence[MicroBatch], largest: int | None = None) -> list[MicroBatch]:
+        """Repack a step, and all later ones, into packs half as large as its largest, or as one of `largest` tokens."""
+        packs = (len(pack.input_ids) for micro_batch in batch for pack in micro_batch.packs)
+        # An example that exceeds the budget alone has its own pack.
+        limit = (max(packs) if largest is None else min(largest, self.budget.limit)) // 2
+        self.budget = TokenBudget(limit, min(limit, self.budget.soft_limit))
         return self._repack(batch)
 
     def _repack(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:

@@ -39,7 +39,7 @@ class MicroBatch:
         """Pack examples within a budget."""
         members = [(prompt, prompt.members(number)) for prompt, number in examples]
         return cls(
-            packs=[_prepared(pack) for pack in build_packs(examples, budget, ranks)],
+            packs=[prepared(pack, ranks) for pack in build_packs(examples, budget, ranks)],
             num_examples=len(examples),
             most_members=max(len(responses) for _, responses in members),
             first_tokens=sum(num_scored(prompt, responses[0]) for prompt, responses in members),
@@ -47,8 +47,11 @@ class MicroBatch:
         )
 
 
-def _prepared(batch: PackedBatch) -> PackedBatch:
-    """The batch as the device of this process takes it."""
+def prepared(batch: PackedBatch, ranks: Ranks) -> PackedBatch:
+    """The batch as the device of this process takes it, and what this process computes of it."""
+    if ranks.context.size > 1:
+        batch.part(ranks.context.rank, ranks.context.size)
+        return batch
     return batch.for_gpu() if torch.cuda.is_available() else batch
 
 
@@ -82,7 +85,7 @@ def split_into_batches(
     """This rank's share of the examples, in batches of at most `batch_size` over all ranks; `places` index all of them."""
     starts = range(0, len(examples), batch_size)
     return [
-        _prepared(replace(pack, places=pack.places + start))
+        prepared(replace(pack, places=pack.places + start), ranks)
         for start in starts
         for pack in build_packs(examples[start : start + batch_size], budget, ranks)
     ]

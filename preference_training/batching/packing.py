@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from preference_training.batching.parts import PackPart, part_of_pack
 from preference_training.batching.staging import StagedTensors
 from preference_training.batching.tries import BLOCK, PrefixCounter, Trie, TrieLayout, build_trie, trees
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
@@ -89,6 +90,12 @@ class PackedBatch:
         return 0 if self.is_filler else len(self.input_ids) - self.num_padding
 
     @property
+    def num_computed(self) -> int:
+        """Packed tokens that this process computes, with padding."""
+        part: PackPart | None = self.__dict__.get("own_part")
+        return len(self.input_ids if part is None else part.input_ids)
+
+    @property
     def num_row_tokens(self) -> int:
         """Tokens of a row for each member of each example, as computing examples one by one would take; 0 for a filler."""
         lengths = [length for _, length in self.trie.ends]
@@ -118,6 +125,21 @@ class PackedBatch:
         # Where the cached property keeps its value.
         batch.__dict__["layout"] = TrieLayout(self.trie, device, layout)
         return batch
+
+    def part(self, number: int, parts: int) -> PackPart:
+        """What process `number` of a context group of `parts` computes, on the batch's device; built once."""
+        if "own_part" not in self.__dict__:
+            on_gpu = torch.cuda.is_available()
+            if self.source is None:
+                part = part_of_pack(self, number, parts, BLOCK if on_gpu else 1)
+            else:
+                part = self.source.part(number, parts)
+                if on_gpu:
+                    device = self.input_ids.device
+                    staged = StagedTensors.of(part.tensors | part.layout.complete().tensors)
+                    part = part.with_layout(staged.to(device), device)
+            self.__dict__["own_part"] = part
+        return self.__dict__["own_part"]
 
     def for_gpu(self) -> "PackedBatch":
         """The batch padded to whole blocks of attention, and staged: prepared ahead of time for its one copy to a GPU."""
@@ -253,6 +275,10 @@ class TokenBudget:
         prefixes a new pack would compute a fifth again, and of short ones little is lost.
         """
         return min(self.limit, self.soft_limit + 4 * shared)
+
+    def over(self, parts: int) -> "TokenBudget":
+        """The budget of packs that so many processes compute together."""
+        return TokenBudget(min(parts * self.limit, sys.maxsize), min(parts * self.soft_limit, sys.maxsize))
 
 
 UNLIMITED = TokenBudget(sys.maxsize, sys.maxsize)

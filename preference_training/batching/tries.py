@@ -239,6 +239,10 @@ class TrieLayout:
             self._elsewhere[device].by_branches = self.by_branches
         return self._elsewhere[device]
 
+    def moved(self, device: torch.device, tensors: dict[str, Tensor]) -> "TrieLayout":
+        """The layout on a device, with its tensors there."""
+        return TrieLayout(self.trie, device, tensors)
+
     def complete(self) -> "TrieLayout":
         """The layout with everything computed that its process's models have asked for so far."""
         _ = self.subtree_ends, self.positions
@@ -277,6 +281,16 @@ class TrieLayout:
             self.tensors["positions"] = self._to_device(self.trie.positions)
         return self.tensors["positions"]
 
+    @property
+    def query_positions(self) -> Tensor:
+        """Position of each query's token in its sequence: int32, of as many as there are queries."""
+        return self.positions
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """The numbers of queries and keys."""
+        return self.trie.num_tokens, self.trie.num_tokens
+
     def may_attend(self, query: Tensor, key: Tensor, window: int | None = None, chunk: int | None = None) -> Tensor:
         """Whether the packed token at `query` attends to that at `key` (integer tensors that broadcast).
 
@@ -311,15 +325,18 @@ class TrieLayout:
     def _block_mask(self, window: int | None, chunk: int | None) -> Any:
         from torch.nn.attention.flex_attention import BlockMask
 
-        length = self.trie.num_tokens
         rule = self.mask_rule(window, chunk)
-        return BlockMask.from_kv_blocks(*self._blocks(window, chunk), BLOCK, rule, seq_lengths=(length, length))
+        return BlockMask.from_kv_blocks(*self._blocks(window, chunk), BLOCK, rule, seq_lengths=self.lengths)
+
+    def visibility(self, window: int | None, chunk: int | None) -> tuple[NDArray[numpy.bool_], NDArray[numpy.bool_]]:
+        """`block_visibility` of the blocks of queries and keys."""
+        return block_visibility(self.trie, window, chunk)
 
     def _blocks(self, window: int | None, chunk: int | None) -> list[Tensor]:
         """Numbers and indices of the partly, and of the wholly visible key blocks of each query block."""
         names = [f"{what} {window} {chunk}" for what in ("partial counts", "partial indices", "full counts", "full indices")]
         if names[0] not in self.tensors:
-            some, full = block_visibility(self.trie, window, chunk)
+            some, full = self.visibility(window, chunk)
             found = [values for blocks in (some & ~full, full) for values in _counts_and_indices(blocks)]
             for name, values in zip(names, found, strict=True):
                 self.tensors[name] = self._to_device(values)

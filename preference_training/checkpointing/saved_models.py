@@ -28,7 +28,7 @@ from preference_training.modeling.archives import archive_shapes, model_from_arc
 from preference_training.modeling.loading import cast_weights, config_differences, saved_head
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.proof import TOLERANCES, ErrorScale, random_tries
-from preference_training.modeling.quantization import quantize
+from preference_training.modeling.quantization import quantize, weight_numels
 from preference_training.modeling.state import free_memory
 from preference_training.modeling.value_head import add_values, auto_class, has_value_head
 
@@ -172,7 +172,7 @@ def _check_checkpoint(expected: Tensor, policy: nn.Module, config, device: torch
     try:
         with torch.random.fork_rng(devices=[]):
             quantized_elsewhere = config.model.quantization and device.type != "cpu"
-            if quantized_elsewhere or not fits_in_memory(sum(weight.numel() for weight in policy.parameters()), dtype):
+            if quantized_elsewhere or not fits_in_memory(sum(weight_numels(policy).values()), dtype):
                 compare_parts(directory, policy, config.model.trust_remote_code)
                 return
             prepare = partial(quantize, model_config=config.model) if config.model.quantization else None

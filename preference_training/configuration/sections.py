@@ -149,6 +149,7 @@ class TrainerConfig(Section):
 
     name: str = key(anything, MAY_CHANGE_ON_RESUME)
     tensor_parallel_size: int | None = optional_key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
+    context_parallel_size: int | None = optional_key(whole(1), MAY_CHANGE_ON_RESUME)
     nproc_per_node: int | None = optional_key(whole(1, null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     world_size: int | None = optional_key(whole(1, null=True), NOT_SHOWN)
     device_memory: float | None = optional_key(positive(null=True), NOT_SHOWN)
@@ -224,6 +225,16 @@ class QualityConfig(Section):
 
 PAIRINGS = ("best_worst", "all", "top_k", "ranking", "unpaired", "best_of_n")
 REFERENCES = ("previous", "first", "moving")
+# The sampler of rounds that is no server.
+LOCAL_SAMPLER = "local"
+SAMPLER_WEIGHTS = ("policy", "fixed")
+
+
+def _sampler_problem(value: Any) -> str | None:
+    is_address = isinstance(value, str) and re.match("https?://[^/]", value)
+    return (
+        None if value == LOCAL_SAMPLER or is_address else f"found {value!r}, expected local, or http://HOST:PORT of a server."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +249,11 @@ class RoundsConfig(Section):
     temperature: float = key(not_negative())
     top_p: float = key(expected("a number above 0 and up to 1", lambda value: is_number(value) and 0 < value <= 1))
     max_new_tokens: int = key(whole(1))
+    sampler: str = key(_sampler_problem, MAY_CHANGE_ON_RESUME)
+    sampler_model: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME)
+    sampler_weights: str = key(one_of(SAMPLER_WEIGHTS))
+    sampler_workers: int = key(whole(1), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    sampler_timeout: float = key(positive(" of seconds"), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     pairs: str | None = key(known_name("way to pair responses", PAIRINGS, null=True))
     margin: float = key(not_negative())
     top_k: int = key(whole(1))

@@ -175,10 +175,15 @@ def _check_adapter(config: RunConfig) -> None:
     model, has_adapter = config.model, config.model.lora.r is not None
     if model.quantization and not has_adapter:
         raise UserError("model.quantization: quantized weights cannot be trained themselves. Add +adapter=lora.")
-    if model.quantization and config.trainer.is_sharded:
+    if model.quantization and config.trainer.splits_layers:
         raise UserError(
-            f"model.quantization: {config.trainer.name} cannot shard quantized weights: PyTorch's fully_shard "
-            "splits a weight into rows, and these have none. Use trainer=BasicTrainer, or leave model.quantization null."
+            "model.quantization: TensorParallelTrainer splits the rows and columns of a layer, and quantized weights share "
+            "scales across both. Use trainer=FSDPTrainer, or leave model.quantization null."
+        )
+    if model.quantization == "int8" and config.trainer.is_sharded:
+        raise UserError(
+            "model.quantization: FSDPTrainer cannot check int8 layers at load: they round activations to eight bits on a GPU, "
+            "and not on the CPU of rank 0, which it compares with. Use nf4, or trainer=BasicTrainer."
         )
     if has_adapter and config.trainer.splits_layers:
         raise UserError(
@@ -226,6 +231,12 @@ def _check_float8(config: RunConfig) -> None:
 
 def _check_sharding(config: RunConfig) -> None:
     trainer = config.trainer
+    size = trainer.context_parallel_size or 1
+    if size > 1 and config.prefix_sharing == "off":
+        raise UserError(
+            f"prefix_sharing: found off, expected auto or on: trainer.context_parallel_size is {size}, and padded rows cannot "
+            "be divided among processes."
+        )
     if trainer.world_size is None:
         return
     if trainer.sharding == "hybrid" and trainer.nproc_per_node is None:
@@ -233,7 +244,7 @@ def _check_sharding(config: RunConfig) -> None:
             "trainer.nproc_per_node: not given. Expected the processes of each machine: with trainer.sharding=hybrid they "
             "share the weights, and trainer.world_size does not say how many they are."
         )
-    divisors = {"tensor_parallel_size": trainer.tensor_parallel_size}
+    divisors = {name: getattr(trainer, name) for name in ("tensor_parallel_size", "context_parallel_size")}
     if trainer.sharding == "hybrid":
         divisors["nproc_per_node"] = trainer.nproc_per_node
     for name, divisor in divisors.items():

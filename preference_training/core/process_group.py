@@ -1,10 +1,11 @@
 """The ranks of a run, and collectives over them.
 
 With one process every collective returns what it was given. Only ranks that train on different data count; those that share a
-split layer are one rank.
+split layer, or the tokens of a pack, are one rank.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +16,48 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
+class Progress:
+    """What this process does now, in words, for other processes to read when they wait for it.
+
+    phase: None where it may take any time. since: when it began, by the monotonic clock.
+    """
+
+    def __init__(self) -> None:
+        self.at(None)
+
+    def at(self, phase: str | None) -> None:
+        """Begin a phase."""
+        self.phase, self.since = phase, time.monotonic()
+
+
+progress = Progress()
+
+
+@dataclass(frozen=True)
+class ContextGroup:
+    """This process among those that compute the same packs, each a part of the tokens. group: None for a single one."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+
+WHOLE_PACKS = ContextGroup()
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among the data-parallel ranks. `group` is their process group, None for a single rank.
 
-    is_rank_zero is true for one process of the whole run, the one that writes and prints.
+    is_rank_zero is true for one process of the whole run, the one that writes and prints. context: the processes that are this
+    rank together.
     """
 
     rank: int = 0
     size: int = 1
     is_rank_zero: bool = True
     group: Any = None
+    context: ContextGroup = WHOLE_PACKS
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' tensors, the same bits on each."""
@@ -42,10 +74,22 @@ class Ranks:
         return _gather_objects(value, self.size, self.group)
 
     def all_reduce_min(self, number: int) -> int:
-        """The smallest number of all processes of the run, also of those that share a split layer."""
+        """The smallest number of all processes of the run, also of those that are one rank: they have to agree."""
         if not is_distributed():
             return number
         return min(_gather_objects(number, torch.distributed.get_world_size()))
+
+    @property
+    def have_members(self) -> bool:
+        """Whether several processes are one rank: they share a split layer, or the tokens of a pack."""
+        return is_distributed() and torch.distributed.get_world_size() != self.size
+
+    def any_process(self, flags: Tensor) -> Tensor:
+        """Numbers above 0 where those of any process of the run are, also of those that are one rank; same on all."""
+        if self.have_members:
+            flags = flags.clone()
+            torch.distributed.all_reduce(flags)
+        return flags
 
     def broadcast(self, value):
         """The value of rank 0, on every process of the run."""

@@ -21,7 +21,7 @@ from glob import escape
 from pathlib import Path
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from preference_training.configuration.schema import RunConfig
@@ -38,6 +38,7 @@ from preference_training.core.signals import (
     StopRequests,
     restore_handlers,
 )
+from preference_training.distributed.heartbeats import explain, start_heartbeats, stop_heartbeats
 from preference_training.tracking.run_files import LATEST
 
 # The prefix of a worker's error where the mistake was the user's.
@@ -58,15 +59,28 @@ def number_of_workers(trainer) -> int:
     return trainer.nproc_per_node or torch.cuda.device_count() or 2
 
 
+def number_of_processes(config) -> int:
+    """The number of processes of a sharded run, over all machines; in a dry run of those that it simulates."""
+    world = config.trainer.world_size if config.dry_run else None
+    return world or (int(os.environ["WORLD_SIZE"]) if in_worker() else number_of_workers(config.trainer))
+
+
+def check_context_size(size: int, processes: int) -> None:
+    """Raise UserError where processes cannot be divided into context groups of a size."""
+    if processes % size:
+        raise UserError(
+            f"trainer.context_parallel_size: found {size}, expected a divisor of the number of processes, {processes}."
+        )
+
+
 def number_of_data_ranks(config) -> int:
     """The number of data-parallel ranks."""
     trainer = config.trainer
     if not trainer.is_sharded:
         return 1
-    world = trainer.world_size if config.dry_run else None
-    world = world or (int(os.environ["WORLD_SIZE"]) if in_worker() else number_of_workers(trainer))
+    world = number_of_processes(config)
     # Null splits layers over all of them.
-    together = (trainer.tensor_parallel_size or world) if trainer.splits_layers else 1
+    together = (trainer.tensor_parallel_size or world) if trainer.splits_layers else trainer.context_parallel_size or 1
     return max(1, world // together)
 
 
@@ -85,6 +99,8 @@ def run_or_launch(run: Callable, config: RunConfig, run_dir: Path, in_sweep: boo
 
     `run` is pickled by its name.
     """
+    if config.trainer.is_sharded:
+        check_context_size(config.trainer.context_parallel_size or 1, number_of_processes(config))
     config = settle_batch_size(config)
     if config.dry_run or not needs_processes(config):
         return run(config, run_dir, in_sweep)
@@ -116,7 +132,12 @@ def _run_silenced(run: Callable, *arguments):
     """`run` in a worker, of which only rank 0 prints."""
     label_output()
     silence_others()
-    return run(*arguments)
+    try:
+        return run(*arguments)
+    except RuntimeError as error:
+        # Of a collective that has timed out, which names no rank.
+        explain(error)
+        raise
 
 
 def launch(function: Callable, arguments: tuple, workers: int, port: int | None):
@@ -156,13 +177,21 @@ def launch(function: Callable, arguments: tuple, workers: int, port: int | None)
             sys.exit(ENDED_AT_ONCE)
         if failure.exitcode == STOPPED or forwarded:
             raise StoppedError("all processes of the run have ended") from None
-        report = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
-        message = report.get("message", "")
-        if message.startswith(MISTAKE):
-            raise UserError(message.removeprefix(MISTAKE)) from None
+        for mistake in (_report(each)["message"] for each in error.failures.values()):
+            # A rank that has lost its connection to the one with the mistake may have died in the same second.
+            if mistake.startswith(MISTAKE):
+                raise UserError(mistake.removeprefix(MISTAKE)) from None
+        report = _report(failure)
+        message = report["message"]
         name = failure.signal_name() if failure.exitcode < 0 else f"exit status {failure.exitcode}"
         trace = report.get("extraInfo", {}).get("py_callstack") or message
         raise WorkerDiedError(f"rank {rank} of {workers} died ({name}); the others were ended. It said:\n{trace}") from None
+
+
+def _report(failure: ProcessFailure) -> dict:
+    """What a worker has written of its error; of one that was killed only that."""
+    report = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
+    return {"message": ""} | report
 
 
 @contextmanager
@@ -239,11 +268,13 @@ def start_group(timeout_minutes: float, offloads: bool = False) -> torch.device:
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+    start_heartbeats(store, rank, size, timeout.total_seconds())
     return device
 
 
 def end_group() -> None:
     """Leave the process group."""
+    stop_heartbeats()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -7,6 +7,7 @@ optimizer state, clips gradients, and says which ranks share the data.
 import copy
 import time
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from preference_training.distributed.layer_splitting import (
     split_optimizer_state,
     splits_in_one_process,
 )
+from preference_training.distributed.out_of_memory import Lockstep, ShardedLockstep
 from preference_training.distributed.sharding import (
     Layout,
     clip_by_global_norm,
@@ -95,7 +97,7 @@ class Placement:
         other = self.with_config(self.config.changed({f"model.{key}": value for key, value in values.items()}))
         return LiveReference(other.load_policy().eval().requires_grad_(False))
 
-    def with_config(self, config) -> "Placement":
+    def with_config(self, config) -> Self:
         """The same devices for the model of another configuration, which keeps no model under an adapter."""
         other = copy.copy(self)
         other.config, other.base_dir = config, None
@@ -110,6 +112,10 @@ class Placement:
         return False
 
     # ---- a step ---------------------------------------------------------------------------------------------------------
+
+    def lockstep(self) -> Lockstep:
+        """What keeps this process in step with others when it runs out of memory."""
+        return Lockstep()
 
     def before_backward(self, policy: nn.Module, is_last: bool) -> None:
         """Prepare for a pack's backward pass; `is_last` for the last one of a step."""
@@ -235,11 +241,12 @@ class Sharded(Placement):
 
     def __init__(self, config, tokenizer, device: torch.device, mesh: DeviceMesh):
         self.config, self.tokenizer, self.device = config, tokenizer, device
-        self.ranks, self.layout = data_ranks(mesh), Layout.of(config, mesh)
+        self.ranks = data_ranks(mesh, config.trainer.context_parallel_size or 1)
+        self.layout = Layout.of(config, mesh, self.ranks.context)
         # Where gradients stay whole until the step, they are reduced once, after the last pack.
         self.reduces_once = config.trainer.sharding in ("optimizer", "none")
 
-    def with_config(self, config) -> "Sharded":
+    def with_config(self, config) -> Self:
         """The same processes for the model of another configuration."""
         other = copy.copy(self)
         other.config, other.base_dir, other.layout = config, None, Layout.of(config, self.layout.mesh)
@@ -282,6 +289,11 @@ class Sharded(Placement):
             print("sample_during_eval: off, since the weights are sharded; sample_during_eval=true turns it on", flush=True)
             return False
         return super().samples(requested)
+
+    def lockstep(self) -> Lockstep:
+        """What keeps this process in step with others when it runs out of memory; not within a layer that is split."""
+        # Inside a layer, processes that split it or its tokens wait for each other too.
+        return Lockstep() if self.ranks.have_members else ShardedLockstep(self.ranks)
 
     def before_backward(self, policy: nn.Module, is_last: bool) -> None:
         """Tell FSDP when to reduce gradients."""

@@ -3,7 +3,7 @@
     a model on rank 0's CPU  ->  an empty model of the same shape, sharded over the mesh  ->  the weights, broadcast once
 
 The mesh has three dimensions: `replicate` (copies), `shard` (parts of every weight), `tensor` (parts of every layer). Ranks
-that differ in the first two train on different data.
+that differ in the first two train on different data, or, with context parallelism, on different tokens of the same packs.
 """
 
 import time
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +23,26 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from preference_training.batching.packing import PackedBatch
+from preference_training.batching.tries import BLOCK
 from preference_training.core.errors import UserError
 from preference_training.core.machine import tune_malloc
-from preference_training.core.process_group import Ranks, full_tensor, local_world_size, reshard, to_local
+from preference_training.core.process_group import (
+    WHOLE_PACKS,
+    ContextGroup,
+    Ranks,
+    full_tensor,
+    local_world_size,
+    reshard,
+    to_local,
+)
+from preference_training.distributed.launching import check_context_size
+from preference_training.distributed.out_of_memory import recorded_passes
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained, load_model
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.attention_choice import ask_for
+from preference_training.modeling.prefix_sharing.longest_row import frequency_limits
 from preference_training.modeling.prefix_sharing.proof import (
     TOLERANCES,
     ErrorScale,
@@ -40,6 +53,7 @@ from preference_training.modeling.prefix_sharing.proof import (
 )
 from preference_training.modeling.prefix_sharing.sharing import attend_over_tries, scores_in_head, share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
+from preference_training.modeling.quantization import PackedLinear, packed_state
 from preference_training.modeling.state import compute_device, free_memory, print_loaded, set_buffers, weights_hash
 
 # ---- the mesh -----------------------------------------------------------------------------------------------------------
@@ -53,9 +67,14 @@ def make_mesh(device_type: str, world_size: int, local_size: int, sharding: str,
     return init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "shard", "tensor"))
 
 
-def data_ranks(mesh: DeviceMesh) -> Ranks:
-    """This process among the data-parallel ranks."""
+def data_ranks(mesh: DeviceMesh, context_size: int = 1) -> Ranks:
+    """This process among the data-parallel ranks, each of which is `context_size` neighbors that share their packs.
+
+    Raises UserError where that does not divide the processes.
+    """
     data = mesh["replicate", "shard"]
+    if context_size > 1:
+        return _ranks_of_groups(mesh.device_type, data.size(), context_size, mesh["tensor"].size())
     flat = data._flatten("data") if data.size() > 1 else None
     is_rank_zero = torch.distributed.get_rank() == 0
     if flat is None:
@@ -63,20 +82,35 @@ def data_ranks(mesh: DeviceMesh) -> Ranks:
     return Ranks(flat.get_local_rank(), flat.size(), is_rank_zero, flat.get_group())
 
 
+def _ranks_of_groups(device_type: str, processes: int, context_size: int, tensor_size: int) -> Ranks:
+    """The same, from a mesh of their own: weights are sharded over all processes, whatever they compute."""
+    check_context_size(context_size, processes)
+    names = ("data", "context", "tensor")
+    mesh = init_device_mesh(device_type, (processes // context_size, context_size, tensor_size), mesh_dim_names=names)
+    context = ContextGroup(mesh["context"].get_local_rank(), context_size, mesh["context"].get_group())
+    data, is_rank_zero = mesh["data"], torch.distributed.get_rank() == 0
+    group = data.get_group() if data.size() > 1 else None
+    return Ranks(data.get_local_rank(), data.size(), is_rank_zero, group, context)
+
+
 # ---- sharding a model over it---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a configuration's weights are laid over a mesh, and in which dtypes they are computed with and reduced."""
+    """How a configuration's weights are laid over a mesh, and in which dtypes they are computed with and reduced.
+
+    context: the processes that compute a pack together.
+    """
 
     config: Any
     mesh: DeviceMesh
     precision: MixedPrecisionPolicy
     offload: OffloadPolicy
+    context: ContextGroup = WHOLE_PACKS
 
     @classmethod
-    def of(cls, config, mesh: DeviceMesh) -> "Layout":
+    def of(cls, config, mesh: DeviceMesh, context: ContextGroup = WHOLE_PACKS) -> "Layout":
         """What a configuration asks for."""
         trainer = config.trainer
         dtypes = {
@@ -88,7 +122,7 @@ class Layout:
         # Page-locked memory is for transfers to a GPU, and cannot be had without one.
         pinned = torch.cuda.is_available()
         offload = CPUOffloadPolicy(pin_memory=pinned) if trainer.cpu_offload else OffloadPolicy()
-        return cls(config, mesh, precision, offload)
+        return cls(config, mesh, precision, offload, context)
 
     @property
     def reshards_after_forward(self) -> bool:
@@ -110,10 +144,29 @@ class Layout:
             "mp_policy": self.precision,
             "offload_policy": self.offload,
         }
+        self._set_quantized_dtype(model)
         for block in without_shared(find_blocks(model, self.config.model.block_name)):
-            fully_shard(block, **options)
+            gather_as_bytes(fully_shard(block, **options))
         # What is left, embeddings, head and what several blocks share, is one group: tied weights stay together.
-        fully_shard(model, **options)
+        gather_as_bytes(fully_shard(model, **options))
+
+    def _set_quantized_dtype(self, model: nn.Module) -> None:
+        """Have quantized layers compute in the dtype of the others, unless theirs is configured."""
+        if self.precision.param_dtype and not self.config.model.quantized_compute_dtype:
+            for layer in model.modules():
+                if isinstance(layer, PackedLinear):
+                    layer.compute_dtype = self.precision.param_dtype
+
+
+def gather_as_bytes(module: FSDPModule) -> None:
+    """Have a sharded module gather weights of bytes as they are; before torch 2.13 they would be cast to `param_dtype` too."""
+    if torch.__version__ >= (2, 13):
+        return
+    group = module._get_fsdp_state()._fsdp_param_group
+    for weight in group.fsdp_params if group is not None else ():
+        if not weight.sharded_param.is_floating_point():
+            uncast = partial(type(weight).init_dtype_attrs, weight, MixedPrecisionPolicy())
+            weight.init_dtype_attrs = lambda _, uncast=uncast: uncast()
 
 
 def find_blocks(model: nn.Module, block_name: str | None) -> list[nn.Module]:
@@ -203,12 +256,13 @@ def load_sharded(
         proved = Sharing(scores_in_head(source))
     sharing = ranks.broadcast(proved)
     model = empty_model(layout, tokenizer, config.model.policy_dtype, sharing, device)
+    check_cuttable(model, layout.context)
     # Offloaded weights are brought to the device for each forward.
     model.compute_device = device
     if source is not None and has_adapter(source):
         # With the place of the model under it.
         model.peft_config = source.peft_config
-    state = source.state_dict() if ranks.is_rank_zero else {}
+    state = packed_state(source) if source is not None else {}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     broadcast_buffers(source, model, device, ranks)
     _check(model, source, layout, ranks)
@@ -246,6 +300,7 @@ def reference_beside(policy: nn.Module, layout: Layout, tokenizer, device: torch
         for mine, theirs in zip(copy.parameters(), policy.parameters(), strict=True):
             to_local(mine).copy_(to_local(theirs))
     set_buffers(copy, {name: buffer.clone() for name, buffer in policy.named_buffers()})
+    copy.recorded_passes = getattr(policy, "recorded_passes", None)
     return copy.eval().requires_grad_(False)
 
 
@@ -267,6 +322,7 @@ def empty_model(layout: Layout, tokenizer, dtype: str, sharing: Sharing | None, 
         # A head that is split over processes gives logits, which its plan gathers.
         attend_over_tries(model, scoring_head=sharing.scores_in_head and layout.mesh["tensor"].size() == 1)
     layout.apply(model)
+    model.context = layout.context
     return model.to_empty(device="cpu" if isinstance(layout.offload, CPUOffloadPolicy) else device)
 
 
@@ -299,6 +355,26 @@ def _fits_whole(model: nn.Module, ranks: Ranks) -> bool:
     return bool(ranks.all_reduce_min(int(2 * weights <= free)))
 
 
+def check_cuttable(model: nn.Module, context: ContextGroup) -> None:
+    """Raise UserError where the tokens of a model's packs cannot be divided among a context group."""
+    if context.size == 1:
+        return
+    # FSDP renames the class.
+    name = type(model).__name__.removeprefix("FSDP")
+    begin = f"trainer.context_parallel_size: found {context.size}, but {name}"
+    remedy = "Set it to 1, or use another model."
+    if model.config._attn_implementation != TREE_ATTENTION:
+        raise UserError(
+            f"{begin} does not share prefixes, for the reason above, and only what is proved to mix tokens in attention alone "
+            f"can be cut between them. {remedy}"
+        )
+    if limits := frequency_limits(model):
+        raise UserError(
+            f"{begin} has rotary embeddings ({', '.join(limits)}) that depend on the longest row of a forward, which no "
+            f"process sees whole. {remedy}"
+        )
+
+
 # ---- does it compute the same? --------------------------------------------------------------------------------------------
 
 
@@ -308,15 +384,16 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
 
     The source computes on a CPU; the other may not take shorter products for what splitting does.
     """
-    batch: PackedBatch = random_tries(model.config.get_text_config().vocab_size)
+    batch: PackedBatch = random_tries(model.config.get_text_config().vocab_size, _checked_prompt(model, layout))
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     names = [names[0], names[-1]]
     expected = None
     if source is not None:
         weights = dict(source.named_parameters())
         expected = logps_and_gradients(response_scores, source, batch, [weights[name] for name in names])
-    logps = response_scores(model, batch.to(compute_device(model)))
-    logps.sum().backward()
+    with recorded_passes(model):
+        logps = response_scores(model, batch.to(compute_device(model)))
+        logps.sum().backward()
     weights = dict(model.named_parameters())
     found = [full_tensor(weights[name].grad).float().cpu() for name in names]
     model.zero_grad(set_to_none=True)
@@ -330,6 +407,14 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
         raise UserError(
             f"trainer: {type(model).__name__} does not compute the same when it is split: {problem}. Use another trainer."
         )
+
+
+def _checked_prompt(model: nn.Module, layout: Layout) -> int:
+    """The length of one more prompt of the check: on a GPU a pack is cut between blocks, and shorter ones are not cut."""
+    if layout.context.size == 1 or compute_device(model).type != "cuda":
+        return 0
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 3 * BLOCK
+    return min(3 * BLOCK, most - 32)
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------------

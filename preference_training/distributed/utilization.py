@@ -6,15 +6,15 @@ than they are.
 """
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.gpu_peaks import peak_tflops
 from preference_training.core.process_group import is_distributed
 from preference_training.modeling.logprobs import CachedReference
+from preference_training.modeling.quantization import weight_numels
 
 # Of a layer of experts in the names of transformers, and what its configurations call their number.
 EXPERTS = ".experts."
@@ -79,8 +79,9 @@ def _multiplied(model: nn.Module, trained: bool = False) -> float:
     # An embedding that is also the head is multiplied by there.
     looked_up.discard(id(getattr(head, "weight", None)))
     share = _share_of_experts(model)
+    numels = weight_numels(model)
     return sum(
-        _numel(weight) * (share if EXPERTS in name else 1.0)
+        numels[name] * (share if EXPERTS in name else 1.0)
         for name, weight in model.named_parameters()
         if id(weight) not in looked_up and (weight.requires_grad or not trained)
     )
@@ -92,9 +93,3 @@ def _share_of_experts(model: nn.Module) -> float:
     number = next((getattr(config, name) for name in NUM_EXPERTS if getattr(config, name, None)), None)
     chosen = getattr(config, "num_experts_per_tok", None)
     return chosen / number if number and chosen else 1.0
-
-
-def _numel(weight: Tensor) -> int:
-    """How many numbers a weight stands for: bitsandbytes packs two into a byte."""
-    state = getattr(weight, "quant_state", None)
-    return prod(state.shape) if state is not None else weight.numel()

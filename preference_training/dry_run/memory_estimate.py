@@ -23,7 +23,7 @@ from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.process_group import reshard, to_local
 from preference_training.distributed.placement import Placement, Sharded
-from preference_training.distributed.sharding import Sharing, empty_model
+from preference_training.distributed.sharding import Sharing, check_cuttable, empty_model
 from preference_training.losses.base import Examples, Loss, LossOutput, SharedStatistics
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import enable_activation_checkpointing
@@ -189,6 +189,7 @@ def _model(placement: Placement, dtype: str) -> nn.Module:
         # A device mesh reads its coordinates from real tensors.
         with unset_fake_temporarily():
             model = empty_model(placement.layout, tokenizer, dtype, sharing, torch.device("meta"))
+        check_cuttable(model, placement.ranks.context)
         return model.to_empty(device="cpu")
     # peft does not support fake tensors.
     with unset_fake_temporarily(), torch.device("meta"):
@@ -228,7 +229,12 @@ def _without_numbers(loss: Loss) -> Loss:
 
 def faked(batch: Sequence[MicroBatch]) -> list[MicroBatch]:
     """A step's micro-batches with cloned tensors, which are fake inside `fake_tensors`."""
-    return [replace(part, packs=[pack.with_tensors(lambda tensor: tensor.clone()) for pack in part.packs]) for part in batch]
+    return [replace(part, packs=[_faked(pack) for pack in part.packs]) for part in batch]
+
+
+def _faked(pack: PackedBatch) -> PackedBatch:
+    # Its numbers are read where a context group divides its tokens.
+    return replace(pack.with_tensors(lambda tensor: tensor.clone()), source=pack.on_host)
 
 
 def take_unchecked(step: TrainingStep, batch: Sequence[MicroBatch]) -> None:

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from preference_training.batching.iterator import BatchIterator
-from preference_training.batching.micro_batches import MicroBatch
+from preference_training.batching.micro_batches import MicroBatch, prepared
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, build_packs, iterate_examples
 from preference_training.batching.schedule import Schedule
 from preference_training.configuration.keys import listed
@@ -320,7 +320,7 @@ class FirstSteps:
 def first_steps(batches: BatchIterator, budget: TokenBudget) -> FirstSteps:
     """Inspect the first STEPS_INSPECTED steps, and for the largest packs also the longest prompt of all."""
     longest = Selection(batches.schedule.prompts, numpy.array([int(batches.schedule.prompts.num_tokens.argmax())]))
-    packs = build_packs(list(iterate_examples(longest)), budget)
+    packs = [prepared(pack, batches.ranks) for pack in build_packs(list(iterate_examples(longest)), budget)]
     several, most, largest, row_tokens, tokens, begun = False, 0, [], 0, [], []
     for step in islice(batches, STEPS_INSPECTED):
         found = [pack for micro_batch in step for pack in micro_batch.packs]
@@ -364,7 +364,7 @@ def describe_rank(first: FirstSteps, processes: int, ranks: Ranks, budget: Token
     examples = sum(pack.num_examples for pack in packs if not pack.is_filler)
     tokens = sum(len(pack.input_ids) for pack in packs)
     lines = [
-        f"  {processes:,} processes, {ranks.size:,} of them with different data",
+        f"  {processes:,} processes, {ranks.size:,} of them with different data{_together(ranks)}",
         f"  rank 0 in the largest of the first {STEPS_INSPECTED} steps: {tokens:,} tokens in {len(packs):,} packs; examples: "
         f"{examples:,}",
         *([f"  {first.ranks.line()}"] if first.ranks else []),
@@ -373,6 +373,11 @@ def describe_rank(first: FirstSteps, processes: int, ranks: Ranks, budget: Token
         "  assumes that a micro-batch is computed in one pack; set trainer.device_memory or max_tokens_per_microbatch otherwise"
     )
     return [*lines, assumed] if budget == UNLIMITED else lines
+
+
+def _together(ranks: Ranks) -> str:
+    """Which processes compute a pack together, if any do."""
+    return f"; each pack is computed by {ranks.context.size} processes together" if ranks.context.size > 1 else ""
 
 
 def used_memory(device: torch.device) -> int:
@@ -387,7 +392,7 @@ def describe_memory(kinds: dict[str, int], packs: Sequence[PackedBatch], used: i
     total = sum(kinds.values())
     unit, name = (GIB, "GB") if total >= GIB / 10 else (GIB / 1024, "MB")
     lines = [f"  {names.get(kind, kind):20}{size / unit:8.3f} {name}" for kind, size in kinds.items()]
-    tokens = max(len(pack.input_ids) for pack in packs)
+    tokens = max(pack.num_computed for pack in packs)
     return [
         f"  peak on {device}, with {tokens:,} tokens computed at once:",
         *lines,

@@ -63,6 +63,10 @@ def fake_placement(placement_class: type[Sharded], config, tokenizer) -> Sharded
 
 def rank_budget(placement: Sharded) -> TokenBudget:
     """The token budget of each rank, by the run's own rule; UNLIMITED where the memory of the devices is not known."""
+    return _device_budget(placement).over(placement.ranks.context.size)
+
+
+def _device_budget(placement: Sharded) -> TokenBudget:
     config = placement.config
     trainer, limit = config.trainer, config.max_tokens_per_microbatch
     if limit is not None:

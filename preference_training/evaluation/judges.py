@@ -25,11 +25,9 @@ from preference_training.core.errors import UserError, nearest
 from preference_training.core.files import hash_file, run_file
 from preference_training.core.values import hash_values
 from preference_training.data.toy_preferences import response_kind
-from preference_training.generation.servers import ChatServer, OllamaServer, OpenAIServer, Reply, ServerError
+from preference_training.generation.servers import ChatServer, OllamaServer, OpenAIServer, Reply, ServerError, retrying
 
 VERDICTS = ("first", "second", "tie")
-# The longest pause before a retry, whatever a server asks for. Unit: seconds.
-MAX_PAUSE = 120.0
 
 
 class NoVerdictError(Exception):
@@ -206,24 +204,11 @@ class ChatJudge(Judge):
         return self._retrying()(self.ask, self.request(prompt, first, second), question_code(prompt, first, second))
 
     def _retrying(self):
-        import tenacity
+        return retrying(self.attempts, self.first_pause, self.stopped, self._count_retry)
 
-        backoff = tenacity.wait_exponential_jitter(self.first_pause, MAX_PAUSE, jitter=self.first_pause)
-        requested = tenacity.wait_exception(lambda error: min(error.pause or 0.0, MAX_PAUSE))
-        return tenacity.Retrying(
-            retry=tenacity.retry_if_exception(
-                lambda error: isinstance(error, NoVerdictError | ServerError) and error.is_retryable
-            ),
-            wait=lambda state: max(backoff(state), requested(state)),
-            stop=tenacity.stop_after_attempt(self.attempts) | tenacity.stop_when_event_set(self.stopped),
-            sleep=tenacity.sleep_using_event(self.stopped),
-            before_sleep=self._count_retry,
-            reraise=True,
-        )
-
-    def _count_retry(self, state) -> None:
+    def _count_retry(self, error: NoVerdictError | ServerError) -> None:
         with self.counting:
-            self.retries[state.outcome.exception().reason] += 1
+            self.retries[error.reason] += 1
 
     def ask(self, body: dict, code: str) -> str:
         """Ask once. Raises NoVerdictError, and UserError where no retry can succeed."""

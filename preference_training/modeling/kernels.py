@@ -67,7 +67,7 @@ VISIBLE_REGIONS = {"wrap_inductor_compiled_regions": True}
 def compile_between_attentions(model: nn.Module, backend: str = "inductor") -> None:
     """Compile the children of each block except its attention, whose shapes differ from batch to batch; norms beside it too."""
     options = {"options": VISIBLE_REGIONS} if backend == "inductor" else {}
-    # Modules of all classes count together, in training and evaluation, with gradients and without: beyond the usual limit of 8,
+    # Modules of all classes count together, in training and evaluation, with gradients and without: beyond the usual 8
     # torch would compute without compiled code, and policy and reference would differ in their last bits.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     blocks = [item for module in model.modules() if isinstance(module, nn.ModuleList) for item in module]

@@ -20,10 +20,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
 from preference_training.batching.packing import PackedBatch
+from preference_training.batching.parts import PackPart, SlicedLayout
 from preference_training.batching.staging import StagedTensors
-from preference_training.core.process_group import reshard, to_local
+from preference_training.core.process_group import WHOLE_PACKS, reshard, to_local
 from preference_training.losses.base import Loss, TokenLogps
 from preference_training.modeling.adapters import has_adapter, reference_mode
+from preference_training.modeling.prefix_sharing.context import assemble
 from preference_training.modeling.prefix_sharing.longest_row import forget_longest_row, frequency_groups, frequency_limits
 from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead, score_tokens
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
@@ -71,6 +73,15 @@ def reference_logps(reference, batch: PackedBatch, loss: Loss | None) -> tuple[T
     if reference is None:
         return None, None
     return reference.with_tokens(batch) if loss is not None and loss.reads_tokens else (reference(batch), None)
+
+
+def zero_scores(batch: PackedBatch, loss: Loss | None, zero: Tensor) -> tuple[Tensor, TokenLogps | None]:
+    """The like of what `policy_scores` gives: zeros that depend on a scalar zero."""
+    scores = zero + zero.new_zeros(len(batch.response_lengths))
+    if loss is None or not (loss.reads_tokens or loss.reads_collision):
+        return scores, None
+    values = _to_float64(zero + zero.new_zeros(len(batch.scored)))
+    return scores, TokenLogps(values, batch.scored_responses, values if loss.reads_collision else None)
 
 
 def trie_scores(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -153,25 +164,41 @@ def _to_float64(values: Tensor) -> Tensor:
 
 def _score_trie(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
     """`scored_tokens` in one forward of the packed tokens; the head computes the scored positions only."""
-    head = model.get_output_embeddings()
+    head, computed = model.get_output_embeddings(), _own_tokens(model, batch)
     scores_in_head = isinstance(head, ScoringHead)
     if scores_in_head:
-        head.scored_ids, head.collision = batch.scored_ids, collision
+        head.scored_ids, head.collision = computed.scored_ids, collision
     try:
         # [S, V] logits, or [S, K] of a ScoringHead.
-        output = model(**_packed_inputs(batch), logits_to_keep=_head_index(model, batch.predicted_at)).logits[0]
+        output = model(**_packed_inputs(computed), logits_to_keep=_head_index(model, computed.predicted_at)).logits[0]
     finally:
         if scores_in_head:
             head.scored_ids = None
-    return _to_float64(output if scores_in_head else score_tokens(output, batch.scored_ids, collision))[batch.scored]
+    values = _to_float64(output if scores_in_head else score_tokens(output, computed.scored_ids, collision))
+    if isinstance(computed, PackPart):
+        values = assemble(values, computed.scored_places, model.context)
+    return values[batch.scored]
 
 
 def _value_trie(model: nn.Module, batch: PackedBatch) -> Tensor:
     """The values of responses in one forward of the packed tokens: [R] float32."""
-    return model(**_packed_inputs(batch), values_at=batch.last_tokens)
+    computed = _own_tokens(model, batch)
+    values = model(**_packed_inputs(computed), values_at=computed.last_tokens)
+    return assemble(values, computed.last_places, model.context) if isinstance(computed, PackPart) else values
 
 
-def _packed_inputs(batch: PackedBatch) -> dict[str, Any]:
+def _own_tokens(model: nn.Module, batch: PackedBatch) -> PackedBatch | PackPart:
+    """What this process computes of a batch: all of it, or its part where a context group computes it together."""
+    context = getattr(model, "context", WHOLE_PACKS)
+    if context.size == 1:
+        return batch
+    part = batch.part(context.rank, context.size)
+    if isinstance(part.layout, SlicedLayout):
+        part.layout.context = context
+    return part
+
+
+def _packed_inputs(batch: PackedBatch | PackPart) -> dict[str, Any]:
     """The arguments of a forward of the packed tokens."""
     # Four dimensions, so that transformers builds no mask of its own: tree attention reads the layout instead.
     mask = batch.input_ids.new_zeros((1, 1, 1, 1))

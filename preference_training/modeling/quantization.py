@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from preference_training.configuration.sections import ModelConfig
 from preference_training.core.errors import UserError
@@ -32,7 +33,7 @@ def quantize(model: nn.Module, model_config: ModelConfig) -> None:
     head = output_head(model)
     make = _nf4_linear if model_config.quantization == "nf4" else _int8_linear
     if head.weight.is_meta:
-        make = _meta_linear
+        make = lambda _, layer, options: PackedLinear(layer, options)  # noqa: E731
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear) and layer is not head:
@@ -110,23 +111,115 @@ class _DequantizedMatmul(torch.autograd.Function):
         return gradient @ gradient.new_empty(ctx.shape), None, None
 
 
-class MetaQuantizedLinear(nn.Linear):
-    """Stands for a quantized linear layer on the meta device, which bitsandbytes does not support; only sizes are right."""
+def weight_numels(model: nn.Module) -> dict[str, int]:
+    """How many numbers each of a model's weights stands for, by name; quantized ones are packed into fewer, or more, bytes."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point()]
+    packed = {id(layer.weight): layer.in_features * layer.out_features for layer in layers}
+    return {name: packed.get(id(weight), weight.numel()) for name, weight in model.named_parameters()}
 
-    def __init__(self, layer: nn.Linear, bits: float):
+
+# ---- packed into bytes ------------------------------------------------------------------------------------------------------
+
+# Kernels read vectors of 16 bytes.
+ALIGNMENT = 16
+# Of bitsandbytes: weights of nf4 that share a scale, and scales that share one of their own.
+NF4_BLOCK, SCALE_BLOCK = 64, 256
+
+
+class PackedLinear(nn.Linear):
+    """A quantized linear layer whose weight is one vector of bytes (uint8): the quantized weights, then their scales.
+
+    Such a vector can be cut anywhere, so FSDP shards and gathers it as any other weight. From the gathered bytes of nf4 a
+    forward computes with bitsandbytes what the layer computes that they were packed from. On the meta device, and with fake
+    tensors, only sizes are right.
+    """
+
+    def __init__(self, layer: nn.Linear, model_config: ModelConfig):
+        """An empty layer on the meta device for a linear `layer` of any kind."""
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        size = math.ceil(layer.weight.numel() * bits / 8)
-        self.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
+        self.sections = _sections(layer.out_features, layer.in_features, model_config)
+        # That of the weights before they were quantized, and that of the products.
+        self.weight_dtype = getattr(torch, model_config.policy_dtype)
+        self.compute_dtype = getattr(torch, model_config.quantized_compute_dtype or model_config.policy_dtype)
+        packed = torch.empty(_packed_size(self.sections), dtype=torch.uint8, device="meta")
+        self.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] to [..., out], with undefined values."""
-        return _DequantizedMatmul.apply(x, self.weight, self.out_features)
+        """x [..., in] to [..., out], in the dtype of x."""
+        if x.is_meta or isinstance(x, FakeTensor):
+            return _DequantizedMatmul.apply(x, self.weight, self.out_features)
+        import bitsandbytes
+
+        parts = _parts(self.weight, self.sections)
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        state = self._nf4_state(parts, bitsandbytes.functional.QuantState)
+        return bitsandbytes.matmul_4bit(x.to(self.compute_dtype), parts["weight"], quant_state=state, bias=bias).to(x.dtype)
+
+    def _nf4_state(self, parts: dict[str, Tensor], state_of):
+        """bitsandbytes' QuantState, the class `state_of`, of the gathered parts."""
+        nested = None
+        if "nested_absmax" in parts:
+            nested = state_of(parts["nested_absmax"], code=parts["nested_code"], blocksize=SCALE_BLOCK, dtype=torch.float32)
+        options = {"blocksize": NF4_BLOCK, "quant_type": "nf4", "dtype": self.weight_dtype}
+        shape = torch.Size((self.out_features, self.in_features))
+        return state_of(parts["absmax"], shape, parts["code"], offset=parts.get("offset"), state2=nested, **options)
 
 
-def _meta_linear(layers, layer: nn.Linear, model_config: ModelConfig) -> nn.Module:
-    # Bits that scales add to a weight: nf4 has one scale for 64 weights, in float32 or eight bits; int8 has only one a row.
-    scales = 0 if model_config.quantization == "int8" else 8 / 64 if model_config.double_quantization else 32 / 64
-    return MetaQuantizedLinear(layer, (8 if model_config.quantization == "int8" else 4) + scales)
+def _sections(out: int, width: int, model_config: ModelConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The tensors of a quantized weight [out, width] in the order in which they are packed: their dtypes and shapes."""
+    numel, byte, single = out * width, torch.uint8, torch.float32
+    if model_config.quantization == "int8":
+        return {"weight": (torch.int8, (out, width)), "scales": (single, (out,))}
+    blocks = math.ceil(numel / NF4_BLOCK)
+    packed = {"weight": (byte, (math.ceil(numel / 2), 1)), "code": (single, (16,))}
+    if not model_config.double_quantization:
+        return packed | {"absmax": (single, (blocks,))}
+    scales = {"absmax": (byte, (blocks,)), "nested_absmax": (single, (math.ceil(blocks / SCALE_BLOCK),))}
+    return packed | scales | {"nested_code": (single, (256,)), "offset": (single, ())}
+
+
+def _padded_size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return math.ceil(math.prod(shape) * dtype.itemsize / ALIGNMENT) * ALIGNMENT
+
+
+def _packed_size(sections: dict) -> int:
+    """The bytes of a packed weight."""
+    return sum(_padded_size(*section) for section in sections.values())
+
+
+def _parts(packed: Tensor, sections: dict) -> dict[str, Tensor]:
+    """Views of the tensors in a packed weight, uint8 [bytes]."""
+    parts, start = {}, 0
+    for name, (dtype, shape) in sections.items():
+        part = packed[start : start + math.prod(shape) * dtype.itemsize]
+        parts[name] = part.view(dtype).view(shape)
+        start += _padded_size(dtype, shape)
+    return parts
+
+
+def packed_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, in which the weights of nf4 layers of bitsandbytes, if any, are those of a `PackedLinear`."""
+    state = model.state_dict()
+    for name, layer in model.named_modules():
+        if type(layer).__name__ == "Linear4bit":
+            weight = f"{name}.weight"
+            for key in [key for key in state if key.startswith(f"{weight}.")]:
+                del state[key]
+            state[weight] = _pack(layer.weight)
+    return state
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """The packed form of a Params4bit, uint8 [bytes]."""
+    state, nested = weight.quant_state, weight.quant_state.state2
+    found = {"weight": weight.data, "code": state.code, "absmax": state.absmax}
+    if nested is not None:
+        found |= {"nested_absmax": nested.absmax, "nested_code": nested.code, "offset": state.offset}
+    sections = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
+    packed = torch.zeros(_packed_size(sections), dtype=torch.uint8)
+    for name, part in _parts(packed, sections).items():
+        part.copy_(found[name])
+    return packed
 
 
 def _nf4_linear(layers, layer: nn.Linear, model_config: ModelConfig) -> nn.Module:

@@ -18,6 +18,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.process_group import local_bytes
 from preference_training.modeling.adapters import initial_weights
 from preference_training.modeling.kernels import use_liger_kernels
+from preference_training.modeling.quantization import weight_numels
 
 # ---- devices -----------------------------------------------------------------------------------------------------------------
 
@@ -38,8 +39,7 @@ def spans_devices(model: nn.Module) -> bool:
 
 def print_loaded(model: nn.Module, began: float) -> None:
     """Print what was loaded, and how long that took since `began`, by `time.perf_counter`."""
-    # Weights of few bits share their bytes, which transformers knows.
-    number = model.num_parameters()
+    number = sum(weight_numels(model).values())
     size = f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
     dtype, seconds = str(model.dtype).removeprefix("torch."), time.perf_counter() - began
     print(f"model: {type(model).__name__}, {size} parameters in {dtype}, loaded in {seconds:.1f} s", flush=True)

@@ -33,12 +33,15 @@ def token_budget(
 
 
 def common_budget(budget: TokenBudget, ranks: Ranks) -> TokenBudget:
-    """The smallest budget of all ranks, which must cut their micro-batches alike.
+    """The smallest budget of all processes, which must cut their micro-batches alike.
 
-    Sharded weights are gathered once for each pack, so that several ranks use few packs, as large as memory allows.
+    Sharded weights are gathered once for each pack, so that several ranks use few packs, as large as memory allows. The
+    processes of a context group compute a pack together, which may be as many times as large.
     """
+    parts = ranks.context.size
     limit = ranks.all_reduce_min(budget.limit)
-    return TokenBudget(limit, budget.soft_limit if ranks.size == 1 else limit)
+    soft = budget.soft_limit if ranks.size * parts == 1 else limit
+    return TokenBudget(limit, soft).over(parts)
 
 
 def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:

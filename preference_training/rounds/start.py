@@ -1,6 +1,7 @@
 """Starting a loop, or continuing one: all that is wrong is said before anything expensive."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from preference_training.rounds.driver import run_loop
 from preference_training.rounds.judges.choice import check_judge
 from preference_training.rounds.loop import PROMPTS, ROUNDS, USUAL_PAIRS, Loop, counted
 from preference_training.rounds.processes import StepFailedError, locked_loop
-from preference_training.rounds.prompts import prompts_of_round, read_prompts, store
+from preference_training.rounds.prompts import prompts_of_round, read_prompts, read_stored, store
+from preference_training.rounds.served.choice import check_sampler, is_served
 from preference_training.rounds.summary import objective_of
 
 # The exit status of a process that a mistake of the user's has ended.
@@ -33,6 +35,9 @@ READ_BY = {
     "threshold": ("unpaired", "best_of_n"),
 }
 
+# The keys of servers that sample.
+OF_SERVERS = ("sampler_model", "sampler_weights", "sampler_workers", "sampler_timeout")
+
 
 def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False, report: Callable | None = None) -> float | None:
     """Run a loop from its beginning, or from where `resume` finds one; returns its `objective`. report: see `run_loop`.
@@ -43,7 +48,9 @@ def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False, report:
     directory = find_loop(config, run_dir, in_sweep)
     for line in check(config):
         print(line, flush=True)
-    prompts, said = read_prompts(config.rounds)
+    stored = directory / PROMPTS
+    # A loop that goes on has its prompts, whatever has become of their file.
+    prompts, said = (read_stored(stored), Counter()) if stored.is_file() else read_prompts(config.rounds)
     held_out = [prompt for prompt in prompts if prompt.held_out]
     sampled = prompts_of_round(prompts, 1, config.rounds.prompts_per_round, config.seed)
     rounds = config.rounds
@@ -61,8 +68,8 @@ def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False, report:
     try:
         with locked_loop(directory):
             loop = Loop.start(directory, config)
-            if not (directory / PROMPTS).is_file():
-                store(prompts, directory / PROMPTS)
+            if not stored.is_file():
+                store(prompts, stored)
             run_loop(loop, report=report)
             return objective_of(loop)
     except StepFailedError as failed:
@@ -130,7 +137,10 @@ def check(config: RunConfig) -> list[str]:
     check_judge(config)
     given = _given(config)
     unread = [key for key, ways in READ_BY.items() if f"rounds.{key}" in given and pairs not in ways]
-    return [f"rounds.{key}: without effect, since pairs is {pairs}" for key in unread]
+    unused = [f"rounds.{key}: without effect, since pairs is {pairs}" for key in unread]
+    if not is_served(config):
+        unused += [f"rounds.{key}: without effect, since sampler is local" for key in OF_SERVERS if f"rounds.{key}" in given]
+    return unused + check_sampler(config)
 
 
 def _given(config: RunConfig) -> Sequence[str]:

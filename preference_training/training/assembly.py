@@ -106,7 +106,8 @@ def token_budgets(
     config, ranks = prepared.config, placement.ranks
     if checkpoint:
         before = checkpoint.state["train_batches"]
-        if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
+        then = before["ranks"], before.get("context", 1)
+        if then == (ranks.size, ranks.context.size) and config.max_tokens_per_microbatch is None:
             # Early checkpoints hold one budget.
             return Budgets(TokenBudget(*before["budget"][:2]), TokenBudget(*before["budget"][-2:]))
     budget = None
@@ -165,8 +166,11 @@ def make_reference(config: RunConfig, placement: Placement, policy, reads, read_
 def computing_settings(config: RunConfig) -> dict:
     """The keys on which the last bits of a model's log-probs depend, besides those that the model itself has."""
     model, trainer = config.model, config.trainer
+    size = trainer.context_parallel_size or 1
+    # Nothing for one, so that what was computed before there was more stays known.
+    context = [size] * (size > 1)
     return {
-        "trainer": [trainer.name, trainer.tensor_parallel_size],
+        "trainer": [trainer.name, trainer.tensor_parallel_size, *context],
         "dtypes": [config.sharded_dtype, trainer.output_dtype, model.quantized_compute_dtype],
         "kernels": [config.compile, config.tf32, model.liger_kernels],
     }

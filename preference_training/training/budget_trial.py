@@ -19,7 +19,7 @@ from torch import nn
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import Example, TokenBudget, iterate_examples
 from preference_training.core.errors import UserError
-from preference_training.core.process_group import Ranks, is_distributed, reshard, to_local
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks, is_distributed, reshard, to_local
 from preference_training.core.random_streams import random_streams, restore_random_streams
 from preference_training.data.prompt_table import PromptTable, shuffled
 from preference_training.data.tokenization import TokenizedPrompt
@@ -209,7 +209,9 @@ class Trial:
 
         Returns None where that runs out of memory, in one process; the others would wait for this one.
         """
-        whole = MicroBatch.of(examples_on_trial(self.prompts, limit))
+        # Every rank computes all of it, those of a context group together.
+        ranks = replace(SINGLE_PROCESS, context=self.placement.ranks.context)
+        whole = MicroBatch.of(examples_on_trial(self.prompts, limit * ranks.context.size), ranks=ranks)
         batch = [replace(whole, packs=whole.packs * 2)]
         try:
             peaks = self.meter.peaks(lambda: self.step.backward(batch))
@@ -221,7 +223,7 @@ class Trial:
             peaks = []
         self._clear()
         needed = [peak + more for peak, more in zip(peaks, self.to_come, strict=False)]
-        return Measured(len(whole.packs[0].input_ids), needed) if peaks else None
+        return Measured(whole.packs[0].num_computed, needed) if peaks else None
 
     def _clear(self) -> None:
         self.step.updater.optimizer.zero_grad(set_to_none=True)
@@ -266,6 +268,7 @@ def measured_budget(
     streams, remembered, was_training = random_streams(), loss.state_dict(), policy.training
     config, ranks = placement.config, placement.ranks
     most = largest_micro_batch(prompts, config.batch_size // config.gradient_accumulation_steps, ranks.size)
+    most = -(-most // ranks.context.size)
     try:
         reference = placement.reference(policy) if live_reference else _no_reference if loss.needs_reference else None
         room = [round(size * (1 - RESERVE)) for size in meter.room()]

@@ -9,6 +9,7 @@ from torch import nn
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.machine import said_while_slow
 from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_used, smaller_is_better
+from preference_training.core.process_group import is_distributed, progress
 from preference_training.distributed.placement import Placement
 from preference_training.evaluation.breakdown import change_metrics, interval_metrics, values_by_example
 from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
@@ -103,6 +104,7 @@ class Evaluator:
             self._announce("evaluation", f"evaluating: {len(prompts):,} held-out prompt{'s' * (len(prompts) != 1)}")
         began = said = time.monotonic()
         for number, batch in enumerate(batches):
+            progress.at(f"batch {number + 1} of {len(batches)} of an evaluation")
             if self.may_stop and self.ranks.broadcast(self.ranks.all_reduce_min(self.observers.stop.signal is None) == 0):
                 raise EvaluationStoppedError
             if is_first and number and time.monotonic() - said > SECONDS_BETWEEN_LINES:
@@ -110,6 +112,7 @@ class Evaluator:
                 left = (said - began) * (1 - share) / share
                 self.observers.tracker.log_message(f"evaluating: {share:.0%} of the held-out examples, left {left:.0f} s")
             yield batch
+        progress.at(None)
 
     def _announce(self, what: str, text: str) -> None:
         """Log what begins and may take minutes, or a finding, the first time."""
@@ -178,7 +181,7 @@ class Evaluator:
 
         def interrupt() -> None:
             # Several ranks sample in lockstep: none may leave.
-            if self.may_stop and self.ranks.size == 1 and self.observers.stop.signal is not None:
+            if self.may_stop and not is_distributed() and self.observers.stop.signal is not None:
                 self.stopped = True
                 raise EvaluationStoppedError
 

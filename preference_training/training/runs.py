@@ -16,6 +16,7 @@ from preference_training.data.preparation import Prepared
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import Placement
 from preference_training.modeling.adapters import BASE_DIR, has_adapter, saved_base
+from preference_training.modeling.quantization import weight_numels
 from preference_training.tracking.about import write_about
 from preference_training.tracking.callbacks import Callbacks
 from preference_training.tracking.tracker import NoTracker, Tracker
@@ -131,7 +132,7 @@ def _sizes(models: Models, batches: Batches, data: Sequence[Prepared]) -> dict:
     sizes = {
         name: {"examples": int(table.num_examples.sum()), "responses": table.num_responses} for name, table in tables.items()
     }
-    parameters = sum(weight.numel() for weight in models.policy.parameters())
+    parameters = sum(weight_numels(models.policy).values())
     usual = usual_lr(models.loss.learns, parameters, has_adapter(models.policy))
     return {"steps": batches.train.schedule.total_steps, "parameters": parameters, "usual_lr": usual, **sizes}
 

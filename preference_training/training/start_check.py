@@ -33,10 +33,15 @@ class StartCheck:
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules())
         self.compared: list[tuple[PackedBatch, Tensor]] = []
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether `compare` computes the policy's log-probs again, without dropout."""
+        return self.has_dropout and self.policy.training
+
     @torch.no_grad()
     def compare(self, batch: PackedBatch, policy: Tensor, reference: Tensor) -> None:
         """Compare the log-probs [R] of both for a batch, without waiting for the device."""
-        if self.has_dropout and self.policy.training:
+        if self.recomputes:
             policy = self._without_dropout(batch)
         if batch.is_filler:
             return

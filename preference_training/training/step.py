@@ -14,8 +14,10 @@ from torch.nn.functional import pad
 
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import PackedBatch
+from preference_training.core.errors import UserError
 from preference_training.core.metric_names import GRAD_NORM, TOKENS_SAVED, TRAIN, TRAIN_LOSS
-from preference_training.core.process_group import is_distributed
+from preference_training.core.process_group import is_distributed, progress
+from preference_training.distributed.out_of_memory import free_cache
 from preference_training.distributed.placement import Placement
 from preference_training.losses.base import (
     MISSING_NUMBERS,
@@ -28,7 +30,7 @@ from preference_training.losses.base import (
     example_metrics,
     with_margins,
 )
-from preference_training.modeling.logprobs import policy_scores, reference_logps, shares_prefixes
+from preference_training.modeling.logprobs import policy_scores, reference_logps, shares_prefixes, zero_scores
 from preference_training.modeling.state import compute_device
 from preference_training.tracking.tracker import Metrics
 from preference_training.training.parts import Models, RunState
@@ -62,21 +64,32 @@ class PackResult:
 class BatchResult:
     """The results of `backward`: sums of metrics over this rank's examples, the loss's statistics, and each pack's result.
 
-    sums: [2], of a metric's values, and how many examples have one. statistics: those of the last micro-batch, since some are
-    running means. micro_batches: those that were computed.
+    names: of the metrics. totals: [metrics, 2], the sum of a metric's values, and how many examples have one; None before the
+    first pack. statistics: those of the last micro-batch, since some are running means. micro_batches: those computed.
     """
 
     micro_batches: Sequence[MicroBatch]
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    totals: Tensor | None = None
     statistics: Metrics = field(default_factory=dict)
     packs: list[PackResult] = field(default_factory=list)
 
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """By the metric's name [2], the sum of its values, and how many examples have one."""
+        return {} if self.totals is None else dict(zip(self.names, self.totals, strict=True))
+
     def add(self, loss: Loss, pack: PackedBatch, output: LossOutput, policy: Tensor) -> None:
         """Add a pack's results; those of a filler count for nothing."""
-        for name, values in example_metrics(loss, output, policy, pack.examples, TRAIN).items():
-            exist = ~values.isnan() | (name == TRAIN_LOSS)
-            added = torch.stack([values.where(exist, 0.0).sum(), exist.sum()]) * (not pack.is_filler)
-            self.sums[name] = self.sums.get(name, 0.0) + added
+        metrics = example_metrics(loss, output, policy, pack.examples, TRAIN)
+        self.names = tuple(metrics)
+        # All at once: a few kernels, not ten for each metric.
+        values = torch.stack(list(metrics.values()))
+        exist = ~values.isnan()
+        # A loss that is no number is to be seen.
+        exist[self.names.index(TRAIN_LOSS)] = True
+        added = torch.stack([values.where(exist, 0.0).sum(1), exist.sum(1)], dim=1) * (not pack.is_filler)
+        self.totals = added if self.totals is None else self.totals + added
         self.statistics = output.statistics
         self.packs.append(PackResult.of(pack, output, loss.examples))
 
@@ -96,36 +109,69 @@ class StepResult:
     overflowed_at: float | None = None
 
 
+@dataclass(frozen=True)
+class Shortage:
+    """The ranks on which memory ran out in a step, and the tokens of the smallest of their largest packs."""
+
+    ranks: tuple[int, ...]
+    largest: int
+
+    @classmethod
+    def of(cls, found: Sequence[tuple[int, int, str] | None]) -> "Shortage":
+        """From tokens, examples and source of each rank's largest pack. Raises UserError where that is a single example."""
+        failed = {rank: pack for rank, pack in enumerate(found) if pack is not None}
+        for rank, (tokens, examples, source) in failed.items():
+            if examples == 1:
+                raise UserError(
+                    f"max_length: a single example of {tokens} tokens does not fit into the memory of rank {rank} ({source}), "
+                    "so smaller packs do not help. Lower max_length, set activation_checkpointing=true, or shard over more "
+                    "processes."
+                )
+        return cls(tuple(failed), min(tokens for tokens, _, _ in failed.values()))
+
+    def __str__(self) -> str:
+        """The ranks in words."""
+        return f"rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}"
+
+
 class TrainingStep:
     """Takes the optimizer steps of a run, and counts them in `state`."""
 
     def __init__(self, placement: Placement, models: Models, state: RunState, total_steps: int):
         self.placement, self.models, self.state = placement, models, state
-        self.device = compute_device(models.policy)
+        self.device, self.lockstep = compute_device(models.policy), placement.lockstep()
         self.updater = Updater(placement, models.policy, state, total_steps)
 
     def take(
         self,
         micro_batches: Sequence[MicroBatch],
-        halve: Callable[[Sequence[MicroBatch]], list[MicroBatch]],
+        halve: Callable[..., list[MicroBatch]],
         is_to_stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
-        """Take one step on one batch. halve: cuts a batch into smaller packs; is_to_stop: whether this rank is to stop by now.
+        """Take one step on one batch. is_to_stop: whether this rank is to stop by now.
+
+        halve: cuts a batch into smaller packs; given a Shortage, on all ranks alike.
 
         The gradient is that of the mean loss over the whole batch, however it was cut and distributed over ranks. The step is
         skipped where a loss or the gradient is not finite. Raises UserError where policy and reference have not been the same.
         """
         remembered = self.models.loss.state_dict()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
-        batch = self._backward_within_memory(micro_batches, halve, remembered)
+        while True:
+            batch = self._backward_within_memory(micro_batches, halve, remembered)
+            grad_norm = self.updater.clip_gradient()
+            # Read at once, before the weights change: one wait for the device.
+            packs = [pack for micro_batch in batch.micro_batches for pack in micro_batch.packs]
+            counts = sum(pack.num_tokens for pack in packs), sum(pack.num_row_tokens for pack in packs)
+            numbers = self.reduce(batch.sums, grad_norm, counts, (is_to_stop(), self.lockstep.failed))
+            progress.at(f"the end of step {self.state.updates + 1}")
+            *values, tokens, row_tokens, stops, failed, norm = numbers.tolist()
+            if not failed:
+                break
+            micro_batches = self._smaller_packs(micro_batches, halve, remembered)
         if self.models.start_check is not None:
             self.models.start_check.check(self.placement.ranks)
             self.models.start_check = None
-        grad_norm = self.updater.clip_gradient()
-        # Read at once, before the weights change: one wait for the device.
-        packs = [pack for micro_batch in batch.micro_batches for pack in micro_batch.packs]
-        counts = sum(pack.num_tokens for pack in packs), sum(pack.num_row_tokens for pack in packs)
-        *values, tokens, row_tokens, stops, norm = self.reduce(batch.sums, grad_norm, counts, is_to_stop()).tolist()
         sums = zip(batch.sums, values[::2], values[1::2], strict=True)
         metrics = with_margins({name: total / count for name, total, count in sums if count}, TRAIN)
         if shares_prefixes(self.models.policy):
@@ -147,7 +193,7 @@ class TrainingStep:
     # ---- forward and backward -------------------------------------------------------------------------------------------
 
     def _backward_within_memory(self, micro_batches: Sequence[MicroBatch], halve: Callable, remembered: dict) -> BatchResult:
-        """`backward`; out of memory, once more in packs half as large."""
+        """`backward`; in one process that is out of memory, once more in packs half as large."""
         try:
             return self.backward(micro_batches)
         except torch.OutOfMemoryError:
@@ -155,54 +201,96 @@ class TrainingStep:
             if is_distributed():
                 raise
         # Outside the handler: the exception keeps the step's tensors alive.
-        self.updater.optimizer.zero_grad(set_to_none=True)
+        self._forget(remembered)
+        return self.backward(halve(micro_batches))
+
+    def _forget(self, remembered: dict) -> None:
+        """Forget a backward pass that is to be repeated. remembered: the state of the loss before it."""
+        self.updater.forget_gradient()
         self.models.loss.load_state_dict(remembered)
         # A cached reference saw other packs, and its last bits may differ.
         self.models.start_check = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return self.backward(halve(micro_batches))
+        free_cache(self.models.policy)
+
+    def _smaller_packs(self, micro_batches: Sequence[MicroBatch], halve: Callable, remembered: dict) -> list[MicroBatch]:
+        """The batch in smaller packs, since a rank has run out of memory. Raises UserError where there are none."""
+        self._forget(remembered)
+        packs = [pack for micro_batch in micro_batches for pack in micro_batch.packs]
+        own = max(packs, key=lambda pack: (len(pack.places) > 1, len(pack.input_ids)))
+        found = (len(own.input_ids), len(own.places), own.sources[0]) if self.lockstep.failed else None
+        return halve(micro_batches, Shortage.of(self.placement.ranks.all_gather_object(found)))
 
     def backward(self, micro_batches: Sequence[MicroBatch]) -> BatchResult:
         """Accumulate the gradient of a batch."""
         self.models.policy.train()
+        self.lockstep.begin()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         mean_length = sum(micro_batch.first_tokens for micro_batch in micro_batches) / num_examples
         result = BatchResult(micro_batches)
         packs_left = sum(len(micro_batch.packs) for micro_batch in micro_batches)
         self.updater.expect_gradients(packs_left)
+        number, num_packs = self.state.updates + 1, packs_left
+        progress.at(f"step {number}, pack 1 of {num_packs}")
         for micro_batch in micro_batches:
             for output, policy, pack in self.pack_losses(micro_batch, mean_length):
                 packs_left -= 1
                 self.placement.before_backward(self.models.policy, is_last=packs_left == 0)
                 # Sharded gradients are means over the ranks; this makes them sums.
                 share = 0.0 if pack.is_filler else self.placement.ranks.size / num_examples
-                self.updater.scaler.scale(output.losses.sum() * share).backward()
+                total = output.losses.sum() * share
+                # Nothing else keeps the pass's tensors: out of memory, they are freed at once.
+                output = replace(output, losses=output.losses.detach())
+                self.lockstep.backward(self.models.policy, total, self.updater.scaler.scale)
                 result.add(self.models.loss, pack, output, policy)
+                progress.at(f"step {number}, pack {min(num_packs - packs_left + 1, num_packs)} of {num_packs}")
         return result
 
     def pack_losses(self, micro_batch: MicroBatch, mean_length: float) -> Iterator[tuple[LossOutput, Tensor, PackedBatch]]:
         """Loss and policy log-probs [R] of each pack; the caller takes each pack's gradient before the next."""
-        loss, start_check = self.models.loss, self.models.start_check
+        loss = self.models.loss
         packs = [pack.to(self.device) for pack in micro_batch.packs]
         survey = partial(self._batch_statistics, micro_batch, mean_length, packs)
-        known = [reference_logps(self.models.reference, pack, loss) for pack in packs]
+        known = [self._reference_logps(pack) for pack in packs]
         references = [logps for logps, _ in known]
         statistics = None
         if loss.needs_batch_statistics and len(packs) > 1:
             # It depends on all packs, and only one of them fits into memory with its gradient.
             with torch.no_grad():
                 statistics = survey([self.logps(pack)[0] for pack in packs], references)
-        for pack, (reference, reference_tokens) in zip(packs, known, strict=True):
-            policy, policy_tokens = self.logps(pack)
-            if start_check is not None:
-                start_check.compare(pack, policy, reference)
-            if loss.needs_batch_statistics and statistics is None:
-                statistics = survey([policy.detach()], references)
-            found = None if statistics is None else statistics.at(pack.places)
+        for pack, reference in zip(packs, known, strict=True):
+            yield *self._pack_loss(pack, reference, mean_length, statistics, survey), pack
+
+    def _pack_loss(
+        self, pack: PackedBatch, known: tuple, mean_length: float, statistics: BatchStatistics | None, survey: Callable
+    ) -> tuple[LossOutput, Tensor]:
+        """Loss and policy log-probs [R] of a pack, these without gradient.
+
+        known: what the loss reads of the reference. survey: makes the statistics of a micro-batch of this pack alone.
+        """
+        model, loss, (reference, reference_tokens) = self.models.policy, self.models.loss, known
+        scores = [self.logps(pack)]
+        policy = scores[0][0].detach()
+        self._check_start(pack, policy, reference)
+        if loss.needs_batch_statistics and statistics is None:
+            statistics = survey([policy], [reference])
+        found = None if statistics is None else statistics.at(pack.places)
+
+        def compute(logps: Tensor, policy_tokens: TokenLogps | None) -> LossOutput:
             tokens = {"policy_tokens": policy_tokens, "reference_tokens": reference_tokens}
             examples = replace(pack.examples, mean_length=mean_length, **tokens)
-            yield loss(policy, reference, examples, found).weighted(examples.weights), policy, pack
+            return loss(logps, reference, examples, found).weighted(examples.weights)
+
+        instead = lambda zero: compute(*zero_scores(pack, loss, zero))  # noqa: E731
+        # Out of memory, nothing keeps the pack's tensors.
+        return self.lockstep.after_forward(model, lambda: compute(*scores.pop()), instead), policy
+
+    def _check_start(self, pack: PackedBatch, policy: Tensor, reference: Tensor | None) -> None:
+        """Compare both before the first update, for which the policy may have to be computed again."""
+        if self.models.start_check is not None:
+            compare = partial(self.models.start_check.compare, pack, policy, reference)
+            recomputed = self.models.policy if self.models.start_check.recomputes else None
+            with torch.no_grad():
+                self.lockstep.forward(recomputed, compare, lambda zero: None)
 
     def _batch_statistics(
         self, micro_batch: MicroBatch, mean_length: float, packs: Sequence[PackedBatch], policies, references
@@ -230,14 +318,26 @@ class TrainingStep:
 
     def logps(self, pack: PackedBatch) -> tuple[Tensor, TokenLogps | None]:
         """The policy's log-probs [R] of a pack, and what its loss reads of tokens."""
-        return policy_scores(self.models.policy, pack, self.models.loss)
+        policy, loss = self.models.policy, self.models.loss
+        return self.lockstep.forward(policy, lambda: policy_scores(policy, pack, loss), partial(zero_scores, pack, loss))
 
-    def reduce(self, sums: dict[str, Tensor], grad_norm: Tensor, counts: tuple[int, int], stop: bool = False) -> Tensor:
-        """A step's numbers over all ranks: `sums`, `counts`, how many ranks are to stop, the gradient's norm."""
+    def _reference_logps(self, pack: PackedBatch) -> tuple[Tensor | None, TokenLogps | None]:
+        """The same of the reference; None for what the loss does not read."""
+        reference, loss = self.models.reference, self.models.loss
+        model, compute = getattr(reference, "model", None), partial(reference_logps, reference, pack, loss)
+        with torch.no_grad():
+            return self.lockstep.forward(model, compute, partial(zero_scores, pack, loss))
+
+    def reduce(
+        self, sums: dict[str, Tensor], grad_norm: Tensor, counts: tuple[int, int], flags: tuple[bool, bool] = (False, False)
+    ) -> Tensor:
+        """A step's numbers over all ranks: `sums`, `counts`, how many processes have each flag, the gradient's norm."""
         # Filled on the device: values copied there from ordinary memory would make the host wait.
-        others = torch.stack([torch.full((), float(number), device=self.device) for number in (*counts, stop)])
-        totals = self.placement.ranks.all_reduce_sum(torch.cat([*sums.values(), others]))
-        return torch.cat([totals, grad_norm.detach().to(totals).reshape(1)])
+        others = torch.stack([torch.full((), float(number), device=self.device) for number in (*counts, *flags)])
+        ranks = self.placement.ranks
+        totals = ranks.all_reduce_sum(torch.cat([*sums.values(), others]))
+        summed, flagged = totals.split([len(totals) - len(flags), len(flags)])
+        return torch.cat([summed, ranks.any_process(flagged), grad_norm.detach().to(totals).reshape(1)])
 
     # ---- the update -----------------------------------------------------------------------------------------------------
 

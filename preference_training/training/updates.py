@@ -1,6 +1,7 @@
 """Weight updates: the optimizer of a run, its learning-rate schedule and its gradient scaler; resumed bit for bit."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,16 @@ class Updater:
     def skip_step(self) -> None:
         """Clear the gradient of a step that cannot be taken."""
         self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def forget_gradient(self) -> None:
+        """Clear a gradient that is computed again; unlike a skipped step, it says nothing of the scale of later ones."""
+        scale = self.scaler.state_dict()
+        if scale:
+            # Until it is updated, a scaler unscales no second time; it cannot be where it has not unscaled.
+            with suppress(AssertionError):
+                self.scaler.update()
+            self.scaler.load_state_dict(scale)
         self.optimizer.zero_grad(set_to_none=True)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------------

@@ -129,6 +129,19 @@ def test_hybrid_gathers_within_a_machine_and_adds_up_across(tiny):
     assert found.memory["parameters"] == pytest.approx(part(4), abs=200)
 
 
+def test_a_context_group_gathers_keys_and_values_and_scatters_their_gradients(tiny):
+    alone, found = (costs(tiny("trainer=FSDPTrainer", f"trainer.context_parallel_size={size}")) for size in (1, 4))
+    # One prompt of 58 tokens and a response of 38, which begins with the other: 8 slices of 12. Keys and values of 128 numbers.
+    of_layer = 2 * 96 * 128 * 4 * 3 // 4
+    weights = {key: size for key, size in sent(alone.traffic).items() if key[1] != "all-reduce"}
+    assert {key: size for key, size in sent(found.traffic).items() if key[1] != "all-reduce"} == weights | {
+        ("policy", "all-gather", 4): LAYERS * of_layer,
+        ("reference", "all-gather", 4): LAYERS * of_layer,
+        ("policy", "reduce-scatter", 4): LAYERS * of_layer,
+    }
+    assert found.memory["activations"] < 0.6 * alone.memory["activations"]
+
+
 def test_weights_are_gathered_in_param_dtype_and_gradients_added_up_in_reduce_dtype(tiny):
     config = tiny("trainer=FSDPTrainer", "model.fsdp_policy_mp=bfloat16")
     traffic = costs(config, live=False).traffic
@@ -136,6 +149,19 @@ def test_weights_are_gathered_in_param_dtype_and_gradients_added_up_in_reduce_dt
     assert traffic.sent[Message("policy", "reduce-scatter", F32, 8)] == 7 * part(8)
     config = config.changed({"trainer.reduce_dtype": None})
     assert costs(config, live=False).traffic.sent[Message("policy", "reduce-scatter", torch.bfloat16, 8)] == 7 * part(8) / 2
+
+
+def test_quantized_weights_are_gathered_in_their_bytes(tiny):
+    found = costs(tiny("trainer=FSDPTrainer", "+adapter=qlora"), live=False)
+    # Half a byte for a weight, one for a scale of 64, four for one of 256 scales, tables of 16 and 256 numbers, and an offset;
+    # each tensor begins at a multiple of 16 bytes.
+    square, wide = (size // 2 + 4 * 16 + size // 64 + 16 + 4 * 256 + 16 for size in (128 * 128, 128 * 384))
+    norms, adapter = 2 * 128, 16 * (4 * (128 + 128) + 3 * (128 + 384))
+    block = 4 * square + 3 * wide + 4 * (norms + adapter)
+    assert found.traffic.sent[Message("policy", "all-gather", torch.uint8, 8)] == 2 * 7 * LAYERS * block // 8
+    assert sent(found.traffic)["policy", "reduce-scatter", 8] == 7 * LAYERS * 4 * adapter // 8
+    rows = -(-VOCABULARY // 8)
+    assert found.memory["parameters"] == pytest.approx(LAYERS * block // 8 + 4 * (rows * 128 + 128 // 8), rel=0.01)
 
 
 def test_a_reference_that_is_not_resharded_stays_whole_and_is_sent_once(tiny):

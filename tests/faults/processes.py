@@ -178,7 +178,8 @@ def assert_same_ledger(found: Path, expected: Path) -> None:
 
 def assert_same_weights(found: Path, expected: Path) -> None:
     """The weights of two checkpoints are the same bits."""
-    weights, others = (load_file(path / "model.safetensors") for path in (found, expected))
+    # A model, or an adapter alone.
+    weights, others = (load_file(next(path.glob("*model.safetensors"))) for path in (found, expected))
     assert weights.keys() == others.keys()
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items()), found
 

@@ -15,6 +15,7 @@ RUNS = {
     "DPO": (("loss=dpo",), 5 / 12, 2 / 5),
     "beta-DPO": ((*BETA_DPO, "save_async=false"), 4 / 12, 2 / 5),
     "DPO on two ranks": (TWO_RANKS, 1 / 12, 1 / 5),
+    "QLoRA on two ranks": ((*TWO_RANKS, "+adapter=qlora"), 1 / 12, 1 / 5),
 }
 # `make faults` sets more of them.
 KILLS, STOPS = int(os.environ.get("FAULT_KILLS", 12)), int(os.environ.get("FAULT_STOPS", 5))

@@ -29,9 +29,10 @@ def follow(settings: dict, folder: str) -> dict:
     world = World(settings)
     examples = list(iterate_examples(golden_prompts(world.tokenizer, "pairs")))
     results = {}
-    for name in ("full", "none", "tensor", "adapter"):
+    for name in ("full", "none", "tensor", "adapter", "context"):
         changes = {"optimizer": "AdamW", "lr": 1e-3, "warmup_steps": 0, "model.name_or_path": str(GOLDEN / "llama")}
         changes |= {"trainer.sharding": "none" if name == "none" else "full", "model.lora.r": 4 if name == "adapter" else None}
+        changes |= {"trainer.context_parallel_size": 2 if name == "context" else 1}
         config = world.config.changed(changes).with_head("value")
         mesh = world.mesh(config.trainer.sharding, 2 if name == "tensor" else 1)
         placement = Sharded(config, world.tokenizer, world.device, mesh)

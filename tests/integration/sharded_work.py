@@ -12,6 +12,8 @@ from unittest import mock
 
 import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preference_training.batching.iterator import BatchIterator, Packing
@@ -23,7 +25,7 @@ from preference_training.checkpointing.snapshot import Snapshot
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.metric_names import TOKENS_SAVED
-from preference_training.core.process_group import SINGLE_PROCESS
+from preference_training.core.process_group import SINGLE_PROCESS, reshard, to_local
 from preference_training.core.random_streams import seed_everything
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.rendering.settings import TokenSettings
@@ -37,7 +39,7 @@ from preference_training.evaluation.held_out import evaluate_held_out
 from preference_training.generation.sampling import Sampler
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.loading import load_model
-from preference_training.modeling.logprobs import LiveReference
+from preference_training.modeling.logprobs import LiveReference, response_scores
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cache_path, cached_reference, compute_logps
 from preference_training.modeling.state import free_memory, weights_hash
@@ -246,40 +248,81 @@ def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
     return losses
 
 
-def follow_adapter(settings: dict) -> dict:
-    """Steps of an adapter over two processes and alone: the largest differences of numbers and of the adapter's weights."""
-    world = World(settings)
-    examples = list(iterate_examples(golden_prompts(world.tokenizer, "pairs")))
-    results = {}
-    for sharding in ("full", "none"):
-        changes = {"optimizer": "AdamW", "lr": 1e-3, "warmup_steps": 0, "trainer.sharding": sharding}
-        changes |= {"model.name_or_path": str(GOLDEN / "llama"), "model.lora.r": 4}
-        config = world.config.changed(changes)
-        placement = Sharded(config, world.tokenizer, world.device, world.mesh(sharding))
-        ranks = placement.ranks
+class Adapted:
+    """A trainer of an adapter on the golden Llama over all ranks, and the same alone."""
+
+    def __init__(self, world: World, changes: dict, local_size: int | None = None):
+        fixed = {"optimizer": "AdamW", "lr": 1e-3, "warmup_steps": 0, "model.lora.r": 4}
+        config = world.config.changed(fixed | {"model.name_or_path": str(GOLDEN / "llama")} | changes)
+        sharding = config.trainer.sharding
+        placement = Sharded(config, world.tokenizer, world.device, world.mesh(sharding, local_size=local_size))
+        self.ranks = placement.ranks
         seed_everything(0)
         policy = placement.load_policy()
         seed_everything(0)
         own = load_model(config.model, world.tokenizer)
         share_prefixes(own, "on")
         assert placement.began_with in (None, weights_hash(own))
-        sharded = build_trainer(config, policy, build_loss("dpo"), LiveReference(policy), placement=placement)
-        single = build_trainer(config, own, build_loss("dpo"), LiveReference(own), tokenizer=world.tokenizer)
+        self.share_held = _share_held(policy)
+        self.sharded = build_trainer(config, policy, build_loss("dpo"), LiveReference(policy), placement=placement)
+        self.single = build_trainer(config, own, build_loss("dpo"), LiveReference(own), tokenizer=world.tokenizer)
+
+    def follow(self, examples: list) -> dict[str, float]:
+        """Four steps of both: the largest differences of log-probs before, of numbers, and of the adapter's weights after."""
+        [pack] = build_packs(examples[:8], TokenBudget(10**6, 10**6))
+        with torch.no_grad():
+            found, expected = (response_scores(trainer.models.policy, pack) for trainer in (self.sharded, self.single))
+        reshard(self.sharded.models.policy)
         worst = 0.0
         for step in range(4):
             part = examples[8 * step : 8 * step + 8]
-            found, expected = (
+            metrics, wanted = (
                 trainer.train_step([MicroBatch.of(part, TokenBudget(10**6, 10**6), on)])
-                for trainer, on in ((sharded, ranks), (single, SINGLE_PROCESS))
+                for trainer, on in ((self.sharded, self.ranks), (self.single, SINGLE_PROCESS))
             )
-            assert step or found["rewards_train/margins"] == expected["rewards_train/margins"] == 0
-            worst = max(worst, *(abs(found[name] / expected[name] - 1) for name in ("loss/train", "grad_norm")))
-        kept = weights_of(single)
-        apart = [(full_tensor(weight).detach() - kept[name].detach()).norm() for name, weight in weights_of(sharded).items()]
-        assert len(apart) == len(kept)
-        results[sharding] = {"numbers": worst, "weights": (sum(apart) / sum(weight.norm() for weight in kept.values())).item()}
+            assert step or metrics["rewards_train/margins"] == wanted["rewards_train/margins"] == 0
+            worst = max(worst, *(abs(metrics[name] / wanted[name] - 1) for name in ("loss/train", "grad_norm")))
+        kept = weights_of(self.single)
+        pairs = [(full_tensor(weight).detach(), kept[name].detach()) for name, weight in weights_of(self.sharded).items()]
+        assert len(pairs) == len(kept)
+        apart = sum((a - b).norm() for a, b in pairs) / sum(b.norm() for _, b in pairs)
+        return {"logps": (found - expected).abs().max().item(), "numbers": worst, "weights": apart.item()}
+
+
+def _share_held(model) -> float:
+    """The share of a model's frozen weights that this process holds."""
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    held, whole = (
+        sum(weight.numel() * weight.element_size() for weight in weights) for weights in (map(to_local, frozen), frozen)
+    )
+    return held / whole
+
+
+def follow_adapters(settings: dict, cases: list[dict], local_size: int | None = None) -> list[dict]:
+    """What `Adapted.follow` finds in each case, and the share of the frozen weights that this process holds."""
+    world = World(settings)
+    examples = list(iterate_examples(golden_prompts(world.tokenizer, "pairs")))
+    results = []
+    for case in cases:
+        adapted = Adapted(world, case, local_size)
+        results.append({"held": adapted.share_held} | adapted.follow(examples))
     end_group()
     return results
+
+
+def _cast_as_before_torch_2_13(self, mp_policy) -> None:
+    """How FSDP decides what to cast a weight to in torch 2.11: integers as any other."""
+    param_dtype, reduce_dtype = mp_policy.param_dtype, mp_policy.reduce_dtype
+    self.orig_dtype = self.sharded_param.dtype
+    self.param_dtype = None if param_dtype == self.orig_dtype else param_dtype
+    self.reduce_dtype = None if reduce_dtype == param_dtype else reduce_dtype
+
+
+def follow_adapters_before_torch_2_13(settings: dict, cases: list[dict]) -> list[dict]:
+    """`follow_adapters` with an FSDP that casts integers too."""
+    earlier = mock.patch.object(FSDPParam, "init_dtype_attrs", _cast_as_before_torch_2_13)
+    with earlier, mock.patch.object(torch, "__version__", TorchVersion("2.11.0")):
+        return follow_adapters(settings, cases)
 
 
 def train_with_masters(settings: dict, folder: str) -> dict:

@@ -74,7 +74,7 @@ def small_gpu(monkeypatch, tmp_path):
     for module in (making, importlib.import_module("gpu_parts.attention")):
         monkeypatch.setattr(module, "pick_device", lambda: cpu)
     monkeypatch.setattr("preference_training.distributed.placement.pick_device", lambda: cpu)
-    monkeypatch.setattr("preference_training.batching.micro_batches._prepared", lambda batch: batch.for_gpu())
+    monkeypatch.setattr("preference_training.batching.micro_batches.prepared", lambda batch, _: batch.for_gpu())
     monkeypatch.setattr("measure.gemm_flops", lambda width, dtype: 7e14)
     return SmallGpu(tmp_path, is_cpu=False)
 

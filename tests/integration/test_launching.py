@@ -245,6 +245,12 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path):
     assert done.stderr.startswith(f"fsdp_port: {port} cannot be used: Address already in use.")
 
 
+def test_processes_that_cannot_be_divided_into_context_groups_are_refused_before_anything_starts(tmp_path):
+    done = run(tmp_path, "trainer=FSDPTrainer", "trainer.context_parallel_size=3")
+    assert done.returncode == 2
+    assert done.stderr.startswith("trainer.context_parallel_size: found 3, expected a divisor of the number of processes, 2.")
+
+
 def test_a_mistake_that_only_workers_can_see_is_one_message_and_exit_status_2(tmp_path):
     command = [ROOT / "train.py", *SHORT, "trainer=FSDPTrainer", "batch_size=4", "gradient_accumulation_steps=4"]
     done = forked.run(command, tmp_path, first=forked.fork_workers)
@@ -269,8 +275,16 @@ def test_a_mistake_that_only_workers_can_see_is_one_message_and_exit_status_2(tm
             ("trainer=TensorParallelTrainer", "trainer.tensor_parallel_size=3"),
             "trainer.tensor_parallel_size: found 3, expected a divisor of the number of processes, 2.",
         ),
+        (
+            (
+                "trainer=FSDPTrainer",
+                "trainer.context_parallel_size=2",
+                "+model.from_config.rope_parameters={rope_type:dynamic,rope_theta:10000.0,factor:2.0}",
+            ),
+            "trainer.context_parallel_size: found 2, but LlamaForCausalLM has rotary embeddings (dynamic) that depend on the",
+        ),
     ],
-    ids=["block", "heads", "world"],
+    ids=["block", "heads", "world", "rotary frequencies"],
 )
 def test_what_only_workers_can_see_is_said_with_its_key(overrides, message, compose, forked_workers, tmp_path):
     config = compose(*SHORT, *overrides, f"local_dirs=[{tmp_path}]", f"local_run_dir={tmp_path / 'run'}")

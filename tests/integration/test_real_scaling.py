@@ -32,16 +32,25 @@ CASES = {
             (FSDP, "trainer.sharding=full", "activation_checkpointing=selective"),
         ],
     ),
+    "two ranks, four bits": (
+        2,
+        [
+            (FSDP, "+adapter=qlora"),
+            (FSDP, "+adapter=qlora", "trainer.param_dtype=bfloat16", "model.double_quantization=false"),
+        ],
+    ),
     "four ranks": (
         4,
-        [(FSDP, "trainer.sharding=grad_op"), ("trainer=TensorParallelTrainer", "trainer.tensor_parallel_size=2")],
+        [
+            (FSDP, "trainer.sharding=grad_op"),
+            (FSDP, "trainer.context_parallel_size=2"),
+            ("trainer=TensorParallelTrainer", "trainer.tensor_parallel_size=2"),
+        ],
     ),
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["two ranks", *(pytest.param(name, marks=pytest.mark.long) for name in ("two ranks, otherwise", "four ranks"))]
-)
+@pytest.mark.parametrize("name", ["two ranks", *(pytest.param(name, marks=pytest.mark.long) for name in list(CASES)[1:])])
 def test_a_step_of_real_processes_holds_and_sends_what_was_found_without_them(compose, name):
     size, cases = CASES[name]
     configs = [compose("loss=dpo", "optimizer=AdamW", f"trainer.nproc_per_node={size}", *case) for case in cases]

@@ -270,6 +270,6 @@ def test_a_dry_run_counts_no_logits(run_here, capsys):
 def test_two_ranks_compute_and_save_the_same_reward_model(compose, tmp_path):
     settings = compose("trainer=FSDPTrainer", "model=blank_model", "model.name_or_path=x", "loss=reward").as_dict()
     results = launch(reward_work.follow, (settings, str(tmp_path)), 2, None)
-    assert results.keys() == {"full", "none", "tensor", "adapter"}
+    assert results.keys() == {"full", "none", "tensor", "adapter", "context"}
     for name, worst in results.items():
         assert worst["numbers"] < 1e-4 and worst["weights"] < 1e-5 and worst["saved"] < 1e-5, (name, worst)

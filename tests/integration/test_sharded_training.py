@@ -91,9 +91,59 @@ def test_four_ranks_hybrid_tensor_parallel_and_beta_dpo_follow_one_process(setti
         assert results[name]["beta_DPO/beta_used"] <= 1e-6 and results[name]["beta_DPO/kept_fraction"] == 0
 
 
+def assert_adapters_equal(cases: list[dict], results: list[dict], share: float = 0.5) -> None:
+    """Log-probs within 1e-6 before training; numbers and weights within 1e-5; rank 0 holds a share of the frozen weights."""
+    for case, found in zip(cases, results, strict=True):
+        assert found["logps"] <= 1e-6 and found["numbers"] <= 1e-5 and found["weights"] <= 1e-5, f"{case}: {found}"
+        expected = 1.0 if case.get("trainer.sharding") == "none" else share
+        assert found["held"] == pytest.approx(expected, rel=0.02), f"{case}: {found}"
+
+
+FOUR_BITS = {"model.quantization": "nf4"}
+
+
 def test_an_adapter_over_two_ranks_is_trained_as_on_one(settings):
-    for sharding, worst in launch(sharded_work.follow_adapter, (settings,), 2, None).items():
-        assert worst["numbers"] <= 1e-5 and worst["weights"] <= 1e-5, f"{sharding}: {worst}"
+    cases = [{"trainer.sharding": "full"}, {"trainer.sharding": "none"}, FOUR_BITS]
+    assert_adapters_equal(cases, launch(sharded_work.follow_adapters, (settings, cases), 2, None))
+
+
+BFLOAT16 = {"model.policy_dtype": "bfloat16", "model.reference_dtype": "bfloat16"}
+
+
+@pytest.mark.long
+def test_an_adapter_on_four_bits_is_trained_over_two_ranks_as_on_one_however_it_is_sharded(settings):
+    other = [
+        {"trainer.sharding": "grad_op"},
+        {"trainer.sharding": "optimizer"},
+        {"trainer.sharding": "none"},
+        {"model.double_quantization": False},
+        {"activation_checkpointing": True},
+        {"trainer.cpu_offload": True},
+        BFLOAT16,
+    ]
+    cases = [FOUR_BITS | each for each in other]
+    assert_adapters_equal(cases, launch(sharded_work.follow_adapters, (settings, cases), 2, None))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("ranks", "sharding", "share"), [(4, "hybrid", 1 / 2), (4, "full", 1 / 4), (3, "full", 1 / 3)])
+def test_an_adapter_on_four_bits_over_more_ranks_is_trained_as_on_one(settings, ranks, sharding, share):
+    cases = [FOUR_BITS | {"trainer.sharding": sharding}]
+    assert_adapters_equal(cases, launch(sharded_work.follow_adapters, (settings, cases, 2), ranks, None), share)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("work", [sharded_work.follow_adapters, sharded_work.follow_adapters_before_torch_2_13])
+def test_four_bits_are_gathered_as_they_are_where_other_weights_are_cast(settings, work):
+    [found] = launch(work, (settings, [FOUR_BITS | {"trainer.param_dtype": "bfloat16"}]), 2, None)
+    # bfloat16 has 8 bits: log-probs of some 30 tokens, and a loss that begins at ln 2.
+    assert 0 < found["logps"] <= 0.05 and found["numbers"] <= 0.02, found
+
+
+@pytest.mark.long
+def test_layers_of_four_bits_are_compiled_with_the_others(settings):
+    [found] = launch(sharded_work.follow_adapters, (settings, [FOUR_BITS | {"compile": True}]), 2, None)
+    assert found["logps"] <= 1e-4 and found["numbers"] <= 1e-5 and found["weights"] <= 1e-4, found
 
 
 @pytest.mark.long

@@ -137,7 +137,7 @@ def test_the_best_of_n_is_the_first_of_the_best_and_has_to_reach_the_threshold()
     assert pair(scored(None), Rule("best_of_n")).excluded == {UNJUDGED: 1, NONE: 1}
 
 
-# ---- for any scores ----------------------------------------------------------------------------------------------------
+# ---- for any scores ---------------------------------------------------------------------------------------------------------
 
 CANDIDATES = st.lists(
     st.builds(

@@ -20,9 +20,10 @@ class Rules(NamedTuple):
     sinks: Tensor | None = None
 
     def first_visible(self, position: int) -> int:
-        """The first position that a token at `position` or any later one may see."""
-        window = 0 if self.window is None else max(0, position - self.window + 1)
-        return max(window, 0 if self.chunk is None else position // self.chunk * self.chunk)
+        """The first position that a token at `position` or any later one may see, or with chunks the beginning of its chunk."""
+        if self.chunk is not None:
+            return position // self.chunk * self.chunk
+        return 0 if self.window is None else max(0, position - self.window + 1)
 
     def are_plain(self, length: int) -> bool:
         """Whether these are the rules of plain causal attention for a sequence of `length` tokens."""

@@ -12,7 +12,9 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from preference_training.batching.parts import SlicedLayout
 from preference_training.batching.tries import TrieLayout
 from preference_training.modeling.prefix_sharing.attention_choice import varlen_kernel
 from preference_training.modeling.prefix_sharing.block_attention import (
@@ -21,10 +23,13 @@ from preference_training.modeling.prefix_sharing.block_attention import (
     compile_error,
     give_up_block_attention,
 )
+from preference_training.modeling.prefix_sharing.context import gather_keys
 from preference_training.modeling.prefix_sharing.merged_attention import attention_by_parts
 from preference_training.modeling.prefix_sharing.rules import Rules
 
 TREE_ATTENTION = "tree_attention"
+# Of longer sequences that do not begin with the first query, masks are made for so many rows at a time.
+LONG_SEQUENCE, MASKED_ROWS = 4096, 1024
 
 
 class UnsupportedAttentionError(Exception):
@@ -110,19 +115,21 @@ def tree_attention_forward(
 
 def _attention_over_trie(query: Tensor, key: Tensor, value: Tensor, layout: TrieLayout, rules: Rules) -> Tensor:
     """All branches at once where the device has kernels for it, else one after the other: [1, H, T, D]."""
-    if layout.by_branches:
-        return _attention_by_branches(query, key, value, layout, rules)
-    if kernel := varlen_kernel(query, value, layout, rules):
+    by_branches = _attention_by_branches
+    if isinstance(layout, SlicedLayout):
+        key, value = gather_keys(key, value, layout)
+        by_branches = _attention_of_slices
+    elif not layout.by_branches and (kernel := varlen_kernel(query, value, layout, rules)):
         return attention_by_parts(query, key, value, layout, rules, kernel)
-    if block_attention_fault(query.device):
-        return _attention_by_branches(query, key, value, layout, rules)
+    if layout.by_branches or block_attention_fault(query.device):
+        return by_branches(query, key, value, layout, rules)
     try:
         return attention_by_blocks(query, key, value, layout, rules)
     except Exception as error:
         if (reason := compile_error(error)) is None:
             raise
         give_up_block_attention(query.device, reason)
-        return _attention_by_branches(query, key, value, layout, rules)
+        return by_branches(query, key, value, layout, rules)
 
 
 def _chunk_size(module: nn.Module) -> int | None:
@@ -138,7 +145,7 @@ def _scaled_by_position(module: nn.Module, query: Tensor, layout: TrieLayout) ->
         return query
     scale = lambda positions: 1 + module.attn_scale * ((positions + 1.0) / module.floor_scale).floor().log1p()  # noqa: E731
     index = torch.arange(query.shape[2], device=query.device)
-    return (query * (scale(layout.positions) / scale(index))[:, None]).to(query.dtype)
+    return (query * (scale(layout.query_positions) / scale(index))[:, None]).to(query.dtype)
 
 
 def _plain_attention(
@@ -181,6 +188,40 @@ def _attention_by_branches(query: Tensor, key: Tensor, value: Tensor, layout: Tr
         first = rules.first_visible(branch.shared)
         outputs.append(_causal_rows(queries, keys[:, :, first:], values[:, :, first:], rules))
     return torch.cat(outputs, dim=2)
+
+
+def _attention_of_slices(query: Tensor, key: Tensor, value: Tensor, layout: SlicedLayout, rules: Rules) -> Tensor:
+    """The same of a process's slices [1, H, C, D], to the gathered keys and values [1, G, T, D] of all: [1, H, C, D]."""
+    own, lengths = layout.own_pieces, [layout.pieces[number].own for number in layout.gathered_pieces]
+    keys, values = (dict(zip(layout.gathered_pieces, each.split(lengths, dim=2), strict=True)) for each in (key, value))
+    outputs: list[Tensor] = []
+    for number, queries in zip(own, query.split([layout.pieces[number].own for number in own], dim=2), strict=True):
+        first = rules.first_visible(layout.pieces[number].shared)
+        sequence = layout.sequence(number)
+        seen = [torch.cat([each[part][:, :, :count] for part, count in sequence], dim=2) for each in (keys, values)]
+        outputs.append(_rows_after(queries, seen[0][:, :, first:], seen[1][:, :, first:], rules))
+    return torch.cat(outputs, dim=2)
+
+
+def _rows_after(queries: Tensor, keys: Tensor, values: Tensor, rules: Rules) -> Tensor:
+    """`_causal_rows`, whose memory does not grow with the square of a long sequence's length."""
+    rows, length = queries.shape[2], keys.shape[2]
+    if rows == length or length <= LONG_SEQUENCE:
+        return _causal_rows(queries, keys, values, rules)
+    outputs, end = [], length - rows
+    for part in queries.split(MASKED_ROWS, dim=2):
+        end += part.shape[2]
+        # Computed again in the backward pass, which would otherwise keep each layer's masks.
+        arguments = part, keys[:, :, :end], values[:, :, :end], rules
+        outputs.append(checkpoint(_last_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(outputs, dim=2)
+
+
+def _last_rows(queries: Tensor, keys: Tensor, values: Tensor, rules: Rules) -> Tensor:
+    """`_causal_rows` under a mask of these rows only."""
+    index = torch.arange(keys.shape[2], device=queries.device)
+    mask = _mask(index[-queries.shape[2] :], index, rules.window, rules.chunk, queries.dtype)
+    return _attend(queries, keys, values, mask, rules)
 
 
 def _causal_rows(queries: Tensor, keys: Tensor, values: Tensor, rules: Rules) -> Tensor:
@@ -239,8 +280,15 @@ def clear_mask_cache() -> None:
 @lru_cache(maxsize=16)
 def _causal_mask(length: int, window: int | None, chunk: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     index = torch.arange(length, device=device)
-    distance = index[:, None] - index[None, :]
-    visible = (distance >= 0) & (distance < (window or length))
+    return _mask(index, index, window, chunk, dtype)
+
+
+def _mask(queries: Tensor, keys: Tensor, window: int | None, chunk: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive mask of tokens at some positions and keys at others: [queries, keys]."""
+    distance = queries[:, None] - keys[None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
     if chunk is not None:
-        visible &= index[:, None] // chunk == index[None, :] // chunk
-    return torch.zeros(length, length, dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)
+        visible &= queries[:, None] // chunk == keys[None, :] // chunk
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)

@@ -44,7 +44,9 @@ KINDS = {
     shown.TRAINING: "test_house.py composes it",
     r"python scripts/\w+\.py( |$)": "test_its_script_understands_it",
     r"python -m preference_collection (import|export|push|generate|judge|score) ": "test_the_labeling_app_understands_it",
-    r"python -m preference_training\.rounds (sample|judge|pair|summarize|train|status|run|report) ": "test_the_rounds_understand_it",
+    r"python -m preference_training\.rounds (sample|judge|pair|summarize|train|status|run|report) ": (
+        "test_the_rounds_understand_it"
+    ),
     r"make [\w-]+": "test_what_is_made_is_there",
     r"pip install (--no-deps )?-r |pip install hydra-optuna-sweeper": "test_what_is_made_is_there",
     r"python3 -m venv |\. \.venv/bin/activate": "followed in a clean clone",

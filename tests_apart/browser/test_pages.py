@@ -1,5 +1,5 @@
-"""report.html, of a run and of a loop of rounds, comparison.html and data_report.html in Chromium: on a phone, a desk and a wide
-screen, light and dark, by keyboard, on paper.
+"""report.html, of a run and of a loop of rounds, comparison.html and data_report.html in Chromium: on a phone, a desk and a
+wide screen, light and dark, by keyboard, on paper.
 
 What a person has to judge, pictures of every page, goes to SCREENSHOTS, or nowhere where that is not set. RUNS is a folder in
 which the runs are kept for the next time.

@@ -233,8 +233,8 @@ class Decoding:
 # ---- proof -------------------------------------------------------------------------------------------------------------------
 
 _REPEATS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-# Two prompts with two samples each, of which the second one leaves after a step; in eighths of the vocabulary. Its first tokens are
-# special ones, after which some models round much more.
+# Two prompts with two samples each, of which the second one leaves after a step. In eighths of the vocabulary: its first tokens
+# are special ones, after which some models round much more.
 TRIED_PROMPTS, TRIED_TOKENS, TRIED_LEFT = [[2, 3, 4], [1, 5]], ([4, 5, 6, 7], [6, 7, 3, 2]), [0, 2, 3]
 
 

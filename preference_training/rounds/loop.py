@@ -3,9 +3,11 @@
 rounds.json        what the loop was started with
 prompts.parquet    its prompts, as they were then
 verdicts.jsonl     every score that a judge has given, by a hash of judge, prompt and response
+comparisons.jsonl  verdicts of a language model that compares two responses
+people/            pairs that wait for people, and their verdicts
 round-1/           samples.parquet, held_out_samples.parquet: responses of the policy before the round
                    sampling.json, *.unanswered.jsonl: what was sampled from; which responses a server did not give
-           scores.parquet, held_out_scores.parquet: what the judge says of them
+                   scores.parquet, held_out_scores.parquet: what the judge says of them; judged.json: of its own scores
                    pairs.parquet: what the round trains on; excluded.json: what was excluded, by reason
                    train.yaml, run/: the training, as a configuration and as a run; policy: a link to its checkpoint
                    summary.json: the round in numbers
@@ -37,6 +39,8 @@ from preference_training.rounds.prompts import LoopPrompt, read_stored
 from preference_training.tracking.run_files import ROUNDS_FILE, json_object
 
 ROUNDS, PROMPTS, VERDICTS = ROUNDS_FILE, "prompts.parquet", "verdicts.jsonl"
+# Of a round: what the judges say of their own scores: comparisons, disagreements.
+JUDGED = "judged.json"
 # The first way to pair that a loss trains on, by what its examples are.
 USUAL_PAIRS = {"pairs": "best_worst", "rankings": "ranking", "labels": "unpaired", "targets": "best_of_n"}
 

@@ -11,7 +11,7 @@ from preference_training.core.metric_names import ROUNDS as ROUNDS_METRICS
 from preference_training.core.processes import in_worker
 from preference_training.losses.registry import example_kind, find_loss, model_head
 from preference_training.rounds.driver import run_loop
-from preference_training.rounds.judges.choice import check_judge
+from preference_training.rounds.judges.choice import check_judge, check_rows
 from preference_training.rounds.loop import PROMPTS, ROUNDS, USUAL_PAIRS, Loop, counted
 from preference_training.rounds.processes import StepFailedError, locked_loop
 from preference_training.rounds.prompts import prompts_of_round, read_prompts, read_stored, store
@@ -51,6 +51,7 @@ def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False, report:
     stored = directory / PROMPTS
     # A loop that goes on has its prompts, whatever has become of their file.
     prompts, said = (read_stored(stored), Counter()) if stored.is_file() else read_prompts(config.rounds)
+    check_rows(config, prompts)
     held_out = [prompt for prompt in prompts if prompt.held_out]
     sampled = prompts_of_round(prompts, 1, config.rounds.prompts_per_round, config.seed)
     rounds = config.rounds

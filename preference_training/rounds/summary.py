@@ -31,7 +31,9 @@ from preference_training.core.metric_names import (
 )
 from preference_training.evaluation.intervals import estimate, mean_interval, share_interval
 from preference_training.evaluation.phrasing import with_interval
-from preference_training.rounds.loop import Loop, RoundFiles, counted
+from preference_training.generation.repetition import repeated_share
+from preference_training.rounds.judges.findings import facts_of_scores, findings
+from preference_training.rounds.loop import JUDGED, Loop, RoundFiles, counted
 from preference_training.rounds.tables import read_table
 from preference_training.tracking.run_files import METRICS, json_object, metric_rows, split_rows
 
@@ -56,18 +58,27 @@ def summarize(loop: Loop, number: int) -> dict[str, Any]:
     files = loop.round(number)
     summary: dict[str, Any] = {"round": files.number, "held_out": held_out(loop, number)}
     if files.number is not None:
-        summary["samples"] = facts_of_samples(read_rows(files.samples, files.scores))
+        rows = read_rows(files.samples, files.scores)
+        summary["samples"] = facts_of_samples(rows) | facts_of_scores(rows)
         summary |= json_object(files.excluded)
+    summary["judges"] = json_object(files.directory / JUDGED)
+    earlier = [read_summary(loop.round(each)) for each in range(1, number)]
+    summary["findings"] = findings([*filter(None, earlier), summary])
     write_atomically(files.summary, json.dumps(summary, indent=1) + "\n")
-    print(f"{files.name}: {held_out_line(summary['held_out'], number)}", flush=True)
+    found = [f"  {each['text']}" for each in summary["findings"]]
+    print(f"{files.name}: {held_out_line(summary['held_out'], number)}", *found, sep="\n", flush=True)
     return summary
 
 
 def read_rows(samples, scores) -> list[dict[str, Any]]:
     """The rows of samples with their scores."""
-    found = {(row["prompt_id"], row["number"]): row["score"] for row in read_table(scores)}
-    columns = ("prompt_id", "number", "text", "n_tokens", "ended", "logp", "logp_first")
-    return [row | {"score": found[row["prompt_id"], row["number"]]} for row in read_table(samples, columns)]
+    columns = ("prompt_id", "number", "text", "token_ids", "n_tokens", "ended", "logp", "logp_first")
+    found = {(row["prompt_id"], row["number"]): row for row in read_table(scores)}
+    rows = []
+    for row in read_table(samples, columns):
+        score = found[row["prompt_id"], row["number"]]
+        rows.append(row | {name: score.get(name) for name in ("score", "reason", "second_score")})
+    return rows
 
 
 def held_out(loop: Loop, number: int) -> dict[str, Any]:
@@ -75,6 +86,7 @@ def held_out(loop: Loop, number: int) -> dict[str, Any]:
 
     score, length, kl: means with 95% intervals. kl: of log pi - log pi_first over its own responses, in nats per response; with
     a temperature other than 1 these are not samples of pi itself. win_rate: against the model before the first round, by score.
+    second_score, second_win_rate: the same by rounds.second_judge, if there is one.
     """
     files, first = loop.round(number), loop.round(1)
     rows = read_rows(files.held_out_samples, files.held_out_scores)
@@ -91,7 +103,13 @@ def held_out(loop: Loop, number: int) -> dict[str, Any]:
     }
     scored = [row | {"kl": row["logp"] - row["logp_first"]} for row in rows if row["logp"] is not None]
     facts["kl"] = _mean(scored, "kl")
-    facts["win_rate"] = None if number == 1 else win_rate(judged, read_rows(first.held_out_samples, first.held_out_scores))
+    facts["repeated_4grams"] = repeated_share(row["token_ids"] or () for row in rows)
+    others = [] if number == 1 else read_rows(first.held_out_samples, first.held_out_scores)
+    facts["win_rate"] = None if number == 1 else win_rate(judged, others)
+    if second := [row | {"score": row["second_score"]} for row in rows if row["second_score"] is not None]:
+        facts["second_score"] = _mean(second, "score")
+        by_second = [row | {"score": row["second_score"]} for row in others]
+        facts["second_win_rate"] = None if number == 1 else win_rate(second, by_second)
     return facts
 
 
@@ -129,6 +147,7 @@ def facts_of_samples(rows: Sequence[dict]) -> dict[str, Any]:
     scores = [row["score"] for row in rows if row["score"] is not None]
     several = [some for some in texts.values() if len(some) > 1]
     return {
+        "responses": len(rows),
         "mean_score": mean(scores) if scores else None,
         "unjudged": len(rows) - len(scores),
         "truncated": sum(not row["ended"] for row in rows),
@@ -164,6 +183,9 @@ def held_out_line(facts: dict[str, Any], number: int) -> str:
     parts = [f"score {_text(facts['score'])}"]
     if facts["win_rate"]:
         parts.append(f"win rate against the first {_text(facts['win_rate'])}")
+    if facts.get("second_score"):
+        rate = facts["second_win_rate"]
+        parts.append(f"second judge {_text(facts['second_score'])}" + (f" (win rate {_text(rate)})" if rate else ""))
     parts.append(f"{facts['length']['mean']:.1f} tokens")
     if facts["kl"]["mean"] is not None:
         parts.append(f"KL to the first {facts['kl']['mean']:.3g} nats")

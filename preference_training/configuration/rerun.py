@@ -30,7 +30,8 @@ PATHS = (
     "rounds.judging.rubric", "rounds.held_out",
 )  # fmt: skip
 
-# A judge whose name may be a path.
+# Judges are functions in files, models, or names such as tests, which a folder may have too.
+JUDGES = ("rounds.judge", "rounds.second_judge")
 MODEL_JUDGE = "reward_model:"
 
 
@@ -63,11 +64,14 @@ def _absolute(value: Any, key: str) -> Any:
         return [_absolute(each, key) for each in value]
     if isinstance(value, dict):
         paths = ("path", "test_path", "data_dir", "name", "judge", "rubric")
-        return {name: _absolute(each, key) if name in paths else each for name, each in value.items()}
+        keys = {name: "rounds.judging.rubric" if name == "rubric" else key for name in paths}
+        return {name: _absolute(each, keys[name]) if name in paths else each for name, each in value.items()}
     if not isinstance(value, str) or "://" in value or (key == "model" and value in group_choices("model")):
         return value
     if value.startswith(MODEL_JUDGE):
-        return MODEL_JUDGE + _absolute(value.removeprefix(MODEL_JUDGE), key)
+        return MODEL_JUDGE + _absolute(value.removeprefix(MODEL_JUDGE), "model.name_or_path")
+    if key in JUDGES and ".py:" not in value:
+        return value
     file, colon, name = value.rpartition(":") if ".py:" in value else (value, "", "")
     path = Path(file).expanduser()
     found = path.exists() or ("*" in file and path.parent.exists())

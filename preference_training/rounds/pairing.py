@@ -16,6 +16,7 @@ EMPTY = "responses without text"
 DUPLICATE = "responses that repeat another one to their prompt"
 TIE = "pairs of responses with equal scores"
 CLOSE = "pairs whose scores differ by less than margin"
+WORSE = "pairs whose better response is below threshold"
 LENGTHS = "pairs whose lengths differ by more than length_matched"
 MIDDLE = "responses with the median score of their prompt"
 LOW = "prompts whose best response is below threshold"
@@ -23,7 +24,7 @@ LOW = "prompts whose best response is below threshold"
 NONE = "prompts without a judged response"
 ONE = "prompts with fewer than two different judged responses"
 ALL_TIED = "prompts whose responses all have the same score"
-NO_PAIR = "prompts of which margin or length_matched leaves no pair"
+NO_PAIR = "prompts of which margin, threshold or length_matched leaves no pair"
 
 Pair = tuple[int, int]
 
@@ -135,6 +136,8 @@ def _is_pair(kept: Sequence[Candidate], pair: Pair, rule: Rule, excluded: Counte
     one, other = (kept[place] for place in pair)
     difference = abs(one.score - other.score)
     reason = TIE if difference == 0 else CLOSE if difference < rule.margin else None
+    if reason is None and rule.threshold is not None and max(one.score, other.score) < rule.threshold:
+        reason = WORSE
     reason = reason or (None if _matched(kept, pair, rule) else LENGTHS)
     if reason:
         excluded[reason] += 1

@@ -32,7 +32,7 @@ READ_BY = {
     "margin": ("best_worst", "all", "top_k", "ranking"),
     "length_matched": ("best_worst", "all", "top_k"),
     "top_k": ("top_k",),
-    "threshold": ("unpaired", "best_of_n"),
+    "threshold": ("best_worst", "all", "top_k", "unpaired", "best_of_n"),
 }
 
 # The keys of servers that sample.

@@ -55,6 +55,11 @@ def test_a_file_has_the_keys_and_values_of_the_command_line(overrides, values, h
         ("datasets=model/../loader.py:mine", "{here}/loader.py:mine"),
         ("datasets='model/../*.jsonl'", "{here}/*.jsonl"),
         ("local_dirs=[model/../runs]", ["{here}/runs"]),
+        ("rounds.judge=loader.py:mine", "{here}/loader.py:mine"),
+        # The name of a judge, though a folder has it too.
+        ("rounds.judge=model", "model"),
+        ("rounds.judge=[{judge:model,rubric:mine.jsonl}]", [{"judge": "model", "rubric": "{here}/mine.jsonl"}]),
+        ("rounds.second_judge=reward_model:model", "reward_model:{here}/model"),
     ],
 )
 def test_paths_are_absolute(override, value, here):

@@ -19,6 +19,7 @@ from preference_training.rounds.pairing import (
     ONE,
     TIE,
     UNJUDGED,
+    WORSE,
     Candidate,
     Rule,
     pair,
@@ -53,6 +54,19 @@ def test_all_pairs_of_eight_responses_hold_each_response_once():
     record = pair(scored(*range(8)), Rule("all")).record
     assert len(record["pairs"]) == 8 * 7 // 2
     assert sorted(record["responses"]) == list("ABCDEFGH")
+
+
+@pytest.mark.parametrize("pairs", ["all", "top_k"])
+def test_the_chosen_response_of_a_pair_has_to_reach_the_threshold(pairs):
+    # Of the pairs with different scores, B and D (0.5 and 0) have no response that reaches 1.
+    found = pair(scored(1, 0.5, 1, 0), Rule(pairs, threshold=1, top_k=4))
+    assert sorted(texts_of_pairs(found.record)) == ["A>B", "A>D", "C>B", "C>D"]
+    assert found.excluded == {TIE: 1, WORSE: 1}
+
+
+def test_without_a_response_that_reaches_the_threshold_there_is_no_pair():
+    found = pair(scored(0.5, 0), Rule("best_worst", threshold=1))
+    assert (found.record, found.excluded) == (None, {WORSE: 1, NO_PAIR: 1})
 
 
 def test_equal_scores_are_no_pair_and_are_counted():

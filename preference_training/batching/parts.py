@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from preference_training.batching.tries import BLOCK, Branch, Trie, TrieLayout, block_visibility
+from preference_training.batching.tries import BLOCK, Branch, Trie, TrieLayout, block_visibility, int32
 from preference_training.core.process_group import WHOLE_PACKS
 
 # Whole trees may leave the fullest process with so many times the tokens that slices would give it: gathering keys and values
@@ -148,14 +148,14 @@ class SlicedLayout(TrieLayout):
     def query_index(self) -> Tensor:
         """The packed index of each query: [C] int32."""
         if "query_index" not in self.tensors:
-            self.tensors["query_index"] = self._to_device(self.cut.index[self.part])
+            self.tensors["query_index"] = int32(self.cut.index[self.part], self.device)
         return self.tensors["query_index"]
 
     @property
     def key_index(self) -> Tensor:
         """The packed index of each key: [T] int32."""
         if "key_index" not in self.tensors:
-            self.tensors["key_index"] = self._to_device(self.cut.index.ravel())
+            self.tensors["key_index"] = int32(self.cut.index.ravel(), self.device)
         return self.tensors["key_index"]
 
     @property

@@ -260,25 +260,22 @@ class TrieLayout:
         for number, part in enumerate(attention_parts(self.trie.branches)):
             for name, values in part.arrays.items():
                 if f"part {number} {name}" not in self.tensors:
-                    self.tensors[f"part {number} {name}"] = self._to_device(values)
+                    self.tensors[f"part {number} {name}"] = int32(values, self.device)
             found.append(part.on_device({name: self.tensors[f"part {number} {name}"] for name in part.arrays}))
         return found
-
-    def _to_device(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values.astype(numpy.int32)).to(self.device)
 
     @property
     def subtree_ends(self) -> Tensor:
         """One past the last packed token below each token: [T] int32."""
         if "subtree_ends" not in self.tensors:
-            self.tensors["subtree_ends"] = self._to_device(self.trie.subtree_ends)
+            self.tensors["subtree_ends"] = int32(self.trie.subtree_ends, self.device)
         return self.tensors["subtree_ends"]
 
     @property
     def positions(self) -> Tensor:
         """Position of each packed token in its sequence: [T] int32."""
         if "positions" not in self.tensors:
-            self.tensors["positions"] = self._to_device(self.trie.positions)
+            self.tensors["positions"] = int32(self.trie.positions, self.device)
         return self.tensors["positions"]
 
     @property
@@ -339,8 +336,13 @@ class TrieLayout:
             some, full = self.visibility(window, chunk)
             found = [values for blocks in (some & ~full, full) for values in _counts_and_indices(blocks)]
             for name, values in zip(names, found, strict=True):
-                self.tensors[name] = self._to_device(values)
+                self.tensors[name] = int32(values, self.device)
         return [self.tensors[name] for name in names]
+
+
+def int32(values: NDArray[Any], device: torch.device) -> Tensor:
+    """Whole numbers as a tensor of int32 on a device."""
+    return torch.from_numpy(values.astype(numpy.int32)).to(device)
 
 
 def _counts_and_indices(blocks: NDArray[numpy.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -7,7 +7,6 @@ optimizer state, clips gradients, and says which ranks share the data.
 import copy
 import time
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -94,14 +93,8 @@ class Placement:
             return LiveReference(self.frozen_copy(policy))
         archive = None if model.reference_archive == BASE_MODEL else model.reference_archive
         values = {"archive": archive, "reference_archive": None, "policy_dtype": model.reference_dtype}
-        other = self.with_config(self.config.changed({f"model.{key}": value for key, value in values.items()}))
+        other = same_devices(self, self.config.changed({f"model.{key}": value for key, value in values.items()}))
         return LiveReference(other.load_policy().eval().requires_grad_(False))
-
-    def with_config(self, config) -> Self:
-        """The same devices for the model of another configuration, which keeps no model under an adapter."""
-        other = copy.copy(self)
-        other.config, other.base_dir = config, None
-        return other
 
     def samples(self, requested: bool | None) -> bool:
         """Whether to sample at evaluations, where `sample_during_eval` is `requested`; never from a reward model."""
@@ -150,6 +143,13 @@ def flat_state(state: dict) -> dict:
         plain = {name: value for name, value in values.items() if not isinstance(value, dict)}
         by_weight[weight] = {name: value for part in (plain, *sections) for name, value in part.items()}
     return state | {"state": by_weight}
+
+
+def same_devices(placement: Placement, config) -> Placement:
+    """A placement like another for the model of another configuration, which keeps no model under an adapter."""
+    other = copy.copy(placement)
+    other.config, other.base_dir = config, None
+    return other
 
 
 class OneProcess(Placement):
@@ -242,15 +242,14 @@ class Sharded(Placement):
     def __init__(self, config, tokenizer, device: torch.device, mesh: DeviceMesh):
         self.config, self.tokenizer, self.device = config, tokenizer, device
         self.ranks = data_ranks(mesh, config.trainer.context_parallel_size or 1)
-        self.layout = Layout.of(config, mesh, self.ranks.context)
+        self.device_mesh = mesh
         # Where gradients stay whole until the step, they are reduced once, after the last pack.
         self.reduces_once = config.trainer.sharding in ("optimizer", "none")
 
-    def with_config(self, config) -> Self:
-        """The same processes for the model of another configuration."""
-        other = copy.copy(self)
-        other.config, other.base_dir, other.layout = config, None, Layout.of(config, self.layout.mesh)
-        return other
+    @property
+    def layout(self) -> Layout:
+        """How the weights of the configuration's model are laid over the mesh."""
+        return Layout.of(self.config, self.device_mesh, self.ranks.context)
 
     @classmethod
     def start(cls, config, tokenizer) -> "Sharded":

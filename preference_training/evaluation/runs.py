@@ -21,7 +21,7 @@ from preference_training.core.files import write_atomically
 from preference_training.core.machine import said_while_slow
 from preference_training.core.values import UNREADABLE
 from preference_training.data.prompt_table import PromptTable
-from preference_training.distributed.placement import Placement
+from preference_training.distributed.placement import Placement, same_devices
 from preference_training.evaluation.breakdown import ExampleFacts, break_down
 from preference_training.evaluation.held_out import HeldOut, kl_estimate, response_batches
 from preference_training.evaluation.judges import build_judge
@@ -160,7 +160,7 @@ class EvaluationRun:
 
     def load_other(self, archive: str) -> nn.Module:
         """The model of another checkpoint, placed like the policy."""
-        return self.placement.with_config(self.config.changed({"model.archive": archive})).load_policy()
+        return same_devices(self.placement, self.config.changed({"model.archive": archive})).load_policy()
 
 
 def check_reference(config: RunConfig, checkpoint: Checkpoint, found: str | None) -> None:

@@ -6,6 +6,7 @@ verdicts.jsonl     every score that a judge has given, by a hash of judge, promp
 comparisons.jsonl  verdicts of a language model that compares two responses
 people/            pairs that wait for people, and their verdicts
 round-1/           samples.parquet, held_out_samples.parquet: responses of the policy before the round
+                   sampling.json, *.unanswered.jsonl: what was sampled from; which responses a server did not give
                    scores.parquet, held_out_scores.parquet: what the judge says of them; judged.json: of its own scores
                    pairs.parquet: what the round trains on; excluded.json: what was excluded, by reason
                    train.yaml, run/: the training, as a configuration and as a run; policy: a link to its checkpoint

@@ -16,6 +16,7 @@ from preference_training.core.metric_names import (
     HELD_OUT_LENGTH,
     HELD_OUT_PROMPTS,
     HELD_OUT_REWARD,
+    HELD_OUT_SECOND_WIN_RATE,
     HELD_OUT_WIN_RATE,
     HIGH,
     LOW,
@@ -38,7 +39,8 @@ from preference_training.tracking.run_files import METRICS, json_object, metric_
 
 # A loop's metrics: of the held-out part of a summary, with intervals; of its samples; of what was made of them.
 HELD_OUT_METRICS = {
-    HELD_OUT_REWARD: "score", HELD_OUT_WIN_RATE: "win_rate", HELD_OUT_LENGTH: "length", HELD_OUT_KL: "kl",
+    HELD_OUT_REWARD: "score", HELD_OUT_WIN_RATE: "win_rate", HELD_OUT_SECOND_WIN_RATE: "second_win_rate",
+    HELD_OUT_LENGTH: "length", HELD_OUT_KL: "kl",
 }  # fmt: skip
 SAMPLE_METRICS = {
     SAMPLES_REWARD: "mean_score", SAMPLES_LENGTH: "mean_length", DISTINCT: "distinct_2", SIMILARITY: "similarity",
@@ -46,8 +48,8 @@ SAMPLE_METRICS = {
 COUNT_METRICS = {PAIRS: "pairs", RECORDS: "records"}
 # The columns of the table: title and metric.
 COLUMNS = {
-    "score": HELD_OUT_REWARD, "win rate": HELD_OUT_WIN_RATE, "tokens": HELD_OUT_LENGTH, "KL": HELD_OUT_KL,
-    "distinct-2": DISTINCT, "pairs": PAIRS,
+    "score": HELD_OUT_REWARD, "win rate": HELD_OUT_WIN_RATE, "second judge's": HELD_OUT_SECOND_WIN_RATE,
+    "tokens": HELD_OUT_LENGTH, "KL": HELD_OUT_KL, "distinct-2": DISTINCT, "pairs": PAIRS,
 }  # fmt: skip
 
 

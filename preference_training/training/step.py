@@ -181,7 +181,7 @@ class TrainingStep:
         if math.isfinite(metrics[TRAIN_LOSS]) and math.isfinite(norm):
             share = self._update(is_finite=True)
             return StepResult(metrics | batch.statistics | {GRAD_NORM: norm}, batch.packs, stops > 0, share)
-        if math.isfinite(metrics[TRAIN_LOSS]) and (scale := self.updater.loss_scale) > 1:
+        if math.isfinite(metrics[TRAIN_LOSS]) and (scale := self.updater.scaler.get_scale()) > 1:
             # The scaler itself takes no step with a gradient that has overflowed, and halves its scale.
             self._update(is_finite=False)
             return StepResult(metrics | batch.statistics, batch.packs, stops > 0, overflowed_at=scale)

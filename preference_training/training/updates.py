@@ -62,11 +62,6 @@ class Updater:
         """The learning rate of the next step."""
         return self.optimizer.param_groups[0]["lr"]
 
-    @property
-    def loss_scale(self) -> float:
-        """What losses are multiplied with, so that gradients of float16 products do not underflow; 1 where they are not."""
-        return self.scaler.get_scale()
-
     # ---- one step -------------------------------------------------------------------------------------------------------
 
     def expect_gradients(self, packs: int) -> None:

@@ -78,6 +78,16 @@ def test_what_the_judge_prefers_becomes_more_frequent(done):
     assert before["kl"]["mean"] == 0 and after["kl"]["mean"] > 0
 
 
+def test_the_metrics_of_all_policies_are_in_one_file_by_what_they_were_trained_on(done):
+    rows = [json.loads(line) for line in (done.directory / "metrics.jsonl").read_text().splitlines()]
+    scores = [read_summary(files)["held_out"]["score"]["mean"] for files in done.rounds()]
+    assert [row["rounds/reward_held_out"] for row in rows] == scores
+    assert [row["counters/round"] for row in rows] == [0, 1, 2]
+    # A checkpoint is named by the examples of its own training.
+    one, other = (int(done.round(number).policy.resolve().name.removeprefix("step-")) for number in (1, 2))
+    assert [row["counters/examples"] for row in rows] == [0, one, one + other]
+
+
 def test_nothing_is_judged_twice_and_every_response_once(done):
     asked = Counter(loops.asked(done.directory.parent))
     assert set(asked.values()) == {1}

@@ -13,24 +13,25 @@ from preference_training.rounds.summary import policy_name
 
 # Shares of the held-out responses: above the first the score is of the others only; above the second most are no whole ones.
 MANY_UNJUDGED, MANY_TRUNCATED = 0.1, 0.5
-# By how much the responses have become longer, as a share, with which a rise of the score may be one of length.
-MUCH_LONGER = 0.5
 
 
 def loop_findings(loop: LoopRecord) -> list[Finding]:
     """What there is to know of a loop: errors first, then warnings and notes; of the latest round first."""
-    found = [*_of_rounds(loop), *_held_out(loop), *_compared(loop), *_lengths(loop)]
+    found = [*_of_rounds(loop), *_held_out(loop), *_compared(loop)]
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def _of_rounds(loop: LoopRecord) -> Iterator[Finding]:
+    """What the rounds' steps have found, of each kind the latest."""
+    kinds: set[str] = set()
     for files, summary in reversed(list(zip(loop.rounds, loop.summaries, strict=True))):
         listed = summary.get("findings")
-        for given in listed if isinstance(listed, list) else ():
-            facts = given if isinstance(given, Mapping) else {"text": given}
+        given = [each for each in listed if isinstance(each, Mapping)] if isinstance(listed, list) else []
+        new = [each for each in given if str(each.get("kind")) not in kinds]
+        kinds |= {str(each.get("kind")) for each in given}
+        for facts in new:
             severity = facts.get("severity") if facts.get("severity") in SEVERITIES else "warning"
-            if isinstance(facts.get("text"), str):
-                yield Finding(str(facts.get("kind", "judge")), severity, f"{files.name}: {facts['text']}")
+            yield Finding(str(facts.get("kind")), severity, f"{files.name}: {facts.get('text')}")
 
 
 def _held_out(loop: LoopRecord) -> Iterator[Finding]:
@@ -76,22 +77,6 @@ def _compared(loop: LoopRecord) -> Iterator[Finding]:
             )
             yield Finding("worse than before", "warning", text)
             return
-
-
-def _lengths(loop: LoopRecord) -> Iterator[Finding]:
-    if len(loop.measured) < 2:
-        return
-    first, last = loop.held_out(loop.measured[0]), loop.held_out(loop.measured[-1])
-    before, after = (facts.get("length") or {} for facts in (first, last))
-    if not (_has_interval(before) and _has_interval(after)) or before["mean"] <= 0:
-        return
-    growth = after["mean"] / before["mean"] - 1
-    if growth > MUCH_LONGER and after["low"] > before["high"]:
-        text = (
-            f"Responses have become {growth:.0%} longer, {before['mean']:.3g} to {after['mean']:.3g} tokens: the judge may "
-            "reward length. Read samples. rounds.length_matched pairs responses of similar length."
-        )
-        yield Finding("length", "warning", text)
 
 
 def _has_interval(facts: Mapping[str, Any]) -> bool:

@@ -43,7 +43,7 @@ CHARTS = (
     ("Score", "of the judge, on held-out prompts", {metric_names.HELD_OUT_REWARD: "held out"}, Axes(X, is_count=True)),
     (
         "Win rate", "against the first model on held-out prompts, by score; ties count half",
-        {metric_names.HELD_OUT_WIN_RATE: "held out"},
+        {metric_names.HELD_OUT_WIN_RATE: "by the judge", metric_names.HELD_OUT_SECOND_WIN_RATE: "by the second judge"},
         Axes(X, low=0, high=1, shown=(0.5,), guide=(0.5, "as the first model"), is_count=True),
     ),
     (
@@ -67,7 +67,8 @@ CHARTS = (
 )  # fmt: skip
 # The columns of the table of policies: title and metric.
 COLUMNS = {
-    "score": metric_names.HELD_OUT_REWARD, "win rate": metric_names.HELD_OUT_WIN_RATE, "tokens": metric_names.HELD_OUT_LENGTH,
+    "score": metric_names.HELD_OUT_REWARD, "win rate": metric_names.HELD_OUT_WIN_RATE,
+    "second judge's": metric_names.HELD_OUT_SECOND_WIN_RATE, "tokens": metric_names.HELD_OUT_LENGTH,
     "KL": metric_names.HELD_OUT_KL,
 }  # fmt: skip
 # The numbers at the top: metric, title, meaning.
@@ -110,7 +111,7 @@ def loop_page(loop: LoopRecord) -> str:
         facts=facts(loop),
         links=[name for name in LINKED if (loop.directory / name).is_file()],
         charts=charts(loop),
-        columns=list(COLUMNS),
+        columns=list(known_columns(loop)),
         policies=policies(loop),
         rounds=list(trained_on(loop)),
         prompts=[example(loop.held_out_prompts[prompt], found) for prompt, found in answered.items() if found],
@@ -188,6 +189,11 @@ def charts(loop: LoopRecord) -> list[Markup]:
     return [figure for figure in figures if figure]
 
 
+def known_columns(loop: LoopRecord) -> dict[str, str]:
+    """The columns of the table of policies for which there are values: title → metric."""
+    return {title: metric for title, metric in COLUMNS.items() if any(metric in row for row in loop.rows)}
+
+
 def policies(loop: LoopRecord) -> list[dict]:
     """The rows of the table of policies: what each does on held-out prompts."""
     found = []
@@ -195,7 +201,7 @@ def policies(loop: LoopRecord) -> list[dict]:
         place = int(row[metric_names.ROUND])
         held_out = loop.held_out(place)
         if held_out:
-            cells = [metric_text(row, metric) for metric in COLUMNS.values()]
+            cells = [metric_text(row, metric) for metric in known_columns(loop).values()]
             counts = [f"{held_out.get(name, 0):,}" for name in ("truncated", "unjudged")]
             report = loop.rounds[place - 1].run / REPORT if place else None
             found.append({"name": policy_name(place), "cells": cells + counts, "report": _link(loop, report)})

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 # How many prompts are probed, and tokens sampled to each.
 PROMPTS, TOKENS = 4, 16
-# The largest mean difference of a token's log-prob, in nats, by the coarser of the two dtypes.
-TOLERANCES = {"float32": 0.01}
+# The largest mean difference of a token's log-prob, in nats, by the coarser of the two dtypes. In float32 the same weights gave
+# 6e-6, and a vLLM that had kept one layer of the round before 2e-3.
+TOLERANCES = {"float32": 0.001}
 COARSE = 0.05
 
 

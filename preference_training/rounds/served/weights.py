@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from preference_training.core.errors import UserError
+from preference_training.core.values import hash_values
 from preference_training.generation.servers import OpenAIServer, ServerError
 
 RELOAD, RESET, METRICS, INFO = "/collective_rpc", "/reset_prefix_cache", "/metrics", "/server_info"
@@ -83,8 +84,8 @@ class Vllm:
             time.sleep(BETWEEN_LOOKS)
 
     def load_adapter(self, directory: Path, content: str) -> str:
-        """Load an adapter, and unload those of earlier rounds; its name. content: a hash of its weights. Raises UserError."""
-        name = ADAPTER_PREFIX + content[:16]
+        """Load an adapter, and unload those of earlier rounds; its name. content: a hash of all weights. Raises UserError."""
+        name = ADAPTER_PREFIX + hash_values(content)[:16]
         try:
             loaded = [each for each in self.server.listed(self.server.models()) if each.startswith(ADAPTER_PREFIX)]
             if name not in loaded:

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from preference_training.configuration.saved import save_config
+from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import configured
 from preference_training.rounds.loop import PROMPTS, ROUNDS, RoundFiles, all_files
 from preference_training.rounds.prompts import LoopPrompt, store
@@ -19,15 +21,19 @@ EXCLUDED = {"pairs of responses with equal scores": 3, "responses without text":
 def made_up_loop(folder: Path, policies: Sequence[tuple] = POLICIES, exp_name: str = "letters") -> Path:
     """Write the directory of a loop with a round less than there are policies; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
-    given = ("rounds.prompts=prompts.jsonl", "rounds.judge=toy", f"rounds.rounds={len(policies) - 1}", f"exp_name={exp_name}")
-    config = configured("+rounds=default", *given, "loss=dpo", "model=blank_model", "model.name_or_path=some/model",
-                        f"local_run_dir={folder}")  # fmt: skip
-    save_config(config, folder)
+    save_config(_config(len(policies) - 1).changed({"exp_name": exp_name, "local_run_dir": str(folder)}), folder)
     (folder / ROUNDS).write_text(json.dumps({"rounds": len(policies) - 1}))
     store([LoopPrompt(k, f"\n\nHuman: Question {k}?\n\nAssistant:", {}, k < HELD_OUT) for k in range(40)], folder / PROMPTS)
     for place, (files, numbers) in enumerate(zip(all_files(folder), policies, strict=True)):
         _write_round(files, place, numbers)
     return folder
+
+
+@cache
+def _config(rounds: int) -> RunConfig:
+    given = ("rounds.prompts=prompts.jsonl", "rounds.judge=toy", f"rounds.rounds={rounds}", "local_run_dir=unused")
+    model = ("model=blank_model", "model.name_or_path=some/model")
+    return configured("+rounds=default", *given, *model, "loss=dpo")
 
 
 def _write_round(files: RoundFiles, place: int, numbers: tuple) -> None:

@@ -112,21 +112,32 @@ def test_of_a_loop_that_improves_there_is_nothing_to_know_first(loop):
     assert texts(loop) == []
 
 
-def test_what_the_judge_has_found_in_a_round_stands_first(loop):
-    file = loop / "round-2" / "summary.json"
-    found = [{"kind": "length", "severity": "error", "text": "Scores follow length."}, "Half of the scores are equal."]
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"findings": found}))
+def test_what_the_rounds_have_found_stands_first_of_each_kind_the_latest(loop):
+    length = [{"kind": "length", "text": f"responses have grown to {tokens} tokens"} for tokens in (24, 26)]
+    ties = {"kind": "ties", "severity": "error", "text": "half of the scores are equal"}
+    for name, found in (("round-1", [length[0], ties]), ("round-2", [length[1]])):
+        file = loop / name / "summary.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"findings": found}))
     assert [(each.severity, each.text) for each in loop_findings(LoopRecord.read(loop))] == [
-        ("error", "round-2: Scores follow length."), ("warning", "round-2: Half of the scores are equal."),
+        ("error", "round-1: half of the scores are equal"), ("warning", "round-2: responses have grown to 26 tokens"),
     ]  # fmt: skip
-    assert "Scores follow length." in parsed(loop).select_one(".findings").get_text()
+    assert "half of the scores are equal" in parsed(loop).select_one(".findings").get_text()
+
+
+def test_a_second_judge_has_a_column_and_a_line_of_its_own(loop):
+    file = loop / "final" / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["held_out"]["second_win_rate"] = {"mean": 0.4, "low": 0.3, "high": 0.5}
+    file.write_text(json.dumps(summary))
+    page = parsed(loop)
+    assert [row[3] for row in table(page, "Policies")] == ["-", "-", "0.4 [0.3, 0.5]"]
+    assert "by the second judge" in page.get_text()
 
 
 @pytest.mark.parametrize(("policies", "words"), [
     ([POLICIES[0], (0.21, 0.52, 20.0, 1.0)], "The policy after round 1 cannot be told from the first model: its win rate is"),
     ([POLICIES[0], (0.1, 0.2, 20.0, 1.0)], "The judge finds the policy after round 1 worse than the first model"),
     ([POLICIES[0], (0.6, 0.9, 20.0, 5.0), (0.4, 0.8, 20.0, 9.0)], "The policy after round 1 has a higher held-out score"),
-    ([POLICIES[0], (0.6, 0.9, 40.0, 5.0)], "Responses have become 100% longer, 20 to 40 tokens: the judge may reward length"),
 ])  # fmt: skip
 def test_what_the_numbers_of_all_rounds_suggest_is_said(tmp_path, policies, words):
     [found] = texts(made_up_loop(tmp_path / "loop", policies))

@@ -77,7 +77,7 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
     settings = HydraConfig.get()
     config = validate(composed, list(settings.overrides.task), dict(settings.runtime.choices))
     name = config.loss.name
-    check_objective(config.objective, name, example_kind(name), model_head(name))
+    check_objective(config.objective, name, example_kind(name), model_head(name), config.rounds is not None)
     read_entries(config)
     check_resume(config.resume)
     if config.pruner and not in_sweep:
@@ -89,10 +89,10 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
 def start(config: RunConfig, run_dir: Path, in_sweep: bool, callbacks: Sequence[object] = ()) -> float | None:
     """Run in this process, or launch several where the trainer needs them; a loop of rounds starts one for each step."""
     if config.rounds is not None:
+        from preference_training.reporting.loops.page import write_loop_report
         from preference_training.rounds.start import start_loop
 
-        start_loop(config, run_dir, in_sweep)
-        return None
+        return start_loop(config, run_dir, in_sweep, write_loop_report)
     from preference_training.distributed.launching import run_or_launch
     from preference_training.training.defaults import settle_dtypes
 

@@ -45,7 +45,7 @@ class Settings:
     sft_epochs: int = 4
     sft_lr: float = 2e-3
     rounds: int = 3
-    round_prompts: int = 160
+    round_prompts: int = 300
     samples: int = 8
     pairs_per_prompt: int = 8
     temperature: float = 1.0

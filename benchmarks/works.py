@@ -80,7 +80,7 @@ WORKS = {
         prompt=TURN,
         levels=((1, TURN),) * 4 + ((2, TURN),) + ((1, TURN),) * 2,
     ),
-    "dpo_28_pairs": Work("DPO, 8 responses and 28 pairs", {}, examples_per_step=28, prompt=100, levels=((8, 150),)),
+    "dpo_28_pairs": Work("DPO, 8 responses and 28 pairs", {"trl": 5.0}, examples_per_step=28, prompt=100, levels=((8, 150),)),
     "dpo_4_pairs": Work(
         "DPO, 8 responses and 4 pairs", {}, examples_per_step=4, prompt=100, levels=((8, 150),), all_pairs=False
     ),

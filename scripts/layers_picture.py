@@ -32,8 +32,9 @@ def layers() -> list[str]:
 
 
 def packages_imported(package: Path) -> set[str]:
-    """The packages of which the modules of a package import something."""
-    nodes = [node for module in package.rglob("*.py") for node in ast.walk(ast.parse(module.read_text()))]
+    """The packages of which the modules of a package import something; command lines may import any."""
+    modules = [module for module in package.rglob("*.py") if module.stem != "__main__"]
+    nodes = [node for module in modules for node in ast.walk(ast.parse(module.read_text()))]
     parts = [(node.module or "").split(".") for node in nodes if isinstance(node, ast.ImportFrom)]
     return {name[1] for name in parts if name[0] == PACKAGE.name and len(name) > 1}
 

@@ -1,4 +1,4 @@
-"""Rebuild report.html from a run directory; the run may still be in progress.
+"""Rebuild report.html from a run directory, or that of a loop of rounds; it may still be in progress.
 
 python scripts/report.py RUN [--flagged FILE.jsonl]
 
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from preference_training.core.errors import UserError
 from preference_training.reporting.flagged_pairs import write_labeling_file
+from preference_training.reporting.loops.page import rebuild_loop_report
 from preference_training.reporting.run_report import rebuild_report
+from preference_training.tracking.run_files import ROUNDS_FILE
 
 
 def main() -> None:
@@ -21,7 +23,10 @@ def main() -> None:
     parser.add_argument("--flagged", type=Path, metavar="FILE", help="write flagged pairs to this file, as JSON lines")
     options = parser.parse_args()
     try:
-        print(f"report: {rebuild_report(options.run)}")
+        is_loop = (options.run / ROUNDS_FILE).is_file()
+        if is_loop and options.flagged:
+            raise UserError(f"--flagged: {options.run} is a loop of rounds. Give the run of a round, such as round-1/run.")
+        print(f"report: {(rebuild_loop_report if is_loop else rebuild_report)(options.run)}")
         if options.flagged:
             number = write_labeling_file(options.run, options.flagged)
             print(f"{number} pairs: {options.flagged}" if number else "none flagged: no pair's label is in question")

@@ -26,8 +26,12 @@ PATHS = (
     "model", "model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "model.reference_archive",
     "model.chat_template", "datasets",
     "contamination_files", "loss.function", "evaluation.to", "evaluation.against", "evaluation.task_path", "cache_dir",
-    "local_dirs", "rounds.prompts", "rounds.judge", "rounds.held_out",
+    "local_dirs", "rounds.prompts", "rounds.judge", "rounds.second_judge",
+    "rounds.judging.rubric", "rounds.held_out",
 )  # fmt: skip
+
+# A judge whose name may be a path.
+MODEL_JUDGE = "reward_model:"
 
 
 def write_rerun(config: RunConfig, run_dir: Path) -> None:
@@ -58,10 +62,12 @@ def _absolute(value: Any, key: str) -> Any:
     if isinstance(value, list):
         return [_absolute(each, key) for each in value]
     if isinstance(value, dict):
-        paths = ("path", "test_path", "data_dir", "name")
+        paths = ("path", "test_path", "data_dir", "name", "judge", "rubric")
         return {name: _absolute(each, key) if name in paths else each for name, each in value.items()}
     if not isinstance(value, str) or "://" in value or (key == "model" and value in group_choices("model")):
         return value
+    if value.startswith(MODEL_JUDGE):
+        return MODEL_JUDGE + _absolute(value.removeprefix(MODEL_JUDGE), key)
     file, colon, name = value.rpartition(":") if ".py:" in value else (value, "", "")
     path = Path(file).expanduser()
     found = path.exists() or ("*" in file and path.parent.exists())

@@ -13,6 +13,7 @@ from preference_training.configuration.keys import (
     OUTSIDE_JOB_IDENTITY,
     Section,
     anything,
+    check_section,
     declared,
     expected,
     is_number,
@@ -31,6 +32,7 @@ from preference_training.configuration.keys import (
     texts,
     whole,
 )
+from preference_training.core.errors import UserError, nearest
 
 # ZeRO stage 3, 2, 1; replicas; stage 3 within a machine and replicas across.
 SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
@@ -225,6 +227,57 @@ class QualityConfig(Section):
 
 PAIRINGS = ("best_worst", "all", "top_k", "ranking", "unpaired", "best_of_n")
 REFERENCES = ("previous", "first", "moving")
+NORMALIZATIONS = ("z_score", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgingConfig(Section):
+    """rounds.judging: the options of judges; an entry of rounds.judge that is a mapping has its own."""
+
+    weight: float = key(positive())
+    normalize: str = key(one_of(NORMALIZATIONS))
+    rules: list[str] | str = key(texts("rules, as in [words<=50,matches Paris]"))
+    tests_column: str = key(text())
+    tests_seconds: int = key(whole(1))
+    tests_memory_mb: int = key(whole(16))
+    tests_workers: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    prefer_fast: bool = key(switch)
+    rubric: str | None = key(text(null=True))
+    rubric_scale: int = key(whole(2))
+    max_comparisons: int | None = key(whole(1, null=True))
+    url: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+
+
+def judge_problem(value: Any) -> str | None:
+    """What is wrong with the form of a judge: a text, a mapping with `judge` and options of its own, or a list of these."""
+    for each in value if isinstance(value, list) and value else [value]:
+        if isinstance(each, dict) and isinstance(each.get("judge"), str):
+            try:
+                known = [option.name for option in declared(JudgingConfig)]
+                if unknown := [name for name in each if name not in ("judge", *known)]:
+                    return f"no option {unknown[0]!r}; {nearest(str(unknown[0]), known)}"
+                check_section(JudgingConfig, {name: found for name, found in each.items() if name != "judge"})
+            except UserError as error:
+                return f"{each['judge']}: {error}"
+        elif not isinstance(each, str):
+            return f"found {each!r}, expected a judge, a mapping as {{judge: KIND, weight: 2}}, or a list of these."
+    return None
+
+
+def _second_judge_problem(value: Any) -> str | None:
+    return None if value is None else judge_problem(value)
+
+
+# The sampler of rounds that is no server.
+LOCAL_SAMPLER = "local"
+SAMPLER_WEIGHTS = ("policy", "fixed")
+
+
+def _sampler_problem(value: Any) -> str | None:
+    is_address = isinstance(value, str) and re.match("https?://[^/]", value)
+    return (
+        None if value == LOCAL_SAMPLER or is_address else f"found {value!r}, expected local, or http://HOST:PORT of a server."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,13 +285,20 @@ class RoundsConfig(Section):
     """rounds: None of a run that is no loop of rounds."""
 
     prompts: str = key(text(), NOT_SHOWN)
-    judge: str = key(text())
+    judge: Any = key(judge_problem)
+    second_judge: Any = key(_second_judge_problem)
+    judging: JudgingConfig = section(JudgingConfig)
     rounds: int = key(whole(1), MAY_CHANGE_ON_RESUME)
     prompts_per_round: int | None = key(whole(1, null=True))
     n_samples: int = key(whole(1))
     temperature: float = key(not_negative())
     top_p: float = key(expected("a number above 0 and up to 1", lambda value: is_number(value) and 0 < value <= 1))
     max_new_tokens: int = key(whole(1))
+    sampler: str = key(_sampler_problem, MAY_CHANGE_ON_RESUME)
+    sampler_model: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME)
+    sampler_weights: str = key(one_of(SAMPLER_WEIGHTS))
+    sampler_workers: int = key(whole(1), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    sampler_timeout: float = key(positive(" of seconds"), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     pairs: str | None = key(known_name("way to pair responses", PAIRINGS, null=True))
     margin: float = key(not_negative())
     top_k: int = key(whole(1))

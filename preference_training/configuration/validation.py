@@ -33,6 +33,8 @@ from preference_training.core.metric_names import (
     EVAL_MARGIN,
     EVAL_REJECTED_LOGPS,
     EVAL_REJECTED_REWARD,
+    HELD_OUT_REWARD,
+    HELD_OUT_WIN_RATE,
 )
 from preference_training.core.values import dotted
 
@@ -41,6 +43,8 @@ OBJECTIVES = (
     EVAL_LOSS, EVAL_CHOSEN_LOGPS, EVAL_REJECTED_LOGPS, EVAL_CHOSEN_REWARD, EVAL_REJECTED_REWARD,
     EVAL_ACCURACY, EVAL_MARGIN,
 )  # fmt: skip
+# Those of a loop of rounds, of its last policy.
+OBJECTIVES_OF_ROUNDS = (HELD_OUT_REWARD, HELD_OUT_WIN_RATE)
 # Who may judge, and whether a name follows.
 JUDGES = {"toy": False, "reward_model": True, "openai": True, "ollama": True}
 # A user's function as a judge, FILE.py:NAME.
@@ -263,11 +267,16 @@ def _check_loss(config: RunConfig) -> None:
         )
 
 
-def check_objective(objective: str, loss: str, examples: str, model_head: str = "lm") -> None:
-    """Raise UserError where `objective` is no metric of an evaluation of a loss with such examples and models."""
+def check_objective(objective: str, loss: str, examples: str, model_head: str = "lm", in_rounds: bool = False) -> None:
+    """Raise UserError where `objective` is no metric of an evaluation of a loss with such examples and models.
+
+    in_rounds: a loop of rounds has its own, too.
+    """
     known: tuple[str, ...] = OBJECTIVES[:2] if examples == "targets" else OBJECTIVES
     if model_head == "value":
         known = tuple(name for name in known if name not in (EVAL_CHOSEN_LOGPS, EVAL_REJECTED_LOGPS))
+    if in_rounds:
+        known += OBJECTIVES_OF_ROUNDS
     if objective not in known:
         raise UserError(f"objective: loss={loss} has no metric {objective!r}; {nearest(objective, known)}")
 

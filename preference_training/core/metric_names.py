@@ -53,6 +53,16 @@ GAP_MEAN, GAP_STD = "beta_DPO/gap_mean", "beta_DPO/gap_std"
 # earlier version, have EVAL_LOSS at the beta in force.
 LOSS_AT_BETA_USED = "beta_DPO/loss_eval_at_beta_used"
 
+# Of a loop of rounds: how many rounds a policy was trained in; what it does on held-out prompts; what is sampled from it next.
+ROUNDS = "rounds/"
+ROUND = f"{COUNTERS}round"
+HELD_OUT_REWARD, HELD_OUT_WIN_RATE = f"{ROUNDS}reward_held_out", f"{ROUNDS}win_rate_held_out"
+HELD_OUT_SECOND_WIN_RATE = f"{ROUNDS}second_win_rate_held_out"
+HELD_OUT_LENGTH, HELD_OUT_KL = f"{ROUNDS}length_held_out", f"{ROUNDS}kl_held_out"
+SAMPLES_REWARD, SAMPLES_LENGTH = f"{ROUNDS}reward_samples", f"{ROUNDS}length_samples"
+DISTINCT, SIMILARITY = f"{ROUNDS}distinct_2", f"{ROUNDS}similarity"
+PAIRS, RECORDS = f"{ROUNDS}pairs", f"{ROUNDS}records"
+
 # What follows a held-out metric's name: the ends of its interval; and its change since before training, with an interval.
 LOW, HIGH, CHANGE = "/low", "/high", "/change"
 

@@ -248,8 +248,8 @@ class Sharded(Placement):
 
     def with_config(self, config) -> Self:
         """The same processes for the model of another configuration."""
-        other = super().with_config(config)
-        other.layout = Layout.of(config, self.layout.mesh)
+        other = copy.copy(self)
+        other.config, other.base_dir, other.layout = config, None, Layout.of(config, self.layout.mesh)
         return other
 
     @classmethod

@@ -359,7 +359,9 @@ def check_cuttable(model: nn.Module, context: ContextGroup) -> None:
     """Raise UserError where the tokens of a model's packs cannot be divided among a context group."""
     if context.size == 1:
         return
-    begin = f"trainer.context_parallel_size: found {context.size}, but {type(model).__name__}"
+    # FSDP renames the class.
+    name = type(model).__name__.removeprefix("FSDP")
+    begin = f"trainer.context_parallel_size: found {context.size}, but {name}"
     remedy = "Set it to 1, or use another model."
     if model.config._attn_implementation != TREE_ATTENTION:
         raise UserError(

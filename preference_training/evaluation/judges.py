@@ -10,11 +10,12 @@ import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
 from string import Template
+from typing import TypeVar
 
 import xxhash
 
@@ -25,11 +26,10 @@ from preference_training.core.errors import UserError, nearest
 from preference_training.core.files import hash_file, run_file
 from preference_training.core.values import hash_values
 from preference_training.data.toy_preferences import response_kind
-from preference_training.generation.servers import ChatServer, OllamaServer, OpenAIServer, Reply, ServerError
+from preference_training.generation.servers import ChatServer, OllamaServer, OpenAIServer, Reply, ServerError, retrying
 
+T = TypeVar("T")
 VERDICTS = ("first", "second", "tie")
-# The longest pause before a retry, whatever a server asks for. Unit: seconds.
-MAX_PAUSE = 120.0
 
 
 class NoVerdictError(Exception):
@@ -148,11 +148,12 @@ def verdict_by_score(first: float, second: float) -> str:
 class ChatJudge(Judge):
     """A language model behind HTTP, at temperature 0. server: its protocol.
 
-    settings: the section `evaluation` of the configuration.
+    settings: the section `evaluation` of the configuration. keys: those that name the judge and its server, for messages.
     """
 
     both_orders = True
     server_class: type[ChatServer]
+    keys = ("evaluation.judge", "evaluation.judge_url")
 
     def __init__(self, kind: str, model: str, settings):
         if find_spec("tenacity") is None:
@@ -164,7 +165,7 @@ class ChatJudge(Judge):
         limit = settings.judge_max_tokens
         self.settings = {"temperature": 0} | ({} if limit is None else {"max_new_tokens": limit})
         self.counting = threading.Lock()
-        self.identified, self.note = False, None
+        self.identified, self.note, self.is_silent = False, None, False
 
     def identify(self) -> str | None:
         """Ask the server which model it serves: verdicts of another server or model must not be reused."""
@@ -181,6 +182,7 @@ class ChatJudge(Judge):
             if not error.has_answered:
                 # Nobody knows which model will answer later.
                 self.identity += f" unknown {uuid.uuid4().hex}"
+                self.is_silent = True
                 self.note = (
                     f"{self.server.base} does not answer ({error.reason}): verdicts of earlier evaluations are not reused"
                 )
@@ -202,42 +204,37 @@ class ChatJudge(Judge):
         return self.server.body([{"role": "user", "content": message}], self.settings)
 
     def better(self, prompt: str, first: str, second: str) -> str:
-        """One of VERDICTS; temporary failures are retried with exponential backoff."""
-        return self._retrying()(self.ask, self.request(prompt, first, second), question_code(prompt, first, second))
+        """One of VERDICTS."""
+        code = question_code(prompt, first, second)
+        return self.answer(self.request(prompt, first, second), lambda text: parse_verdict(text, code))
+
+    def answer(self, body: dict, read: Callable[[str], T]) -> T:
+        """What `read` makes of the reply's text; temporary failures are retried with exponential backoff.
+
+        Raises NoVerdictError where there is no reply, or `read` raises ValueError; and UserError where no retry can succeed.
+        """
+        return self._retrying()(self.ask, body, read)
 
     def _retrying(self):
-        import tenacity
+        return retrying(self.attempts, self.first_pause, self.stopped, self._count_retry)
 
-        backoff = tenacity.wait_exponential_jitter(self.first_pause, MAX_PAUSE, jitter=self.first_pause)
-        requested = tenacity.wait_exception(lambda error: min(error.pause or 0.0, MAX_PAUSE))
-        return tenacity.Retrying(
-            retry=tenacity.retry_if_exception(
-                lambda error: isinstance(error, NoVerdictError | ServerError) and error.is_retryable
-            ),
-            wait=lambda state: max(backoff(state), requested(state)),
-            stop=tenacity.stop_after_attempt(self.attempts) | tenacity.stop_when_event_set(self.stopped),
-            sleep=tenacity.sleep_using_event(self.stopped),
-            before_sleep=self._count_retry,
-            reraise=True,
-        )
-
-    def _count_retry(self, state) -> None:
+    def _count_retry(self, error: NoVerdictError | ServerError) -> None:
         with self.counting:
-            self.retries[state.outcome.exception().reason] += 1
+            self.retries[error.reason] += 1
 
-    def ask(self, body: dict, code: str) -> str:
-        """Ask once. Raises NoVerdictError, and UserError where no retry can succeed."""
+    def ask(self, body: dict, read: Callable[[str], T]) -> T:
+        """Ask once, as `answer` does."""
         try:
             reply = self.server.send("POST", self.server.url, body)
         except ServerError as error:
             if error.is_rejection:
                 raise UserError(
-                    f"evaluation.judge: {self.server.url} rejects {self.server.model} with {error.reason}. Expected a server "
-                    f"that has the model and accepts the key. Check evaluation.judge_url and, for openai, {KEY_VARIABLE}."
+                    f"{self.keys[0]}: {self.server.url} rejects {self.server.model} with {error.reason}. Expected a server "
+                    f"that has the model and accepts the key. Check {self.keys[1]} and, for openai, {KEY_VARIABLE}."
                 ) from error
             raise NoVerdictError(error.reason, error.is_retryable, error.pause) from error
         try:
-            return parse_verdict(checked_text(self.server.reply(reply.json())), code)
+            return read(checked_text(self.server.reply(reply.json())))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             # At temperature 0 the reply would be the same again.
             raise NoVerdictError("malformed", is_retryable=False) from error
@@ -270,15 +267,23 @@ def checked_text(reply: Reply) -> str:
 
 
 def parse_verdict(reply: str, code: str) -> str:
-    """The verdict in a judge's reply: JSON with the question's code, alone on the last line.
+    """The verdict in a judge's reply. Raises ValueError without one."""
+    found, _ = read_coded(reply, code)
+    if found.get("better") not in ("A", "B", "tie"):
+        raise ValueError("no verdict")
+    return {"A": "first", "B": "second", "tie": "tie"}[found["better"]]
+
+
+def read_coded(reply: str, code: str) -> tuple[dict, str]:
+    """The JSON with the question's code, alone on the last line of a judge's reply, and the text before it.
 
     Raises ValueError without one: what a judge quotes from the responses cannot carry the code.
     """
     lines = [line.strip() for line in reply.strip().splitlines() if line.strip().strip("`")]
     found = json.loads(lines[-1] if lines else "")
-    if not isinstance(found, dict) or found.get("code") != code or found.get("better") not in ("A", "B", "tie"):
+    if not isinstance(found, dict) or found.get("code") != code:
         raise ValueError("no verdict")
-    return {"A": "first", "B": "second", "tie": "tie"}[found["better"]]
+    return found, "\n".join(lines[:-1])
 
 
 def build_judge(options: EvaluationConfig, cache_dir: str | None, device) -> Judge:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.values import hash_values
 from preference_training.data.rendering.settings import TokenSettings
-from preference_training.data.rows.records import DataReport, PreferenceRecord
-from preference_training.data.rows.templates import parse_dialogue
+from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, Turn, message_of
+from preference_training.data.rows.templates import BUILT_IN, parse_dialogue
 from preference_training.data.tokenization import tokenize_records
 from preference_training.modeling.adapters import is_adapter
 from preference_training.modeling.kernels import refuse_kernels
@@ -19,6 +19,8 @@ ROWS_AT_ONCE = 16
 
 # The token ids of a prompt with a response.
 Row = tuple[int, ...]
+# A prompt, as a text or as the turns of a conversation, and a response.
+Text = tuple[Prompt, str]
 
 
 class RewardModel:
@@ -35,9 +37,9 @@ class RewardModel:
         self.reads_as_trained = getattr(self.model.config, ROW_END, None) == self.tokenizer.eos_token_id is not None
         # By token ids, so that texts which the model reads alike are a tie, whatever they were padded with.
         self.known: dict[Row, float] = {}
-        self._rows: dict[tuple[str, str], Row | None] = {}
+        self._rows: dict[Text, Row | None] = {}
 
-    def rewards(self, texts: Sequence[tuple[str, str]]) -> list[float | None]:
+    def rewards(self, texts: Sequence[Text]) -> list[float | None]:
         """The rewards of responses, each after its prompt; None for what it cannot read."""
         rows = self.rows(texts)
         new = set(rows) - self.known.keys() - {None}
@@ -61,20 +63,21 @@ class RewardModel:
         with torch.no_grad():
             return self.model(**tensors).logits[:, 0].float().tolist()
 
-    def rows(self, texts: Sequence[tuple[str, str]]) -> list[Row | None]:
+    def rows(self, texts: Sequence[Text]) -> list[Row | None]:
         """The token ids of prompts with a response each, of long ones without their beginning; None for unreadable texts."""
         new = [text for text in dict.fromkeys(texts) if text not in self._rows]
         self._rows |= self._as_trained(new) if self.reads_as_trained else {text: self._by_template(*text) for text in new}
         return [self._rows[text] for text in texts]
 
-    def _as_trained(self, texts: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Row | None]:
+    def _as_trained(self, texts: Sequence[Text]) -> dict[Text, Row | None]:
         """Rows as loss=reward reads them; all are tokenized at once, since a tokenizer is slow to prepare."""
         records: dict[str, list[PreferenceRecord]] = {}
         for number, (prompt, response) in enumerate(texts):
-            turns = parse_dialogue(prompt) if self.tokenizer.chat_template else None
+            turns = _turns(prompt) if self.tokenizer.chat_template else None
             record = PreferenceRecord(turns or prompt, [response], [], response, number, "evaluation.judge")
-            records.setdefault("chat" if turns else "raw", []).append(record)
-        rows: dict[tuple[str, str], Row | None] = dict.fromkeys(texts)
+            # Without a chat template conversations are rendered as HH dialogues.
+            records.setdefault("chat" if turns else "raw" if isinstance(prompt, str) else "hh", []).append(record)
+        rows: dict[Text, Row | None] = dict.fromkeys(texts)
         for template, some in records.items():
             settings = TokenSettings("targets", sys.maxsize, sys.maxsize, template=template)
             for read in tokenize_records(some, self.tokenizer, settings, DataReport(skip_bad_rows=True)):
@@ -87,14 +90,21 @@ class RewardModel:
         kept = int(ids[0] == self.tokenizer.bos_token_id)
         return (*ids[:kept], *ids[kept + cut :])
 
-    def _by_template(self, prompt: str, response: str) -> Row:
+    def _by_template(self, prompt: Prompt, response: str) -> Row:
         """A row by the model's own chat template, or, without one, as one text."""
         if not self.tokenizer.chat_template:
+            if not isinstance(prompt, str):
+                prompt, [response] = BUILT_IN["hh"].of(self.tokenizer)(prompt, [response], "")
             return tuple(self.tokenizer(prompt + response, truncation=True).input_ids)
-        messages = [{"role": role, "content": content} for role, content, *_ in parse_dialogue(prompt) or [("user", prompt)]]
+        messages = [message_of(turn) for turn in _turns(prompt) or [Turn("user", str(prompt))]]
         messages.append({"role": "assistant", "content": response.strip()})
         text = self.tokenizer.apply_chat_template(messages, tokenize=False)
         return tuple(self.tokenizer(text, truncation=True, add_special_tokens=False).input_ids)
+
+
+def _turns(prompt: Prompt) -> tuple[Turn, ...] | None:
+    """The turns of a conversation or of an HH dialogue; None of any other text."""
+    return parse_dialogue(prompt) if isinstance(prompt, str) else prompt
 
 
 def load_reward_model(name: str, cache_dir: str | None = None):

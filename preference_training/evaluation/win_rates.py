@@ -37,10 +37,13 @@ class Comparison:
 
 
 class VerdictStore:
-    """Verdicts in a JSON Lines file: written as soon as they are known, and never asked for again."""
+    """Verdicts in a JSON Lines file: written as soon as they are known, and never asked for again.
 
-    def __init__(self, path: Path):
-        self.path, self.known = path, {}
+    key_of_path: the key of the configuration that says where, for messages.
+    """
+
+    def __init__(self, path: Path, key_of_path: str = "evaluation.to"):
+        self.path, self.key_of_path, self.known = path, key_of_path, {}
         content = path.read_bytes() if path.exists() else b""
         for line in content.splitlines():
             try:
@@ -68,7 +71,7 @@ class VerdictStore:
                 with self.path.open("ab", buffering=0) as file:
                     file.write(self.begin + json.dumps(row).encode() + b"\n")
             except OSError as error:
-                raise UserError(f"evaluation.to: cannot write {self.path}: {error.strerror}. Free some space.") from error
+                raise UserError(f"{self.key_of_path}: cannot write {self.path}: {error.strerror}. Free some space.") from error
             self.begin = b""
             self.known[key] = verdict
 

@@ -233,7 +233,8 @@ class Decoding:
 # ---- proof -------------------------------------------------------------------------------------------------------------------
 
 _REPEATS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-# Two prompts with two samples each, of which the second one leaves after a step.
+# Two prompts with two samples each, of which the second one leaves after a step. In eighths of the vocabulary: its first tokens
+# are special ones, after which some models round much more.
 TRIED_PROMPTS, TRIED_TOKENS, TRIED_LEFT = [[2, 3, 4], [1, 5]], ([4, 5, 6, 7], [6, 7, 3, 2]), [0, 2, 3]
 
 
@@ -249,9 +250,10 @@ def repeats_prompts(model: nn.Module, ends: Ends) -> bool:
 
 def _repeating_failure(model: nn.Module, ends: Ends) -> str | None:
     """Why a model cannot repeat the cache of a prompt; None where it can."""
-    expected = generate(model, [prompt for prompt in TRIED_PROMPTS for _ in range(2)], ends, 3, _tried_alone)
+    prompts = [_tried_ids(model, prompt) for prompt in TRIED_PROMPTS]
+    expected = generate(model, [prompt for prompt in prompts for _ in range(2)], ends, 3, _tried_alone)
     try:
-        found = generate(model, TRIED_PROMPTS, ends, 3, _tried_sharing)
+        found = generate(model, prompts, ends, 3, _tried_sharing)
     # Each kind of cache has its own way to fail.
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
@@ -260,12 +262,17 @@ def _repeating_failure(model: nn.Module, ends: Ends) -> str | None:
     return None if (found - expected).norm() <= tolerance * spread else "repeated rows of its cache give other scores"
 
 
+def _tried_ids(model: nn.Module, eighths: Sequence[int]) -> list[int]:
+    """Token ids that so many eighths of a model's vocabulary are below."""
+    return [eighth * model.config.get_text_config().vocab_size // 8 for eighth in eighths]
+
+
 def _tried_sharing(model: nn.Module, input_ids: Tensor, **arguments) -> Tensor:
     """Scores of the rows that are left, whose prompts are computed once, [3, V]."""
     rows = DecodedRows(model, input_ids, arguments, input_ids.shape[1] + len(TRIED_TOKENS))
     rows.select([0, 0, 1, 1])
     rows.preallocate()
-    first, second = TRIED_TOKENS
+    first, second = (_tried_ids(model, tokens) for tokens in TRIED_TOKENS)
     rows.append(first)
     rows.step()
     rows.select(TRIED_LEFT)
@@ -278,6 +285,6 @@ def _tried_alone(model: nn.Module, input_ids: Tensor, **arguments) -> Tensor:
     """The same scores, of rows with prompts of their own, [3, V]."""
     rows = DecodedRows(model, input_ids, arguments, 0)
     for tokens in TRIED_TOKENS:
-        rows.append(tokens)
+        rows.append(_tried_ids(model, tokens))
         rows.step()
     return rows.scores[TRIED_LEFT]

@@ -5,6 +5,7 @@ What a server says of an error is untrusted text: one line of it is kept, withou
 
 import json
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ MAX_REASON_LENGTH = 200
 CONNECTING, RESPONDING = 10.0, 600.0
 # Requests in progress at a time, where there are many.
 WORKERS = 8
+# The longest pause before a retry, whatever a server asks for. Unit: seconds.
+MAX_PAUSE = 120.0
 # The reason of an error: the server said nothing for as long as one waits for it.
 TIMEOUT = "timeout"
 
@@ -85,6 +88,10 @@ class ChatServer(ABC):
     @abstractmethod
     def reply(self, found: dict) -> Reply:
         """A reply that came whole. Raises LookupError or TypeError where it is not one."""
+
+    def replies(self, found: dict) -> list[Reply]:
+        """The replies that came whole to a request for several: one, where the protocol has no more. Raises as `reply` does."""
+        return [self.reply(found)]
 
     @abstractmethod
     def part(self, line: bytes) -> Reply | None:
@@ -197,8 +204,14 @@ class OpenAIServer(ChatServer):
 
     def reply(self, found: dict) -> Reply:
         """A reply of /chat/completions."""
-        choice = found["choices"][0]
-        return Reply(choice["message"]["content"], choice.get("finish_reason"), bool(choice["message"].get("refusal")))
+        return self.replies(found)[0]
+
+    def replies(self, found: dict) -> list[Reply]:
+        """The choices of /chat/completions."""
+        return [
+            Reply(choice["message"]["content"], choice.get("finish_reason"), bool(choice["message"].get("refusal")))
+            for choice in found["choices"]
+        ]
 
     def part(self, line: bytes) -> Reply | None:
         """The part in a line of server-sent events; comments and other fields have no text."""
@@ -270,6 +283,29 @@ class OllamaServer(ChatServer):
         digests = {each["name"]: each["digest"] for each in found["models"]}
         name = self.model if ":" in self.model else f"{self.model}:latest"
         return [digests[name]] if name in digests else sorted(digests.items())
+
+
+# ---- again ------------------------------------------------------------------------------------------------------------------
+
+
+def retrying(attempts: int, first_pause: float, stopped: threading.Event, count: Callable[[Any], None]):
+    """What calls a function again where it raises an error with `is_retryable`, after exponential backoff with jitter.
+
+    An error's `pause`, in seconds, is waited for too. stopped: set, it ends waiting and further attempts. count: gets the error
+    before each retry. The last error is raised.
+    """
+    import tenacity
+
+    backoff = tenacity.wait_exponential_jitter(first_pause, MAX_PAUSE, jitter=first_pause)
+    requested = tenacity.wait_exception(lambda error: min(getattr(error, "pause", None) or 0.0, MAX_PAUSE))
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda error: getattr(error, "is_retryable", False)),
+        wait=lambda state: max(backoff(state), requested(state)),
+        stop=tenacity.stop_after_attempt(attempts) | tenacity.stop_when_event_set(stopped),
+        sleep=tenacity.sleep_using_event(stopped),
+        before_sleep=lambda state: count(state.outcome.exception()),
+        reraise=True,
+    )
 
 
 # ---- to talk to ------------------------------------------------------------------------------------------------------------

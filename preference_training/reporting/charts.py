@@ -57,7 +57,8 @@ class Axes:
     """What the axes of a chart show.
 
     low, high: no value of y can lie beyond; ignored where one does. shown: values of y that are always visible. guide: a value
-    of y with a line, and its name. marks: values of x with a line.
+    of y with a line, and its name. marks: values of x with a line. is_count: x counts something, so that only whole numbers of
+    it have labels.
     """
 
     x_name: str = "examples"
@@ -66,6 +67,7 @@ class Axes:
     shown: tuple[float, ...] = ()
     guide: tuple[float, str] | None = None
     marks: tuple[float, ...] = ()
+    is_count: bool = False
 
 
 DEFAULT_AXES = Axes()
@@ -273,7 +275,8 @@ def _markers(places: Iterable[str]) -> Markup:
 
 def _plot(title: str, lines: Sequence[Line], frame: Frame, axes: Axes) -> Markup:
     described = "; ".join(f"{line.name}: {format_number(line.y[0])} to {format_number(line.y[-1])}" for line in lines)
-    across, (low, high) = ticks(frame.left, frame.right), possible(lines, axes)
+    across = [x for x in ticks(frame.left, frame.right) if not axes.is_count or x == round(x)]
+    low, high = possible(lines, axes)
     up = ticks(max(low, frame.bottom), min(high, frame.top), about=5)
     labels = [
         Markup('<span class="x" style="left:{}%">{}</span>').format(_percent(x, frame.left, frame.right), text)

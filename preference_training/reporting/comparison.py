@@ -28,6 +28,8 @@ from preference_training.core.metric_names import (
     EVAL_MARGIN,
     GRAD_NORM,
     HELD_OUT_PROMPTS,
+    HELD_OUT_REWARD,
+    HELD_OUT_WIN_RATE,
     TRAIN_LOSS,
 )
 from preference_training.core.secrets import without_secrets
@@ -45,12 +47,15 @@ from preference_training.reporting.model_card import is_shown
 from preference_training.reporting.pages.rendering import render
 from preference_training.reporting.run_charts import ACCURACY_AXES, axes_of
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import ASIDE, METRICS, REPORT
+from preference_training.tracking.run_files import ASIDE, METRICS, REPORT, ROUNDS_FILE
 
 PAGE, TABLE = "comparison.html", "comparison.csv"
 ACCURACY = EVAL_ACCURACY
 # The metrics of the table and of the curves: name in metrics.jsonl → title on the page.
-COLUMNS = {EVAL_LOSS: "held-out loss", ACCURACY: "reward accuracy", EVAL_MARGIN: "reward margin"}
+COLUMNS = {
+    EVAL_LOSS: "held-out loss", ACCURACY: "reward accuracy", EVAL_MARGIN: "reward margin",
+    HELD_OUT_REWARD: "held-out score", HELD_OUT_WIN_RATE: "win rate against the first model",
+}  # fmt: skip
 CURVES = {
     **COLUMNS,
     EVAL_CHOSEN_LOGPS: "log-prob of preferred responses",
@@ -103,12 +108,17 @@ def _rewarding(run: RunRecord) -> tuple[object, object]:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The run directories at and below some paths, sorted by name. Raises UserError for a path without any."""
+    """The run directories at and below some paths, sorted by name: a loop of rounds counts as one, its trainings do not.
+
+    Raises UserError for a path without any.
+    """
     found: dict[Path, None] = {}
     for path in paths:
         directories = [file.parent for file in path.rglob(METRICS)] if path.is_dir() else []
-        # An earlier run that was set aside counts only where its own path is given.
+        loops = [each for each in directories if (each / ROUNDS_FILE).is_file()]
+        # An earlier run that was set aside, or a loop's training, counts only where its own path is given.
         kept = [each for each in directories if not any(part.startswith(ASIDE) for part in each.relative_to(path).parts)]
+        kept = [each for each in kept if not any(loop in each.parents for loop in loops)]
         if not kept:
             raise UserError(f"{path}: no {METRICS} at or below this path. Expected run directories, or a folder of them.")
         found |= dict.fromkeys(each.resolve() for each in sorted(kept, key=_natural_order))

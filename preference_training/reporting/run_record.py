@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 
 from preference_training.configuration.saved import read_config
-from preference_training.core.metric_names import EPOCH, EXAMPLES, LEARNING_RATE, MEMORY, TIME
+from preference_training.core.metric_names import EPOCH, EXAMPLES, LEARNING_RATE, MEMORY, ROUNDS, TIME
 from preference_training.core.values import dotted
 from preference_training.reporting.charts import Line, metric_line, metric_values
 from preference_training.reporting.flagged_pairs import flagged_rows
@@ -97,7 +97,7 @@ class RunRecord:
 
     def line(self, metric: str, label: str, style: int = 0) -> Line | None:
         """The line of a metric: over evaluations, each marked, if it is a held-out one, or else over steps."""
-        is_held_out = "eval" in metric
+        is_held_out = "eval" in metric or metric.startswith(ROUNDS)
         look = {"style": style, "is_sparse": is_held_out, "is_noisy": not is_held_out and metric not in EXACT}
         rows, x = (self.evaluations, self._examples[1]) if is_held_out else (self.steps, self._examples[0])
         return metric_line(rows, x, metric, label, **look)

@@ -3,6 +3,7 @@
 python -m preference_training.rounds status DIRECTORY              # what is done
 python -m preference_training.rounds run DIRECTORY                 # all that is missing
 python -m preference_training.rounds sample DIRECTORY --round 2    # one step: sample, judge, pair, summarize, train
+python -m preference_training.rounds report DIRECTORY              # report.html again
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from preference_training.core.errors import UserError
 from preference_training.core.signals import STOPPED, StoppedError
+from preference_training.reporting.loops.page import rebuild_loop_report, write_loop_report
 from preference_training.rounds.driver import APART, check_can_begin, run_loop, run_one, table, work
 from preference_training.rounds.loop import Loop
 from preference_training.rounds.processes import StepFailedError, locked_loop
@@ -23,7 +25,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m preference_training.rounds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("step", choices=(*STEPS, "run", "status"))
+    parser.add_argument("step", choices=(*STEPS, "run", "status", "report"))
     parser.add_argument("directory", type=Path, help="the run directory of python train.py +rounds=default")
     parser.add_argument(
         "--round",
@@ -39,11 +41,14 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def main(options: argparse.Namespace) -> None:
     """Do what was asked. Raises UserError."""
     directory = options.directory.absolute()
+    if options.step == "report":
+        print(f"report: {rebuild_loop_report(directory)}")
+        return
     loop = Loop.open(directory)
     if options.step == "status":
         print(*table(loop), sep="\n")
     elif options.step == "run":
-        run_loop(loop)
+        run_loop(loop, report=write_loop_report)
     else:
         with locked_loop(directory):
             number = options.round or _missing(loop, options.step)

@@ -2,32 +2,55 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from preference_training.core.errors import UserError
+from preference_training.core.errors import UserError, first_line
 from preference_training.core.signals import StoppedError
 from preference_training.rounds.judges.base import PendingError
 from preference_training.rounds.loop import Loop, RoundFiles
 from preference_training.rounds.processes import handling, locked_loop, run_step, stop_at_signal
 from preference_training.rounds.records import make_pairs
-from preference_training.rounds.summary import held_out_line, read_summary, summarize
+from preference_training.rounds.summary import held_out_line, read_summary, summarize, write_metrics
 from preference_training.rounds.training import finish_training, write_training
+from preference_training.tracking.run_files import REPORT
 
 MODULE = "preference_training.rounds"
 # Steps that load a model, or a user's judge.
 APART = ("sample", "judge")
 Run = Callable[..., None]
+# Steps after which there is something new to read.
+REPORTED = ("summarize", "train")
 
 
-def run_loop(loop: Loop, run: Run = run_step) -> None:
-    """Run what is missing of a loop. run: runs a command as a process of its own.
+def run_loop(loop: Loop, run: Run = run_step, report: Callable[[Path], object] | None = None) -> None:
+    """Run what is missing of a loop. run: runs a command as a process of its own. report: makes a page of a loop's directory.
 
     Raises StoppedError where it is to stop, StepFailedError where a process has failed, UserError.
     """
-    with locked_loop(loop.directory):
+    # Between the steps, and in those that this process does itself.
+    with locked_loop(loop.directory), handling(stop_at_signal):
         for number, files in enumerate(loop.rounds(), start=1):
             while (step := files.next_step) is not None:
                 run_one(loop, number, step, run)
-    print(*table(loop), f"loop: {loop.directory}", sep="\n", flush=True)
+                if report and step in REPORTED and files.number is not None:
+                    _write_page(loop, report)
+        # Also where a kill has fallen between a summary and these.
+        write_metrics(loop)
+        if report:
+            _write_page(loop, report)
+    pages = [f"report: {loop.directory / REPORT}"] if (loop.directory / REPORT).is_file() else []
+    print(*table(loop), f"loop: {loop.directory}", *pages, sep="\n", flush=True)
+
+
+def _write_page(loop: Loop, report: Callable[[Path], object]) -> None:
+    try:
+        report(loop.directory)
+    except StoppedError:
+        raise
+    except Exception as error:
+        # No page is worth a loop.
+        again = f"python scripts/report.py {loop.directory} tries it again"
+        print(f"warning: {REPORT} could not be written: {type(error).__name__}: {first_line(error)}. {again}", flush=True)
 
 
 def run_one(loop: Loop, number: int, step: str, run: Run = run_step) -> None:
@@ -40,8 +63,9 @@ def run_one(loop: Loop, number: int, step: str, run: Run = run_step) -> None:
         run(write_training(loop, number), name)
         finish_training(loop.round(number))
     else:
-        with handling(stop_at_signal):
-            (make_pairs if step == "pair" else summarize)(loop, number)
+        (make_pairs if step == "pair" else summarize)(loop, number)
+        if step == "summarize":
+            print(*write_metrics(loop), sep="\n", flush=True)
 
 
 def _reference(loop: Loop, number: int) -> str:

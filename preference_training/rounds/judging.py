@@ -1,59 +1,19 @@
 """The step that judges: a score for every response of a round. What a judge has said is never asked for again."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import xxhash
-
-from preference_training.core.errors import UserError
+from preference_training.core.files import write_atomically
 from preference_training.core.machine import said_while_slow
-from preference_training.rounds.judges.base import Judge, JudgedInput, Score
-from preference_training.rounds.judges.choice import build_judge
-from preference_training.rounds.loop import Loop
-from preference_training.rounds.prompts import LoopPrompt, as_json
+from preference_training.rounds.judges.base import Judge, JudgedInput, PendingError
+from preference_training.rounds.judges.choice import build_judge, build_second_judge
+from preference_training.rounds.judges.verdicts import Verdicts
+from preference_training.rounds.loop import JUDGED, Loop, RoundFiles, counted
 from preference_training.rounds.tables import SCORES, read_table, write_table
-from preference_training.tracking.run_files import json_lines
-
-
-class Verdicts:
-    """Scores in a JSON Lines file, by hashes of judge, prompt, response and row.
-
-    Those that are given together are appended at once. unjudged_again: responses that the judge could not judge are unknown.
-    """
-
-    def __init__(self, path: Path, unjudged_again: bool = False):
-        self.path, self.known = path, {}
-        # Half a line of a process that was killed stays a line of its own, which is skipped.
-        content = path.read_bytes() if path.is_file() else b""
-        self.begin = b"" if content.endswith(b"\n") or not content else b"\n"
-        for row in json_lines(path):
-            key, value = row.get("key"), row.get("score")
-            if isinstance(key, str) and (isinstance(value, int | float) or (value is None and not unjudged_again)):
-                self.known[key] = Score(value, row.get("reason"))
-
-    @staticmethod
-    def key(judge: Judge, sample: JudgedInput) -> str:
-        """The hash of a judge and all that it is given."""
-        row = json.dumps(sample.row, sort_keys=True, default=str)
-        return xxhash.xxh3_128_hexdigest(json.dumps([judge.identity, as_json(sample.prompt), sample.response, row]).encode())
-
-    def add(self, judge: Judge, samples: Sequence[JudgedInput], scores: Sequence[Score]) -> None:
-        """Keep scores. Raises UserError where they cannot be written."""
-        rows = [
-            {"key": self.key(judge, sample), "judge": judge.name, "score": score.value, "reason": score.reason}
-            for sample, score in zip(samples, scores, strict=True)
-        ]
-        lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                file.write(self.begin + lines)
-        except OSError as error:
-            raise UserError(
-                f"local_run_dir: cannot write {self.path}: {error.strerror}. Expected a folder with room."
-            ) from error
-        self.begin = b""
-        self.known |= {row["key"]: score for row, score in zip(rows, scores, strict=True)}
+from preference_training.tracking.run_files import json_object
 
 
 def judge(loop: Loop, number: int, again: bool = False) -> None:
@@ -65,40 +25,92 @@ def judge(loop: Loop, number: int, again: bool = False) -> None:
     if not wanted:
         return
     verdicts, chosen = Verdicts(loop.verdicts, again), build_judge(loop.config)
-    prompts = {prompt.prompt_id: prompt for prompt in loop.prompts}
     try:
-        for samples, scores in wanted.items():
-            rows = read_table(samples, ["prompt_id", "number", "text"])
-            inputs = [_input(prompts[row["prompt_id"]], row["text"]) for row in rows]
-            _ask(chosen, inputs, verdicts, f"{files.name}: judging {len(rows):,} responses of {samples.stem}, by {chosen.name}")
-            write_table(scores, _scores(chosen, rows, inputs, verdicts), SCORES)
+        second = build_second_judge(loop.config) if files.held_out_samples in wanted else None
+        try:
+            _judge(Judging(loop, number, verdicts), wanted, chosen, second)
+        finally:
+            if second is not None:
+                second.close()
     finally:
         chosen.close()
 
 
-def _input(prompt: LoopPrompt, response: str) -> JudgedInput:
-    return JudgedInput(prompt.prompt, response, prompt.row)
+def _judge(judging: "Judging", wanted: dict[Path, Path], chosen: Judge, second: Judge | None) -> None:
+    pending: PendingError | None = None
+    for samples, scores in wanted.items():
+        try:
+            judging.judge(samples, scores, chosen, second if samples == judging.files.held_out_samples else None)
+        except PendingError as error:
+            # The questions of the other table are told with it.
+            pending = error
+    if pending is not None:
+        raise pending
 
 
-def _ask(judge: Judge, inputs: Sequence[JudgedInput], verdicts: Verdicts, what: str) -> None:
-    """Ask a judge for the scores that are not known, each once."""
-    unknown = {key: each for each in inputs if (key := Verdicts.key(judge, each)) not in verdicts.known}
-    known = len({Verdicts.key(judge, each) for each in inputs}) - len(unknown)
-    if inputs:
-        print(what + f"; {known:,} are known" * bool(known), flush=True)
-    with said_while_slow("still judging"):
-        for start in range(0, len(unknown), judge.at_once):
-            some = list(unknown.values())[start : start + judge.at_once]
-            verdicts.add(judge, some, judge.judge(some))
+class Judging:
+    """The judging of a round's tables."""
 
+    def __init__(self, loop: Loop, number: int, verdicts: Verdicts):
+        self.loop, self.number, self.verdicts = loop, number, verdicts
+        self.prompts = {prompt.prompt_id: prompt for prompt in loop.prompts}
 
-def _scores(judge: Judge, rows: Sequence[dict], inputs: Sequence[JudgedInput], verdicts: Verdicts) -> Iterator[dict]:
-    for row, each in zip(rows, inputs, strict=True):
-        score = verdicts.known[Verdicts.key(judge, each)]
-        yield {
-            "prompt_id": row["prompt_id"],
-            "number": row["number"],
-            "score": score.value,
-            "reason": score.reason,
-            "judge": judge.name,
-        }
+    @property
+    def files(self) -> RoundFiles:
+        """The files of the round."""
+        return self.loop.round(self.number)
+
+    def judge(self, samples: Path, scores: Path, chosen: Judge, second: Judge | None) -> None:
+        """Score a table of samples. Raises UserError, PendingError."""
+        rows = read_table(samples, ["prompt_id", "number", "text"])
+        inputs = self._inputs(rows, samples == self.files.held_out_samples)
+        given = {"": chosen} | ({"second_": second} if second is not None else {})
+        for each in given.values():
+            self._ask(each, inputs, f"{samples.stem}, by {each.name}")
+        self._keep_facts({f"{prefix}{samples.stem}": each.facts(inputs) for prefix, each in given.items()})
+        write_table(scores, self._scores(rows, inputs, chosen, second), SCORES)
+
+    def _inputs(self, rows: Sequence[dict], held_out: bool) -> list[JudgedInput]:
+        groups: dict[int, dict[str, None]] = defaultdict(dict)
+        compared = rows
+        if held_out:
+            earlier = self.loop.round(1).held_out_samples
+            compared = read_table(earlier, ["prompt_id", "text"]) if self.number > 1 else []
+        for row in compared:
+            groups[row["prompt_id"]].setdefault(row["text"])
+        found = []
+        for row in rows:
+            prompt, others = self.prompts[row["prompt_id"]], tuple(groups[row["prompt_id"]])
+            among, against = ((), others) if held_out else (others, ())
+            found.append(JudgedInput(prompt.prompt, row["text"], prompt.row, among, against))
+        return found
+
+    def _ask(self, judge: Judge, inputs: Sequence[JudgedInput], what: str) -> None:
+        unknown = len(self.verdicts.unknown(judge, inputs))
+        known = len({Verdicts.key(judge, each) for each in inputs}) - unknown
+        if inputs:
+            said = f"; {known:,} are known" * bool(known)
+            print(f"{self.files.name}: judging {counted(len(inputs), 'response')} of {what}{said}", flush=True)
+        with said_while_slow("still judging"):
+            self.verdicts.ask(judge, inputs)
+
+    def _keep_facts(self, facts: dict[str, Any]) -> None:
+        """Write what the judges say of their own scores, before the scores: it is there whenever they are."""
+        known = json_object(self.files.directory / JUDGED) | facts
+        write_atomically(
+            self.files.directory / JUDGED, json.dumps({name: known[name] for name in sorted(known)}, indent=1) + "\n"
+        )
+
+    def _scores(
+        self, rows: Sequence[dict], inputs: Sequence[JudgedInput], chosen: Judge, second: Judge | None
+    ) -> Iterator[dict]:
+        others = self.verdicts.scores(second, inputs) if second is not None else [None] * len(inputs)
+        for row, score, other in zip(rows, self.verdicts.scores(chosen, inputs), others, strict=True):
+            yield {
+                "prompt_id": row["prompt_id"],
+                "number": row["number"],
+                "score": score.value,
+                "reason": score.reason,
+                "judge": chosen.name,
+                "second_score": None if other is None else other.value,
+            }

@@ -3,12 +3,17 @@
 rounds.json        what the loop was started with
 prompts.parquet    its prompts, as they were then
 verdicts.jsonl     every score that a judge has given, by a hash of judge, prompt and response
+comparisons.jsonl  verdicts of a language model that compares two responses
+people/            pairs that wait for people, and their verdicts
 round-1/           samples.parquet, held_out_samples.parquet: responses of the policy before the round
-                   scores.parquet, held_out_scores.parquet: what the judge says of them
+                   sampling.json, *.unanswered.jsonl: what was sampled from; which responses a server did not give
+                   scores.parquet, held_out_scores.parquet: what the judge says of them; judged.json: of its own scores
                    pairs.parquet: what the round trains on; excluded.json: what was excluded, by reason
                    train.yaml, run/: the training, as a configuration and as a run; policy: a link to its checkpoint
                    summary.json: the round in numbers
 final/             held-out responses of the last policy, their scores, and a summary
+metrics.jsonl      the summaries as metrics, a row for each policy
+report.html        all of it as a page
 """
 
 import json
@@ -22,6 +27,7 @@ from preference_training.configuration.config_files import insert_config_file
 from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, is_within
 from preference_training.configuration.rerun import PATHS, rerun_values, write_rerun
 from preference_training.configuration.run_dirs import writable
+from preference_training.configuration.saved import save_config
 from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.configuration.validation import configured
 from preference_training.core.errors import UserError
@@ -30,11 +36,18 @@ from preference_training.core.values import dotted
 from preference_training.losses.registry import example_kind
 from preference_training.rounds.pairing import Rule
 from preference_training.rounds.prompts import LoopPrompt, read_stored
-from preference_training.tracking.run_files import json_object
+from preference_training.tracking.run_files import ROUNDS_FILE, json_object
 
-ROUNDS, PROMPTS, VERDICTS = "rounds.json", "prompts.parquet", "verdicts.jsonl"
+ROUNDS, PROMPTS, VERDICTS = ROUNDS_FILE, "prompts.parquet", "verdicts.jsonl"
+# Of a round: what the judges say of their own scores: comparisons, disagreements.
+JUDGED = "judged.json"
 # The first way to pair that a loss trains on, by what its examples are.
 USUAL_PAIRS = {"pairs": "best_worst", "rankings": "ranking", "labels": "unpaired", "targets": "best_of_n"}
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 prompt, 2 prompts."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 @dataclass(frozen=True)
@@ -73,12 +86,6 @@ class RoundFiles:
     def sampling(self) -> Path:
         """What was sampled from: the template of the prompts, and the model."""
         return self.directory / "sampling.json"
-
-    @property
-    def template(self) -> str | None:
-        """The template that the prompts were rendered with; None where nothing was sampled."""
-        found = json_object(self.sampling).get("template")
-        return found if isinstance(found, str) else None
 
     @property
     def pairs(self) -> Path:
@@ -167,6 +174,7 @@ class Loop:
             check_same_loop(directory, earlier, config, given)
         with writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
+            save_config(config, directory)
             write_rerun(config, directory)
             kept = {"rounds": config.rounds.rounds, "given": given, "config": config.as_dict()}
             write_atomically(directory / ROUNDS, json.dumps(kept, indent=1) + "\n")
@@ -197,9 +205,7 @@ class Loop:
 
     def round(self, number: int) -> RoundFiles:
         """The files of a round, from 1; of the one after the last, those of the last policy."""
-        if number > self.config.rounds.rounds:
-            return RoundFiles(self.directory / "final", None)
-        return RoundFiles(self.directory / f"round-{number}", number)
+        return files_of(self.directory, self.config.rounds.rounds, number)
 
     def rounds(self) -> Iterator[RoundFiles]:
         """The rounds in their order, and what follows the last."""
@@ -219,6 +225,17 @@ class Loop:
                 f"round {number - 1} of {self.directory} is not trained yet. Its policy is what round {number} samples from."
             )
         return self.config.changed({"model.archive": str(archive)})
+
+
+def files_of(directory: Path, rounds: int, number: int) -> RoundFiles:
+    """The files of a round of a loop with so many rounds; of the one after the last, those of the last policy."""
+    return RoundFiles(directory / "final", None) if number > rounds else RoundFiles(directory / f"round-{number}", number)
+
+
+def all_files(directory: Path) -> list[RoundFiles]:
+    """The rounds of a loop in their order, and what follows the last, whatever has become of its configuration."""
+    rounds = json_object(directory / ROUNDS).get("rounds")
+    return [files_of(directory, rounds, number) for number in range(1, rounds + 2)] if isinstance(rounds, int) else []
 
 
 def check_same_loop(directory: Path, then: dict[str, Any], config: RunConfig, given: dict[str, Any]) -> None:

@@ -8,9 +8,10 @@ import pyarrow
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
-from preference_training.rounds.loop import Loop, RoundFiles
+from preference_training.rounds.loop import Loop, RoundFiles, counted
 from preference_training.rounds.pairing import Candidate, pair
 from preference_training.rounds.prompts import LoopPrompt, as_json
+from preference_training.rounds.served.notes import count_unanswered
 from preference_training.rounds.tables import read_table, save_table
 
 MESSAGES = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
@@ -24,7 +25,7 @@ def make_pairs(loop: Loop, number: int) -> None:
     prompts = {prompt.prompt_id: prompt for prompt in loop.prompts}
     by_prompt = scored_responses(files)
     found: list[tuple[LoopPrompt, dict]] = []
-    excluded: Counter = Counter()
+    excluded = count_unanswered(files.samples, {(row["prompt_id"], row["number"]) for row in read_table(files.scores)})
     for prompt_id, candidates in by_prompt.items():
         paired = pair(candidates, loop.rule)
         excluded += paired.excluded
@@ -61,8 +62,12 @@ def scored_responses(files: RoundFiles) -> dict[int, list[Candidate]]:
 
 def _words(counts: dict, way: str) -> str:
     what = {"ranking": "rankings", "unpaired": "labeled prompts", "best_of_n": "targets"}.get(way)
-    made = f"{counts['records']:,} {what}" if what else f"{counts['pairs']:,} pairs of {counts['records']:,} prompts"
-    return f"{made}, of {counts['responses']:,} responses to {counts['prompts']:,} prompts"
+    made = (
+        f"{counts['records']:,} {what}"
+        if what
+        else f"{counted(counts['pairs'], 'pair')} of {counted(counts['records'], 'prompt')}"
+    )
+    return f"{made}, of {counted(counts['responses'], 'response')} to {counted(counts['prompts'], 'prompt')}"
 
 
 def _lines(excluded: Counter) -> list[str]:

@@ -6,8 +6,9 @@ its last part, with the same responses.
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,17 @@ from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.state import compute_device, move_to_devices, weights_hash
 from preference_training.modeling.token_budget import token_budget
 from preference_training.modeling.tokenizer import load_tokenizer
-from preference_training.rounds.loop import Loop, RoundFiles
+from preference_training.rounds.loop import Loop, RoundFiles, counted
 from preference_training.rounds.prompts import LoopPrompt, prompts_of_round
+from preference_training.rounds.served.choice import is_policy_served, is_served, served_source
 from preference_training.rounds.tables import SAMPLES, join_tables, save_table, write_table
 from preference_training.tracking.run_files import STATE, read_run_info
 from preference_training.training.defaults import fit_dtypes
 
 # Prompts whose responses are sampled before they are written.
 PROMPTS_PER_PART = 32
+# Gives the rows of so many responses to each prompt; of a round by its name, for a table of samples.
+Source = Callable[[Sequence[LoopPrompt], int, str, Path], Iterable[dict]]
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,13 @@ class Policy:
 
     def text(self, ids: list[int]) -> tuple[str, bool]:
         """The text of a response, without what stands behind its end; and whether it has ended by itself."""
-        text = self.format.response(self.tokenizer.decode(ids, skip_special_tokens=True))
+        text, cut = self.cut(self.format.response(self.tokenizer.decode(ids, skip_special_tokens=True)))
+        return text, cut or ids[-1] in self.ends.tokens
+
+    def cut(self, text: str) -> tuple[str, bool]:
+        """A text up to the first one that ends a response, and whether there is one."""
         ends = [place for stop in self.format.stops if (place := text.find(stop)) >= 0]
-        return text[: min(ends)] if ends else text, bool(ends) or ids[-1] in self.ends.tokens
+        return (text[: min(ends)], True) if ends else (text, False)
 
 
 def find_template(config: RunConfig, tokenizer, prompts: Sequence[LoopPrompt]) -> str:
@@ -122,25 +130,39 @@ def sample(loop: Loop, number: int) -> None:
     quiet_libraries()
     config = loop.config_before(number)
     policy = Policy.of(config, loop.prompts)
+    if number == 1:
+        # Before the first response is sampled: that each prompt leaves room for one.
+        for prompt in loop.prompts:
+            policy.prompt_ids(prompt)
     files.directory.mkdir(parents=True, exist_ok=True)
-    known = {"template": policy.format.name, "model": policy.identity, "archive": config.model.archive}
+    local = partial(_responses, policy)
+    source, facts = served_source(loop, number, policy) if is_served(config) else (local, {})
+    known = {"template": policy.format.name, "model": policy.identity, "archive": config.model.archive} | facts
     write_atomically(files.sampling, json.dumps(known, indent=1) + "\n")
     if files.number is not None and not files.samples.is_file():
         chosen = prompts_of_round(loop.prompts, number, rounds.prompts_per_round, config.seed)
-        print(f"{files.name}: sampling {rounds.n_samples} responses to each of {len(chosen):,} prompts", flush=True)
-        parts = _sample_parts(policy, chosen, rounds.n_samples, files, files.samples)
+        print(
+            f"{files.name}: sampling {counted(rounds.n_samples, 'response')} to each of {counted(len(chosen), 'prompt')}",
+            flush=True,
+        )
+        parts = _sample_parts(source, chosen, rounds.n_samples, files, files.samples)
         _finish(files.samples, join_tables(parts, SAMPLES))
     if files.held_out_samples.is_file():
         return
     held_out, count = loop.held_out, rounds.n_held_out_samples
     if held_out:
-        print(f"{files.name}: sampling {count} responses to each of {len(held_out):,} held-out prompts", flush=True)
-    parts = _sample_parts(policy, held_out, count, files, files.held_out_samples)
+        print(
+            f"{files.name}: sampling {counted(count, 'response')} to each of {counted(len(held_out), 'held-out prompt')}",
+            flush=True,
+        )
+    # Where another model samples, it is still the policy that is compared from round to round.
+    source = source if is_policy_served(config) else local
+    parts = _sample_parts(source, held_out, count, files, files.held_out_samples)
     rows = join_tables(parts, SAMPLES).to_pylist()
     own = first = _logps(policy, rows, held_out)
     if rows and number > 1:
         # Its memory is free before the other model takes its own.
-        del policy
+        del policy, source, local
         release_memory()
         first = _logps(Policy.of(loop.config, loop.prompts, known["template"]), rows, held_out)
     rows = [row | {"logp": one, "logp_first": other} for row, one, other in zip(rows, own, first, strict=True)]
@@ -157,7 +179,7 @@ def _parts_of(path: Path) -> Path:
     return path.with_suffix(".parts")
 
 
-def _sample_parts(policy: Policy, prompts: Sequence[LoopPrompt], count: int, files: RoundFiles, path: Path) -> list[Path]:
+def _sample_parts(source: Source, prompts: Sequence[LoopPrompt], count: int, files: RoundFiles, path: Path) -> list[Path]:
     """Sample the parts of a table that are not there yet; the paths of all."""
     folder, paths = _parts_of(path), []
     for start in range(0, len(prompts), PROMPTS_PER_PART):
@@ -167,12 +189,12 @@ def _sample_parts(policy: Policy, prompts: Sequence[LoopPrompt], count: int, fil
             continue
         some = prompts[start : start + PROMPTS_PER_PART]
         with said_while_slow("still sampling"):
-            write_table(part, _responses(policy, some, count, files.name), SAMPLES)
+            write_table(part, source(some, count, files.name, path), SAMPLES)
         print(f"{files.name}: {min(start + PROMPTS_PER_PART, len(prompts)):,} of {len(prompts):,} prompts sampled", flush=True)
     return paths
 
 
-def _responses(policy: Policy, prompts: Sequence[LoopPrompt], count: int, stream: str) -> Iterator[dict]:
+def _responses(policy: Policy, prompts: Sequence[LoopPrompt], count: int, stream: str, _table: Path) -> Iterator[dict]:
     """The rows of `count` responses to each prompt. stream: the name of their noise, another one in each round."""
     rounds, config = policy.config.rounds, policy.config
     settings = GenerationSettings(rounds.temperature, rounds.top_p, max_new_tokens=rounds.max_new_tokens)

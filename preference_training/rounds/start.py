@@ -1,19 +1,25 @@
 """Starting a loop, or continuing one: all that is wrong is said before anything expensive."""
 
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
+from preference_training.core.metric_names import ROUNDS as ROUNDS_METRICS
 from preference_training.core.processes import in_worker
 from preference_training.losses.registry import example_kind, find_loss, model_head
 from preference_training.rounds.driver import run_loop
-from preference_training.rounds.judges.choice import check_judge
-from preference_training.rounds.loop import PROMPTS, ROUNDS, USUAL_PAIRS, Loop
+from preference_training.rounds.judges.choice import check_judge, check_rows
+from preference_training.rounds.loop import PROMPTS, ROUNDS, USUAL_PAIRS, Loop, counted
 from preference_training.rounds.processes import StepFailedError, locked_loop
-from preference_training.rounds.prompts import prompts_of_round, read_prompts, store
+from preference_training.rounds.prompts import prompts_of_round, read_prompts, read_stored, store
+from preference_training.rounds.served.choice import check_sampler, is_served
+from preference_training.rounds.summary import objective_of
 
+# The exit status of a process that a mistake of the user's has ended.
+MISTAKE = 2
 # The ways to pair that a loss can train on, by what its examples are.
 PAIRS_FOR = {
     "pairs": ("best_worst", "all", "top_k"),
@@ -29,43 +35,58 @@ READ_BY = {
     "threshold": ("unpaired", "best_of_n"),
 }
 
+# The keys of servers that sample.
+OF_SERVERS = ("sampler_model", "sampler_weights", "sampler_workers", "sampler_timeout")
 
-def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> None:
-    """Run a loop from its beginning, or from where `resume` finds one. Raises UserError, and StoppedError.
 
-    Exits as a step does that fails in its process.
+def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False, report: Callable | None = None) -> float | None:
+    """Run a loop from its beginning, or from where `resume` finds one; returns its `objective`. report: see `run_loop`.
+
+    Exits as a step does that fails in its process; as a job of a sweep, raises StepFailedError or UserError in place of it.
+    Raises UserError, and StoppedError.
     """
-    if in_sweep:
-        raise UserError("rounds: a sweep's jobs are single runs. Start loops of rounds one by one.")
-    directory = find_loop(config, run_dir)
+    directory = find_loop(config, run_dir, in_sweep)
     for line in check(config):
         print(line, flush=True)
-    prompts, said = read_prompts(config.rounds)
+    stored = directory / PROMPTS
+    # A loop that goes on has its prompts, whatever has become of their file.
+    prompts, said = (read_stored(stored), Counter()) if stored.is_file() else read_prompts(config.rounds)
+    check_rows(config, prompts)
     held_out = [prompt for prompt in prompts if prompt.held_out]
     sampled = prompts_of_round(prompts, 1, config.rounds.prompts_per_round, config.seed)
     rounds = config.rounds
-    trained = len(prompts) - len(held_out)
+    of = f"{len(sampled):,} of {counted(len(prompts) - len(held_out), 'prompt')}"
     print(
-        f"rounds: {rounds.rounds}, each of {rounds.n_samples} responses to {len(sampled):,} of {trained:,} prompts; "
-        f"{len(held_out):,} prompts are held out",
+        f"rounds: {rounds.rounds}, each of {counted(rounds.n_samples, 'response')} to {of}; {len(held_out):,} held out",
         *(f"  {count:,} {what}" for what, count in said.items()),
         sep="\n",
         flush=True,
     )
+    if config.objective.startswith(ROUNDS_METRICS) and not held_out:
+        raise UserError(f"objective: {config.objective} is of held-out prompts, and there are none. Raise rounds.held_out.")
     if config.dry_run:
-        return
+        return None
     try:
         with locked_loop(directory):
             loop = Loop.start(directory, config)
-            if not (directory / PROMPTS).is_file():
-                store(prompts, directory / PROMPTS)
-            run_loop(loop)
+            if not stored.is_file():
+                store(prompts, stored)
+            run_loop(loop, report=report)
+            return objective_of(loop)
     except StepFailedError as failed:
+        if in_sweep and failed.status == MISTAKE:
+            raise UserError(f"rounds: {failed}; what it said is above") from failed
+        if in_sweep:
+            # The other jobs go on.
+            raise
         sys.exit(failed.told())
 
 
-def find_loop(config: RunConfig, run_dir: Path) -> Path:
-    """The directory of a loop: that of the start, or one that `resume` means. Raises UserError."""
+def find_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Path:
+    """The directory of a loop: that of the start, or one that `resume` means. Raises UserError.
+
+    in_sweep: other loops beside it are other jobs, whatever their names.
+    """
     if config.resume is None:
         if (run_dir / ROUNDS).is_file():
             raise UserError(
@@ -77,7 +98,7 @@ def find_loop(config: RunConfig, run_dir: Path) -> Path:
         if not (given / ROUNDS).is_file():
             raise UserError(f"resume: {given} holds no loop of rounds. Expected the run directory of one, or auto.")
         return given
-    beside = sorted(run_dir.parent.glob(f"{config.exp_name}_*"), reverse=True)
+    beside = [] if in_sweep else sorted(run_dir.parent.glob(f"{config.exp_name}_*"), reverse=True)
     found = next((path for path in (run_dir, *beside) if (path / ROUNDS).is_file()), None)
     print(f"resume: continuing {found}" if found else f"resume: no loop of {config.exp_name} yet, starting one", flush=True)
     return found or run_dir
@@ -93,6 +114,10 @@ def check(config: RunConfig) -> list[str]:
     if config.eval_only or config.debug:
         key = "eval_only" if config.eval_only else "debug"
         raise UserError(f"{key}: found true, and rounds train from the checkpoint of the round before. Set {key}=false.")
+    if config.pruner is not None:
+        raise UserError(
+            f"pruner: found {config.pruner}, and loops of rounds have no evaluations in common to be pruned by. Set it to null."
+        )
     if model_head(loss) == "value":
         raise UserError(
             f"loss: {loss} trains a reward model, which writes no responses. Train it first; rounds can be judged by it."
@@ -113,7 +138,10 @@ def check(config: RunConfig) -> list[str]:
     check_judge(config)
     given = _given(config)
     unread = [key for key, ways in READ_BY.items() if f"rounds.{key}" in given and pairs not in ways]
-    return [f"rounds.{key}: without effect, since pairs is {pairs}" for key in unread]
+    unused = [f"rounds.{key}: without effect, since pairs is {pairs}" for key in unread]
+    if not is_served(config):
+        unused += [f"rounds.{key}: without effect, since sampler is local" for key in OF_SERVERS if f"rounds.{key}" in given]
+    return unused + check_sampler(config)
 
 
 def _given(config: RunConfig) -> Sequence[str]:

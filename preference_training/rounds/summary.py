@@ -2,18 +2,55 @@
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import combinations, pairwise
 from statistics import mean
 from typing import Any
 
 from preference_training.core.files import write_atomically
+from preference_training.core.metric_names import (
+    DISTINCT,
+    EXAMPLES,
+    HELD_OUT_KL,
+    HELD_OUT_LENGTH,
+    HELD_OUT_PROMPTS,
+    HELD_OUT_REWARD,
+    HELD_OUT_SECOND_WIN_RATE,
+    HELD_OUT_WIN_RATE,
+    HIGH,
+    LOW,
+    PAIRS,
+    RECORDS,
+    ROUND,
+    ROUNDS,
+    SAMPLES_LENGTH,
+    SAMPLES_REWARD,
+    SIMILARITY,
+    UPDATES,
+)
 from preference_training.evaluation.intervals import estimate, mean_interval, share_interval
 from preference_training.evaluation.phrasing import with_interval
-from preference_training.rounds.loop import Loop, RoundFiles
+from preference_training.generation.repetition import repeated_share
+from preference_training.rounds.judges.findings import facts_of_scores, findings
+from preference_training.rounds.loop import JUDGED, Loop, RoundFiles, counted
 from preference_training.rounds.tables import read_table
-from preference_training.tracking.run_files import json_object
+from preference_training.tracking.run_files import METRICS, json_object, metric_rows, split_rows
+
+# A loop's metrics: of the held-out part of a summary, with intervals; of its samples; of what was made of them.
+HELD_OUT_METRICS = {
+    HELD_OUT_REWARD: "score", HELD_OUT_WIN_RATE: "win_rate", HELD_OUT_SECOND_WIN_RATE: "second_win_rate",
+    HELD_OUT_LENGTH: "length", HELD_OUT_KL: "kl",
+}  # fmt: skip
+SAMPLE_METRICS = {
+    SAMPLES_REWARD: "mean_score", SAMPLES_LENGTH: "mean_length", DISTINCT: "distinct_2", SIMILARITY: "similarity",
+}  # fmt: skip
+COUNT_METRICS = {PAIRS: "pairs", RECORDS: "records"}
+# The columns of the table: title and metric.
+COLUMNS = {
+    "score": HELD_OUT_REWARD, "win rate": HELD_OUT_WIN_RATE, "second judge's": HELD_OUT_SECOND_WIN_RATE,
+    "tokens": HELD_OUT_LENGTH, "KL": HELD_OUT_KL, "distinct-2": DISTINCT, "pairs": PAIRS,
+}  # fmt: skip
 
 
 def summarize(loop: Loop, number: int) -> dict[str, Any]:
@@ -21,18 +58,27 @@ def summarize(loop: Loop, number: int) -> dict[str, Any]:
     files = loop.round(number)
     summary: dict[str, Any] = {"round": files.number, "held_out": held_out(loop, number)}
     if files.number is not None:
-        summary["samples"] = facts_of_samples(read_rows(files.samples, files.scores))
+        rows = read_rows(files.samples, files.scores)
+        summary["samples"] = facts_of_samples(rows) | facts_of_scores(rows)
         summary |= json_object(files.excluded)
+    summary["judges"] = json_object(files.directory / JUDGED)
+    earlier = [read_summary(loop.round(each)) for each in range(1, number)]
+    summary["findings"] = findings([*filter(None, earlier), summary])
     write_atomically(files.summary, json.dumps(summary, indent=1) + "\n")
-    print(f"{files.name}: {held_out_line(summary['held_out'], number)}", flush=True)
+    found = [f"  {each['text']}" for each in summary["findings"]]
+    print(f"{files.name}: {held_out_line(summary['held_out'], number)}", *found, sep="\n", flush=True)
     return summary
 
 
 def read_rows(samples, scores) -> list[dict[str, Any]]:
     """The rows of samples with their scores."""
-    found = {(row["prompt_id"], row["number"]): row["score"] for row in read_table(scores)}
-    columns = ("prompt_id", "number", "text", "n_tokens", "ended", "logp", "logp_first")
-    return [row | {"score": found[row["prompt_id"], row["number"]]} for row in read_table(samples, columns)]
+    columns = ("prompt_id", "number", "text", "token_ids", "n_tokens", "ended", "logp", "logp_first")
+    found = {(row["prompt_id"], row["number"]): row for row in read_table(scores)}
+    rows = []
+    for row in read_table(samples, columns):
+        score = found[row["prompt_id"], row["number"]]
+        rows.append(row | {name: score.get(name) for name in ("score", "reason", "second_score")})
+    return rows
 
 
 def held_out(loop: Loop, number: int) -> dict[str, Any]:
@@ -40,6 +86,7 @@ def held_out(loop: Loop, number: int) -> dict[str, Any]:
 
     score, length, kl: means with 95% intervals. kl: of log pi - log pi_first over its own responses, in nats per response; with
     a temperature other than 1 these are not samples of pi itself. win_rate: against the model before the first round, by score.
+    second_score, second_win_rate: the same by rounds.second_judge, if there is one.
     """
     files, first = loop.round(number), loop.round(1)
     rows = read_rows(files.held_out_samples, files.held_out_scores)
@@ -56,7 +103,13 @@ def held_out(loop: Loop, number: int) -> dict[str, Any]:
     }
     scored = [row | {"kl": row["logp"] - row["logp_first"]} for row in rows if row["logp"] is not None]
     facts["kl"] = _mean(scored, "kl")
-    facts["win_rate"] = None if number == 1 else win_rate(judged, read_rows(first.held_out_samples, first.held_out_scores))
+    facts["repeated_4grams"] = repeated_share(row["token_ids"] or () for row in rows)
+    others = [] if number == 1 else read_rows(first.held_out_samples, first.held_out_scores)
+    facts["win_rate"] = None if number == 1 else win_rate(judged, others)
+    if second := [row | {"score": row["second_score"]} for row in rows if row["second_score"] is not None]:
+        facts["second_score"] = _mean(second, "score")
+        by_second = [row | {"score": row["second_score"]} for row in others]
+        facts["second_win_rate"] = None if number == 1 else win_rate(second, by_second)
     return facts
 
 
@@ -94,6 +147,7 @@ def facts_of_samples(rows: Sequence[dict]) -> dict[str, Any]:
     scores = [row["score"] for row in rows if row["score"] is not None]
     several = [some for some in texts.values() if len(some) > 1]
     return {
+        "responses": len(rows),
         "mean_score": mean(scores) if scores else None,
         "unjudged": len(rows) - len(scores),
         "truncated": sum(not row["ended"] for row in rows),
@@ -129,11 +183,14 @@ def held_out_line(facts: dict[str, Any], number: int) -> str:
     parts = [f"score {_text(facts['score'])}"]
     if facts["win_rate"]:
         parts.append(f"win rate against the first {_text(facts['win_rate'])}")
+    if facts.get("second_score"):
+        rate = facts["second_win_rate"]
+        parts.append(f"second judge {_text(facts['second_score'])}" + (f" (win rate {_text(rate)})" if rate else ""))
     parts.append(f"{facts['length']['mean']:.1f} tokens")
     if facts["kl"]["mean"] is not None:
         parts.append(f"KL to the first {facts['kl']['mean']:.3g} nats")
     more = [f"{facts[name]:,} {name}" for name in ("unjudged", "truncated") if facts[name]]
-    return f"{who}, on {facts['prompts']:,} held-out prompts: " + ", ".join(parts + more)
+    return f"{who}, on {counted(facts['prompts'], 'held-out prompt')}: " + ", ".join(parts + more)
 
 
 def _text(found: dict) -> str:
@@ -145,3 +202,77 @@ def _text(found: dict) -> str:
 def read_summary(files: RoundFiles) -> dict[str, Any]:
     """The summary of a round; empty where there is none yet."""
     return json_object(files.summary)
+
+
+# ---- all rounds -----------------------------------------------------------------------------------------------------------
+
+
+def loop_metrics(rounds: Sequence[RoundFiles]) -> list[dict[str, float]]:
+    """What is known of the policies of a loop as rows of metrics: of the first model, and of that after each round.
+
+    Those of samples and pairs are of the round that samples from the policy.
+    """
+    rows, trained = [], Counter({EXAMPLES: 0, UPDATES: 0})
+    for number, files in enumerate(rounds):
+        summary = read_summary(files)
+        if summary:
+            rows.append({**trained, ROUND: number, **_metrics(summary)})
+        last = next(reversed(metric_rows(files.run / METRICS)), {})
+        trained.update({name: last.get(name, 0) for name in (EXAMPLES, UPDATES)})
+    return rows
+
+
+def _metrics(summary: dict[str, Any]) -> dict[str, float]:
+    found, facts = {}, summary.get("held_out") or {}
+    for metric, name in HELD_OUT_METRICS.items():
+        known = facts.get(name) or {}
+        found |= {metric: known.get("mean"), metric + LOW: known.get("low"), metric + HIGH: known.get("high")}
+    found[HELD_OUT_PROMPTS] = facts.get("prompts")
+    found |= {metric: (summary.get("samples") or {}).get(name) for metric, name in SAMPLE_METRICS.items()}
+    found |= {metric: (summary.get("counts") or {}).get(name) for metric, name in COUNT_METRICS.items()}
+    return {metric: value for metric, value in found.items() if value is not None}
+
+
+def write_metrics(loop: Loop) -> list[str]:
+    """Write metrics.jsonl of a loop; returns its table as lines."""
+    rows = loop_metrics(list(loop.rounds()))
+    write_atomically(loop.directory / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+    return metrics_table(rows)
+
+
+def metrics_table(rows: Sequence[dict[str, float]]) -> list[str]:
+    """The metrics of a loop's policies as lines: on held-out prompts with intervals; of the samples from each, and their pairs.
+
+    Columns without any value are left out.
+    """
+    titles = {title: metric for title, metric in COLUMNS.items() if any(metric in row for row in rows)}
+    cells = [["policy", *titles]]
+    cells += [[policy_name(int(row[ROUND])), *(metric_text(row, metric) for metric in titles.values())] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def policy_name(rounds: int) -> str:
+    """What a policy is called that was trained in so many rounds."""
+    return "first model" if rounds == 0 else f"after round {rounds}"
+
+
+def metric_text(row: dict[str, float], metric: str) -> str:
+    """A metric with its interval, if it has one."""
+    value = row.get(metric)
+    if not isinstance(value, int | float):
+        return "-"
+    if metric in COUNT_METRICS:
+        return f"{value:,.0f}"
+    low, high = row.get(metric + LOW), row.get(metric + HIGH)
+    return with_interval(value, low, high) if low is not None and low < high else f"{value:.3g}"
+
+
+def objective_of(loop: Loop) -> float | None:
+    """What a loop returns to a sweeper: the metric `objective` of its last policy, or of the last training's evaluation."""
+    objective = loop.config.objective
+    if objective.startswith(ROUNDS):
+        rows = loop_metrics(list(loop.rounds()))
+    else:
+        _, rows = split_rows(metric_rows(loop.round(loop.config.rounds.rounds).run / METRICS))
+    return rows[-1].get(objective) if rows else None

@@ -21,10 +21,11 @@ SAMPLES = pyarrow.schema([
     ("token_ids", pyarrow.list_(pyarrow.int32())), ("n_tokens", pyarrow.int32()), ("ended", pyarrow.bool_()),
     ("logp", pyarrow.float64()), ("logp_first", pyarrow.float64()), ("model", pyarrow.string()),
 ])  # fmt: skip
-# score: null where the judge could not judge. Each row is the score of the sample with its prompt_id and number.
+# score: null where the judge could not judge. Each row is the score of the sample with its prompt_id and number. second_score:
+# that of rounds.second_judge, of held-out samples.
 SCORES = pyarrow.schema([
     ("prompt_id", pyarrow.int64()), ("number", pyarrow.int32()), ("score", pyarrow.float64()), ("reason", pyarrow.string()),
-    ("judge", pyarrow.string()),
+    ("judge", pyarrow.string()), ("second_score", pyarrow.float64()),
 ])  # fmt: skip
 
 

@@ -10,12 +10,15 @@ from preference_training.configuration.keys import listed
 from preference_training.configuration.model_names import ADAPTER_CONFIG
 from preference_training.core.errors import UserError
 from preference_training.core.files import replace_symlink, write_atomically
+from preference_training.core.metric_names import ROUNDS
 from preference_training.rounds.loop import Loop, RoundFiles
 from preference_training.rounds.tables import read_table
-from preference_training.tracking.run_files import LATEST
+from preference_training.tracking.run_files import LATEST, json_object
 
 # The program that trains, beside the package.
 TRAIN = Path(__file__).parents[2] / "train.py"
+# Keys of a loop that its trainings do not have. The loop holds its GPUs for them.
+OF_THE_LOOP = ("rounds", "gpus_per_job", "pruner")
 HEAD = """# The training of {name}. To run it by itself:
 #   python train.py --config-name train --config-dir {directory}
 """
@@ -24,7 +27,10 @@ HEAD = """# The training of {name}. To run it by itself:
 def training_values(loop: Loop, number: int) -> dict[str, Any]:
     """The configuration of a round's training, as the keys of a command line."""
     files, archive = loop.round(number), loop.archive_before(number)
-    values = {key: value for key, value in loop.values.items() if key.partition(".")[0] != "rounds"}
+    values = {key: value for key, value in loop.values.items() if key.partition(".")[0] not in OF_THE_LOOP}
+    if loop.config.objective.startswith(ROUNDS):
+        # Of the loop; a training has the usual one.
+        values.pop("objective", None)
     values |= {
         "datasets": _datasets(loop, number),
         "exp_name": f"{loop.config.exp_name}-{files.name}",
@@ -33,7 +39,7 @@ def training_values(loop: Loop, number: int) -> dict[str, Any]:
     }
     if archive is not None:
         values["model.archive"] = str(archive)
-    if template := files.template:
+    if template := json_object(files.sampling).get("template"):
         values["template"] = template
     # The loop reads checkpoints only.
     values.setdefault("save_policy_pt", False)

@@ -9,7 +9,7 @@ from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, HIGH
 from preference_training.core.signals import STOPPED
 from preference_training.evaluation.phrasing import with_interval
 from preference_training.sweeps.jobs import OVER, Job, SweepDirectory
-from preference_training.tracking.run_files import METRICS, metric_rows
+from preference_training.tracking.run_files import METRICS, metric_rows, split_rows
 
 # Metrics of the table of jobs, besides the objective.
 SHOWN = (EVAL_LOSS, EVAL_ACCURACY)
@@ -87,7 +87,8 @@ def _rank(job: Job, objective: str) -> tuple[bool, float]:
 
 
 def _last_evaluation(job: Job) -> dict:
-    return next((row for row in reversed(metric_rows(job.directory / METRICS)) if EVAL_LOSS in row), {})
+    _, evaluations = split_rows(metric_rows(job.directory / METRICS))
+    return evaluations[-1] if evaluations else {}
 
 
 def _value_text(row: dict, metric: str) -> str:

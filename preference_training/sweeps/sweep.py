@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError
-from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, smaller_is_better
+from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, HELD_OUT_REWARD, ROUNDS, smaller_is_better
 from preference_training.core.signals import ENDED_AT_ONCE, SAME_SIGNAL, SIGNALS
 from preference_training.losses.registry import evaluation_depends_on_run, training_keys
 from preference_training.sweeps.jobs import SweepDirectory
@@ -69,6 +69,8 @@ def _searched(config) -> list[str]:
 
 def _warnings(config) -> list[str]:
     parts = OmegaConf.to_container(config.loss).get("parts")
+    if config.get("rounds") is not None:
+        return loop_warnings(str(config.objective))
     return comparison_warnings(str(config.objective), str(config.loss.get("name")), _searched(config), parts)
 
 
@@ -111,6 +113,16 @@ def comparison_warnings(objective: str, loss: str, swept: Iterable[str], parts: 
     if evaluation_depends_on_run(loss, parts):
         found.append(f"objective={EVAL_LOSS} of loss={loss} depends on what a run has seen, and does not compare jobs")
     return found
+
+
+def loop_warnings(objective: str) -> list[str]:
+    """Why an objective does not compare loops of rounds."""
+    if objective.startswith(ROUNDS):
+        return []
+    return [
+        f"objective={objective} cannot compare loops of rounds: it is of their last trainings, each on pairs of its own; "
+        f"objective={HELD_OUT_REWARD} can"
+    ]
 
 
 def _forward_signals(launcher: str, sweep: SweepDirectory) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from math import inf
 from pathlib import Path
 
-from preference_training.core.metric_names import EVAL_LOSS, EXAMPLES, UPDATES
+from preference_training.core.metric_names import EVAL_LOSS, EXAMPLES, ROUND, UPDATES
 from preference_training.core.values import UNREADABLE, find_mismatch
 
 METRICS, SAMPLES, BAD_STEPS, EVENTS = "metrics.jsonl", "samples.jsonl", "bad_batches.jsonl", "events.jsonl"
@@ -19,6 +19,8 @@ LOCK = ".lock"
 # Of a sweep's jobs: what became of the job; that it was pruned.
 JOB, PRUNED = "job.json", "pruned.json"
 REPORT = "report.html"
+# Of a loop of rounds: what it was started with.
+ROUNDS_FILE = "rounds.json"
 # Of an evaluation: the sampled answers, and the verdicts on them.
 ANSWERS, JUDGEMENTS = "answers.jsonl", "judgements.jsonl"
 # Directories of dashboards.
@@ -70,9 +72,11 @@ def counted(rows: Iterable[dict], examples: float = inf) -> list[dict]:
 
 
 def split_rows(rows: Iterable[dict]) -> tuple[list[dict], list[dict]]:
-    """Rows of training steps, and rows of evaluations."""
-    rows = list(rows)
-    return [row for row in rows if EVAL_LOSS not in row], [row for row in rows if EVAL_LOSS in row]
+    """Rows of training steps, and rows of evaluations: of a loop of rounds, those of its policies."""
+    steps, evaluations = [], []
+    for row in rows:
+        (evaluations if EVAL_LOSS in row or ROUND in row else steps).append(row)
+    return steps, evaluations
 
 
 def progress(rows: list[dict], about: dict) -> str:

@@ -309,7 +309,8 @@ def test_every_key_of_the_files_has_a_field_in_the_same_order(plain, loss, train
 
 def test_every_field_has_a_key_in_the_files(plain):
     choices = [f"{group}={choice}" for group in ("loss", "trainer") for choice in group_choices(group)]
-    keys = {key for choice in choices for key in with_sections(plain(choice))}
+    rounds = ["+rounds=default", "rounds.prompts=rows.jsonl", "rounds.judge=toy"]
+    keys = {key for choice in choices for key in with_sections(plain(choice))} | with_sections(plain(*rounds))
     assert key_names(RunConfig).keys() <= keys
 
 

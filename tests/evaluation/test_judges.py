@@ -14,14 +14,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from preference_training.configuration.composition import CONFIG_DIR
 from preference_training.core.errors import UserError
 from preference_training.evaluation.judges import (
-    MAX_PAUSE,
     NoVerdictError,
     RewardModelJudge,
     build_judge,
     parse_verdict,
     verdict_by_score,
 )
-from preference_training.generation.servers import parse_retry_after
+from preference_training.generation.servers import MAX_PAUSE, parse_retry_after
 from tests.support.files import GOLDEN
 from tests.support.judge_servers import Reply, serving, shorter_wins, verdict
 

@@ -44,7 +44,10 @@ KINDS = {
     shown.TRAINING: "test_house.py composes it",
     r"python scripts/\w+\.py( |$)": "test_its_script_understands_it",
     r"python -m preference_collection (import|export|push|generate|judge|score) ": "test_the_labeling_app_understands_it",
-    r"python -m preference_training\.rounds (sample|judge|pair|summarize|train|status|run) ": "test_the_rounds_understand_it",
+    r"python -m preference_training\.rounds (sample|judge|pair|summarize|train|status|run|report) ": (
+        "test_the_rounds_understand_it"
+    ),
+    r"vllm serve ": "tests_apart/servers/test_rounds.py starts it",
     r"make [\w-]+": "test_what_is_made_is_there",
     r"pip install (--no-deps )?-r |pip install hydra-optuna-sweeper": "test_what_is_made_is_there",
     r"python3 -m venv |\. \.venv/bin/activate": "followed in a clean clone",
@@ -113,7 +116,7 @@ def test_the_rounds_understand_it():
     from preference_training.rounds.__main__ import arguments
 
     asked = [arguments(words[3:]) for _, words in shown.commands(r"python -m preference_training\.rounds")]
-    assert {options.step for options in asked} >= {"status", "sample", "judge", "run"}
+    assert {options.step for options in asked} >= {"status", "sample", "judge", "run", "report"}
 
 
 def test_what_is_made_is_there():

@@ -49,6 +49,9 @@ KNOWN = {
     "torch.distributed.broadcast_object_list": ["process_group.py"],
     # Kernels of a module that is there.
     "child.compile": ["kernels.py"],
+    # Generated code, in the isolated process: see the next test.
+    "compile": ["child.py"],
+    "exec": ["child.py"],
 }
 # Methods of ours; those of `Ranks` hand objects on to the calls in process_group.py.
 OWN = ("entry.dataset.load", "self.all_gather_object", "self.step.updater.load")
@@ -82,6 +85,13 @@ def test_what_could_execute_data_stands_in_few_known_places():
         "zipfile",
         "yaml",
     }
+
+
+def test_what_executes_generated_code_is_imported_by_nothing_and_its_text_goes_to_the_sandbox_only():
+    nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    imported = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names} | {node.module for node in nodes}
+    assert "preference_training.sandbox.sandbox" in imported and "preference_training.sandbox.child" not in imported
+    assert [path.name for path in SOURCES if "child.py" in path.read_text()] == ["sandbox.py"]
 
 
 def test_the_one_call_that_could_unpickle_takes_only_tensors_and_plain_values():

@@ -10,7 +10,7 @@ from preference_training.data.rows.records import Turn
 from preference_training.rounds.judges.base import Judge, JudgedInput, Score
 from preference_training.rounds.judges.choice import build_judge
 from preference_training.rounds.judges.functions import FunctionJudge
-from preference_training.rounds.judging import Verdicts
+from preference_training.rounds.judges.verdicts import Verdicts
 
 SAMPLES = [JudgedInput("Why?", "Because.", {"answer": 3}), JudgedInput((Turn("user", "Who?"),), "Me, me.", {"answer": 4})]
 

@@ -13,6 +13,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.signals import StoppedError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.rounds import judging, sampling
+from preference_training.rounds.__main__ import arguments, main
 from preference_training.rounds.loop import Loop
 from preference_training.rounds.summary import read_summary
 from preference_training.rounds.tables import read_table
@@ -75,6 +76,16 @@ def test_what_the_judge_prefers_becomes_more_frequent(done):
     assert after["win_rate"]["low"] > 0.5 and before["win_rate"] is None
     # The model before the first round is itself.
     assert before["kl"]["mean"] == 0 and after["kl"]["mean"] > 0
+
+
+def test_the_metrics_of_all_policies_are_in_one_file_by_what_they_were_trained_on(done):
+    rows = [json.loads(line) for line in (done.directory / "metrics.jsonl").read_text().splitlines()]
+    scores = [read_summary(files)["held_out"]["score"]["mean"] for files in done.rounds()]
+    assert [row["rounds/reward_held_out"] for row in rows] == scores
+    assert [row["counters/round"] for row in rows] == [0, 1, 2]
+    # A checkpoint is named by the examples of its own training.
+    one, other = (int(done.round(number).policy.resolve().name.removeprefix("step-")) for number in (1, 2))
+    assert [row["counters/examples"] for row in rows] == [0, one, one + other]
 
 
 def test_nothing_is_judged_twice_and_every_response_once(done):
@@ -217,3 +228,53 @@ def test_the_first_model_as_reference_is_the_one_that_the_loop_began_with(folder
     rows = [json.loads(line) for line in (loop.round(2).run / "metrics.jsonl").read_text().splitlines()]
     # Policy and reference are two models: at step 0 the loss is not ln 2.
     assert rows[0]["rewards_eval/margins"] != 0
+
+
+def test_a_prompt_that_leaves_no_room_is_named_before_anything_is_sampled(folder):
+    rows = [{"prompt": "Short?"}, {"prompt": "\n\nHuman: " + "Long? " * 200 + "\n\nAssistant:"}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loop = loops.start(folder, *FAST)
+    with pytest.raises(UserError, match=r"rounds\.prompts: prompt 1 has .* tokens, and max_length leaves no room"):
+        loops.run(loop)
+    assert not list(loop.directory.glob("round-1/*"))
+
+
+def by_hand(*words: object) -> None:
+    main(arguments([str(word) for word in words]))
+
+
+def test_steps_by_hand_are_those_of_the_loop(folder, done, monkeypatch, capsys):
+    monkeypatch.setattr(sampling, "PROMPTS_PER_PART", 4)
+    directory = loops.start(folder, *FAST).directory
+    with pytest.raises(UserError, match=r"judge: round-1 is not done with the step sample\. Run it first: python -m .* sample"):
+        by_hand("judge", directory)
+    with pytest.raises(UserError, match=r"--round: found 4, expected 1 to 2 \(3: the last policy's held-out responses\)"):
+        by_hand("sample", directory, "--round", 4)
+    with pytest.raises(UserError, match="round 1 of .* is not trained yet"):
+        by_hand("sample", directory, "--round", 2)
+    for step in ("sample", "judge", "pair", "summarize"):
+        by_hand(step, directory)
+    capsys.readouterr()
+    by_hand("status", directory)
+    [first, *others] = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        "round-1: done: sample, judge, pair, summarize; next: train; the model before the first round, on 4"
+    )
+    assert others == ["round-2: not begun", "final: not begun"]
+    of_first = {name: data for name, data in content(done.directory).items() if name.startswith("round-1/")}
+    assert content(directory) == of_first
+
+
+def test_what_could_not_be_judged_can_be_asked_again(folder, capsys):
+    (folder / "my_judge.py").write_text(loops.JUDGE.replace("return ", "return None if not Path('open').exists() else "))
+    directory = loops.start(folder, *FAST).directory
+    by_hand("sample", directory)
+    by_hand("judge", directory)
+    before = len(loops.asked(folder))
+    assert {row["score"] for row in read_table(directory / "round-1" / "scores.parquet")} == {None}
+    (folder / "open").touch()
+    by_hand("judge", directory, "--round", 1)
+    assert len(loops.asked(folder)) == before
+    by_hand("judge", directory, "--round", 1, "--again")
+    assert len(loops.asked(folder)) == 2 * before
+    assert None not in {row["score"] for row in read_table(directory / "round-1" / "scores.parquet")}

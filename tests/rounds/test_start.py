@@ -51,9 +51,25 @@ def test_keys_without_effect_are_named(compose):
     ]
 
 
-def test_a_sweep_of_loops_is_refused(compose, tmp_path):
-    with pytest.raises(UserError, match="a sweep's jobs are single runs"):
-        start_loop(compose(*LOOP), tmp_path, in_sweep=True)
+def test_loops_are_not_pruned(compose):
+    with pytest.raises(UserError, match="pruner: found MedianPruner, and loops of rounds have no evaluations in common"):
+        check(compose(*LOOP, "loss=dpo", "pruner=MedianPruner"))
+
+
+def test_an_objective_over_held_out_prompts_needs_some(compose, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    given = ("loss=dpo", f"rounds.prompts={tmp_path / 'prompts.jsonl'}", "rounds.held_out=0")
+    config = compose(*LOOP, *given, "objective=rounds/reward_held_out")
+    with pytest.raises(UserError, match="objective: rounds/reward_held_out is of held-out prompts, and there are none"):
+        start_loop(config, tmp_path)
+
+
+def test_in_a_sweep_a_loop_beside_is_another_job(compose, tmp_path):
+    (tmp_path / "mine_1").mkdir()
+    (tmp_path / "mine_1" / "rounds.json").write_text("{}")
+    config = compose(*LOOP, "resume=auto", "exp_name=mine")
+    assert find_loop(config, tmp_path / "0") == tmp_path / "mine_1"
+    assert find_loop(config, tmp_path / "0", in_sweep=True) == tmp_path / "0"
 
 
 def test_a_key_of_rounds_without_the_group_is_explained(compose):
@@ -66,7 +82,7 @@ def test_a_dry_run_reads_the_prompts_and_writes_nothing(compose, tmp_path, monke
     rows = [{"prompt": f"Question {k}?"} for k in range(20)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     start_loop(compose(*LOOP, "loss=dpo", "dry_run=true", "rounds.held_out=0"), tmp_path / "loop")
-    assert capsys.readouterr().out == "rounds: 3, each of 8 responses to 20 of 20 prompts; 0 prompts are held out\n"
+    assert capsys.readouterr().out == "rounds: 3, each of 8 responses to 20 of 20 prompts; 0 held out\n"
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 

@@ -40,12 +40,10 @@ def shorter_wins(question: Question) -> Reply:
 
 
 def read_question(message: str) -> Question:
-    """What the prompt of the judge says."""
+    """What the prompt of the judge says; of one that scores by a rubric: (code, prompt, rubric, answer)."""
     code = re.search(r"<request (\w+)>", message)[1]
-    parts = [
-        re.search(f"<{name} {code}>\n(.*?)\n</{name} {code}>", message, flags=re.DOTALL)[1]
-        for name in ("request", "answer A", "answer B")
-    ]
+    names = ("request", "answer A", "answer B") if f"<answer A {code}>" in message else ("request", "rubric", "answer")
+    parts = [re.search(f"<{name} {code}>\n(.*?)\n</{name} {code}>", message, flags=re.DOTALL)[1] for name in names]
     return code, *parts
 
 

@@ -1,5 +1,5 @@
-"""report.html, comparison.html and data_report.html in Chromium: on a phone, a desk and a wide screen, light and dark, by
-keyboard, on paper.
+"""report.html, of a run and of a loop of rounds, comparison.html and data_report.html in Chromium: on a phone, a desk and a
+wide screen, light and dark, by keyboard, on paper.
 
 What a person has to judge, pictures of every page, goes to SCREENSHOTS, or nowhere where that is not set. RUNS is a folder in
 which the runs are kept for the next time.
@@ -17,11 +17,15 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from preference_training.reporting.comparison import write_comparison
+from preference_training.reporting.loops.page import write_loop_report
 from preference_training.reporting.run_report import write_report
+from tests.reporting.loops.made_up import POLICIES, made_up_loop
 from tests_apart.browser.browser import HEIGHTS, asked_for, chromium, on_paper, open_page, photograph, printed, show
 from tests_apart.browser.example_runs import data_report, long_run, many_runs, short_runs
 
-PAGES = ("sft", "dpo", "beta_dpo", "long", "begun", "comparison", "many", "data")
+PAGES = ("sft", "dpo", "beta_dpo", "long", "begun", "comparison", "many", "data", "loop", "long_loop")
+# Fifteen rounds, which improve slowly.
+LONG = [(0.2 + 0.02 * k, 0.5 + 0.02 * k if k else None, 20.0 + 5 * k, 3.0 * k) for k in range(16)]
 # Of what is written and of what is drawn on what is behind it (WCAG 2.2, level AA).
 WRITTEN, DRAWN = 4.5, 3.0
 
@@ -35,6 +39,10 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     found["comparison"], _ = write_comparison([runs["sweep"]], runs["sweep"])
     found["many"], _ = write_comparison([many_runs(folder / "many")], folder / "many")
     found["data"] = data_report(folder / "data")
+    # Written anew: its tables are small.
+    for name, policies in (("loop", POLICIES), ("long_loop", LONG)):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        found[name] = write_loop_report(made_up_loop(folder / name, policies))
     found["long"] = write_report(long_run(folder / "long"))
     (folder / "begun").mkdir(exist_ok=True)
     (folder / "begun" / "metrics.jsonl").touch()

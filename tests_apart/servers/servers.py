@@ -42,14 +42,14 @@ def llama_cpp(file: Path, log: Path):
     return _running([program, ROOT / "tests_apart" / "servers" / "llama_cpp_server.py", file, port], port, log, {})
 
 
-def vllm(line: str, log: Path):
-    """vLLM by the line that an export printed, with what a small machine needs besides."""
+def vllm(line: str, log: Path, more: dict[str, str] | None = None):
+    """vLLM by the line that an export printed, with what a small machine needs besides. more: of its environment."""
     port = _free_port()
     words = shlex.split(line)
     assert words[:2] == ["vllm", "serve"], line
     small = ["--max-model-len", "512", "--enforce-eager", "--port", str(port)]
     environment = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    return _running([ENVIRONMENTS / "vllm" / "bin" / "vllm", *words[1:], *small], port, log, environment)
+    return _running([ENVIRONMENTS / "vllm" / "bin" / "vllm", *words[1:], *small], port, log, environment | (more or {}))
 
 
 def _free_port() -> int:

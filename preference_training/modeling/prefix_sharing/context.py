@@ -33,11 +33,13 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, context: ContextGroup) -> Tensor:
+        """rows [C, ...] to those of all processes [N * C, ...]."""
         ctx.context = context
         return _gather(rows, context)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient of this process's rows, from all processes."""
         whole = gradient.float().contiguous()
         own = whole.new_empty(len(whole) // ctx.context.size, *whole.shape[1:])
         _reduce_scatter(own, whole, group=ctx.context.group)
@@ -49,11 +51,13 @@ class _Assembled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, context: ContextGroup) -> Tensor:
+        """rows [C, ...] to those of all processes [N * C, ...]."""
         ctx.context = context
         return _gather(rows, context)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient of this process's rows: N times what it is here."""
         return gradient.chunk(ctx.context.size)[ctx.context.rank] * ctx.context.size, None
 
 

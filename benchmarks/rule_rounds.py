@@ -2,7 +2,7 @@
 
     python benchmarks/rule_rounds.py runs/rule_rounds
 
-The rounds sample 4 responses to each of 24 prompts, pair them by examples/two_sentences.py, train DPO with LoRA, and again from
+The rounds sample 4 responses to each of 24 prompts, pair them by three rules, train DPO with LoRA, and again from
 the trained policy. Offline, the first model samples as many responses in one round. Both are compared with the first model on
 held-out prompts, by the rule.
 
@@ -22,12 +22,12 @@ from pathlib import Path
 from measure import hardware, versions
 
 ROOT = Path(__file__).parent.parent
+RULES = r"['sentences<=2','sentences>=2','not matches (?m)^\s*([-*]|\d+[.])\s']"
 COMMON = (
     "+rounds=default", "model=smollm2-135m", "+adapter=lora", "loss=dpo", "lr=3e-4", "batch_size=16", "warmup_share=0.1",
-    "rounds.prompts=examples/short_answers.jsonl", "rounds.judge=examples/two_sentences.py:score", "rounds.max_new_tokens=96",
-    "rounds.held_out=0.15",
-    "rounds.n_held_out_samples=1", "rounds.pairs=all", "wandb.enabled=false", "sample_during_eval=false",
-    "do_first_eval=false", "n_eval_examples=1", "save_policy_pt=false", "resume=auto",
+    "rounds.prompts=examples/short_answers.jsonl", "rounds.judge=rules", f"rounds.judging.rules={RULES}",
+    "rounds.max_new_tokens=96", "rounds.held_out=0.15", "rounds.n_held_out_samples=1", "rounds.pairs=all", "resume=auto",
+    "wandb.enabled=false", "sample_during_eval=false", "do_first_eval=false", "n_eval_examples=1", "save_policy_pt=false",
 )  # fmt: skip
 ROUNDS, SAMPLES, PROMPTS = 3, 4, 24
 ARMS = {

@@ -28,7 +28,7 @@ from preference_training.modeling.archives import archive_shapes, model_from_arc
 from preference_training.modeling.loading import cast_weights, config_differences, saved_head
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.proof import TOLERANCES, ErrorScale, random_tries
-from preference_training.modeling.quantization import quantize, weight_numels
+from preference_training.modeling.quantization import quantize, use_float8, weight_numels
 from preference_training.modeling.state import free_memory
 from preference_training.modeling.value_head import add_values, auto_class, has_value_head
 
@@ -178,6 +178,9 @@ def _check_checkpoint(expected: Tensor, policy: nn.Module, config, device: torch
             prepare = partial(quantize, model_config=config.model) if config.model.quantization else None
             model = load_plain(directory, dtype, config.model.trust_remote_code, config.cache_dir, prepare=prepare)
             model.autocast_dtype = getattr(policy, "autocast_dtype", None)
+            if config.model.fp8:
+                # As the policy computes: the weights are saved unrounded.
+                use_float8(model)
             compare(probe_logps(model), expected, policy, tolerance(expected, policy, _computes_in(policy, config, device)))
     except DifferentModelError as error:
         raise UserError(

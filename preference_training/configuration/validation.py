@@ -221,12 +221,6 @@ def _check_float8(config: RunConfig) -> None:
             f"model.fp8: {config.trainer.name} compares its sharded model with the unsharded one, whose products are "
             "not rounded to FP8. Use trainer=BasicTrainer."
         )
-    products = model.autocast_dtype or model.policy_dtype
-    if products not in (None, "bfloat16"):
-        raise UserError(
-            f"model.fp8: the products are {products}, expected bfloat16, which FP8 layers return. Set bf16=true, or "
-            "model.policy_dtype=bfloat16."
-        )
 
 
 def _check_sharding(config: RunConfig) -> None:

@@ -42,14 +42,15 @@ class RankTokens:
         """The tokens of all ranks in a step, on average."""
         return sum(map(sum, self.of_steps)) / len(self.of_steps)
 
-    def line(self) -> str:
-        """The fewest, the mean and the most tokens of a rank in a step."""
+    def line(self, processes_per_rank: int = 1) -> str:
+        """The fewest, the mean and the most tokens of a rank in a step, which so many processes compute together."""
         means = [sum(step) / len(step) for step in self.of_steps]
         mean, waited = sum(means) / len(means), sum(max(step) for step in self.of_steps) / sum(means)
+        who = "rank" if processes_per_rank == 1 else f"group of {processes_per_rank} processes"
         which = "the first step" if len(self.of_steps) == 1 else f"the first {len(self.of_steps)} steps"
         return (
-            f"tokens per rank in {which}: least {min(map(min, self.of_steps)):,}, mean {mean:,.0f}, most "
-            f"{max(map(max, self.of_steps)):,}; the largest rank of a step has {waited:.2f} times the mean; "
+            f"tokens per {who} in {which}: least {min(map(min, self.of_steps)):,}, mean {mean:,.0f}, most "
+            f"{max(map(max, self.of_steps)):,}; the largest of a step has {waited:.2f} times the mean; "
             f"packs that are padding: {self.fillers:.0%}"
         )
 

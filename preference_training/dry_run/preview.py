@@ -363,11 +363,13 @@ def describe_rank(first: FirstSteps, processes: int, ranks: Ranks, budget: Token
     packs = [pack for micro_batch in first.step for pack in micro_batch.packs]
     examples = sum(pack.num_examples for pack in packs if not pack.is_filler)
     tokens = sum(len(pack.input_ids) for pack in packs)
+    together = processes // ranks.size
+    whose = "rank 0" if together == 1 else f"the group of rank 0, {together} processes,"
     lines = [
         f"  {processes:,} processes, {ranks.size:,} of them with different data{_together(ranks)}",
-        f"  rank 0 in the largest of the first {STEPS_INSPECTED} steps: {tokens:,} tokens in {len(packs):,} packs; examples: "
+        f"  {whose} in the largest of the first {STEPS_INSPECTED} steps: {tokens:,} tokens in {len(packs):,} packs; examples: "
         f"{examples:,}",
-        *([f"  {first.ranks.line()}"] if first.ranks else []),
+        *([f"  {first.ranks.line(together)}"] if first.ranks else []),
     ]
     assumed = (
         "  assumes that a micro-batch is computed in one pack; set trainer.device_memory or max_tokens_per_microbatch otherwise"

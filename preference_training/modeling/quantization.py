@@ -54,8 +54,14 @@ FP8_MULTIPLE = 16
 ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
-def check_float8() -> None:
-    """Raise UserError where model.fp8 cannot work: a GPU without FP8, or no torchao."""
+def check_float8(model_config: ModelConfig) -> None:
+    """Raise UserError where model.fp8 cannot work: products in another dtype, a GPU without FP8, or no torchao."""
+    products = model_config.autocast_dtype or model_config.policy_dtype
+    if products != "bfloat16":
+        raise UserError(
+            f"model.fp8: the products are {products}, expected bfloat16, which FP8 layers return. Set bf16=true, or "
+            "model.autocast_dtype=bfloat16."
+        )
     if torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) < FP8_CAPABILITY:
         raise UserError(
             f"model.fp8: {torch.cuda.get_device_name()} has compute capability {'.'.join(map(str, found))}, and FP8 needs 8.9. "

@@ -71,7 +71,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     # A learning rate that is not known yet is valid.
     check_optimizer(replace(config, lr=config.lr or 1.0))
     if config.model.fp8:
-        check_float8()
+        check_float8(config.model)
     pruner = build_pruner(config.pruner, config.pruner_kwargs) if config.pruner else None
     if config.eval_only and config.evaluation.task_names:
         check_harness()

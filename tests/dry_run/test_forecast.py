@@ -32,7 +32,7 @@ def test_the_tokens_of_all_ranks_are_those_that_each_would_pack():
     assert found.per_step == 77 / 2 and found.fillers == 1 / 8
     # Steps wait for 18 + 30 tokens, where ranks have 13.5 + 25 on average.
     assert found.line() == (
-        "tokens per rank in the first 2 steps: least 9, mean 19, most 30; the largest rank of a step has 1.25 times the mean; "
+        "tokens per rank in the first 2 steps: least 9, mean 19, most 30; the largest of a step has 1.25 times the mean; "
         "packs that are padding: 12%"
     )
 

@@ -76,6 +76,8 @@ STATE_SHAPE = {
         # Followed by the budget at the start of the run; not in checkpoints of older versions.
         "budget": ([_count, _count], [_count, _count, _count, _count]),
         "ranks": _count,
+        # The processes of a rank; not in checkpoints of older versions.
+        ...: _count,
     },
     "watch": {"newest": {...: [_number]}, "chosen_at_start": (_number, None), "said": [str]},
     # Of each rank.

@@ -149,6 +149,8 @@ def same_devices(placement: Placement, config) -> Placement:
     """A placement like another for the model of another configuration, which keeps no model under an adapter."""
     other = copy.copy(placement)
     other.config, other.base_dir = config, None
+    if isinstance(other, Sharded):
+        other.layout = Layout.of(config, other.layout.mesh, other.ranks.context)
     return other
 
 
@@ -242,14 +244,9 @@ class Sharded(Placement):
     def __init__(self, config, tokenizer, device: torch.device, mesh: DeviceMesh):
         self.config, self.tokenizer, self.device = config, tokenizer, device
         self.ranks = data_ranks(mesh, config.trainer.context_parallel_size or 1)
-        self.device_mesh = mesh
+        self.layout = Layout.of(config, mesh, self.ranks.context)
         # Where gradients stay whole until the step, they are reduced once, after the last pack.
         self.reduces_once = config.trainer.sharding in ("optimizer", "none")
-
-    @property
-    def layout(self) -> Layout:
-        """How the weights of the configuration's model are laid over the mesh."""
-        return Layout.of(self.config, self.device_mesh, self.ranks.context)
 
     @classmethod
     def start(cls, config, tokenizer) -> "Sharded":

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -14,6 +13,7 @@ from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.packing import UNLIMITED, TokenBudget
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.core.errors import UserError
+from preference_training.core.process_group import Ranks
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
@@ -238,7 +238,7 @@ def test_a_response_of_several_pairs_is_a_row_of_each_without_sharing():
 
 def test_fillers_save_nothing_and_cost_nothing_in_tokens():
     prompts = table(*(TokenizedPrompt([1, 2, 3, n], [A, B], [(0, 1)]) for n in range(3)))
-    ranks = SimpleNamespace(rank=1, size=2)
+    ranks = Ranks(rank=1, size=2)
     batches = BatchIterator(Schedule(prompts, 3), packing=Packing(TokenBudget(9, 9), ranks))
     first = first_steps(batches, UNLIMITED)
     # One of three examples is this rank's: 4 tokens, and 2 and 3; its other pack is a filler.

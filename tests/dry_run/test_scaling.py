@@ -35,9 +35,9 @@ BLOCK = 4 * 128 * 128 + 3 * 128 * 384 + 2 * 128
 VOCABULARY = 620
 ROOT = VOCABULARY * 128 + 128
 WEIGHTS = LAYERS * 9 + 2
-# Seven metrics, each with the number of examples that have it; two numbers of tokens, whether to stop. 4 bytes each, added
-# up over eight ranks.
-METRICS = 2 * 17 * 4 * 7 // 8
+# Seven metrics, each with the number of examples that have it; two numbers of tokens, whether to stop, whether memory ran
+# out. 4 bytes each, added up over eight ranks.
+METRICS = 2 * 18 * 4 * 7 // 8
 
 
 def part(ranks: int) -> int:

@@ -43,9 +43,8 @@ def tied(one: str, other: str) -> dict:
 def test_pairs_without_a_verdict_wait_in_a_file_and_the_message_says_what_to_do(judge, tmp_path):
     with pytest.raises(PendingError) as stopped:
         judge().judge(inputs("a", "b", "c"))
-    assert sorted(waiting(tmp_path), key=str) == sorted(
-        [("Why?", frozenset(pair)) for pair in (("a", "b"), ("a", "c"), ("b", "c"))], key=str
-    )
+    assert len(waiting(tmp_path)) == 3
+    assert set(waiting(tmp_path)) == {("Why?", frozenset(pair)) for pair in (("a", "b"), ("a", "c"), ("b", "c"))}
     lines = str(stopped.value).splitlines()
     assert lines[0].startswith("3 pairs wait for a verdict.")
     assert [line.split()[3] for line in lines[1:4]] == ["import", f"store={tmp_path}/people/labels.duckdb", "export"]

@@ -108,7 +108,7 @@ def run(config: RunConfig, run_dir: Path, in_sweep: bool = False, callbacks: Seq
     from preference_training.reporting.run_report import report_writer
     from preference_training.reporting.summary import conclude
     from preference_training.training.assembly import build_batches
-    from preference_training.training.preparation import prepare_run
+    from preference_training.training.preparation import prepare_run, run_schedule
     from preference_training.training.run_directory import report_earlier_run
     from preference_training.training.runs import Readers, train_or_evaluate
     from trainers import TRAINERS, placement_for
@@ -118,7 +118,7 @@ def run(config: RunConfig, run_dir: Path, in_sweep: bool = False, callbacks: Seq
     placement_class = placement_for(config)
     if config.dry_run:
         report_earlier_run(config, run_dir)
-        preview(prepared, placement_class, partial(build_batches, config, prepared.data[0].table))
+        preview(prepared, placement_class, partial(build_batches, config, run_schedule(config, prepared.data[0].table)))
         return None
     placement = placement_class.start(config, prepared.tokenizer)
     try:

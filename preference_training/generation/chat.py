@@ -23,7 +23,16 @@ from preference_training.data.chat_templates import run_format
 from preference_training.data.rows.records import Prompt, Turn
 from preference_training.generation.chat_format import ChatFormat
 from preference_training.generation.decoding import Ends, generate
-from preference_training.generation.sampling import OTHER, POLICY, Sampler, as_trained, choice_of_tokens, ends_of
+from preference_training.generation.sampling import (
+    OTHER,
+    POLICY,
+    Sampler,
+    advised_generation,
+    as_trained,
+    choice_of_tokens,
+    ends_of,
+    named_ends,
+)
 from preference_training.generation.servers import Reply, served_model
 from preference_training.generation.settings import GenerationSettings, LoadOptions
 from preference_training.generation.streaming import PrefixCache, StreamedDecoding, TextStream
@@ -307,15 +316,9 @@ class _Loaded:
 
     def chat(self, name: str, template: str, system: str | None, saved: SavedRun | None) -> ChatModel:
         """The model, ready to talk."""
-        from transformers import GenerationConfig
-
         chat_format = ChatFormat(template, self.tokenizer)
-        advised = self.model.generation_config
-        if self.directory is not None and (self.directory / "generation_config.json").is_file():
-            advised = GenerationConfig.from_pretrained(self.directory)
-        listed = advised.eos_token_id
-        named = [] if listed is None else [listed] if isinstance(listed, int) else listed
-        ends = frozenset([self.tokenizer.eos_token_id, *chat_format.end_tokens, *named])
+        advised = advised_generation(self.model, self.directory)
+        ends = frozenset([self.tokenizer.eos_token_id, *chat_format.end_tokens, *named_ends(advised)])
         notes = []
         if template == "raw":
             notes.append("raw: what you write is continued as it is, without a chat template")

@@ -6,6 +6,7 @@ Shapes: R rows decoded together, V vocabulary.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_
 from preference_training.distributed.sharding import whole_weights
 from preference_training.generation.decoding import Decoding, Ends, Sampled, generate, repeats_prompts
 from preference_training.generation.settings import GenerationSettings
+from preference_training.modeling.archives import GENERATION_CONFIG
 from preference_training.modeling.state import compute_device, free_memory
 
 if TYPE_CHECKING:
@@ -113,6 +115,19 @@ class Sampler:
 
     def _ends(self, model: nn.Module) -> Ends:
         return ends_of(model, self.tokenizer, self.ends)
+
+
+def advised_generation(model: nn.Module, directory: Path | None) -> GenerationConfig:
+    """The generation configuration of a model: that of the directory of its weights, if it has one."""
+    if directory is not None and (directory / GENERATION_CONFIG).is_file():
+        return GenerationConfig.from_pretrained(directory)
+    return model.generation_config
+
+
+def named_ends(advised: GenerationConfig) -> list[int]:
+    """The tokens that end a response by a generation configuration."""
+    found = advised.eos_token_id
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def ends_of(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", tokens: frozenset[int] = frozenset()) -> Ends:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
 
 from preference_training.batching.micro_batches import split_into_batches
 from preference_training.batching.packing import iterate_examples
@@ -26,9 +25,8 @@ from preference_training.data.rows.records import Prompt
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.generation.chat_format import ChatFormat, with_system
 from preference_training.generation.decoding import Ends
-from preference_training.generation.sampling import Sampler, ends_of
+from preference_training.generation.sampling import Sampler, advised_generation, ends_of, named_ends
 from preference_training.generation.settings import GenerationSettings
-from preference_training.modeling.archives import GENERATION_CONFIG
 from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.sources.gguf import with_converted_model
@@ -67,9 +65,9 @@ class Policy:
         chat_format = ChatFormat(template or find_template(config, tokenizer, prompts), tokenizer)
         model = load_model(config.model, tokenizer, config.cache_dir)
         identity = weights_hash(model)
-        ends = ends_of(
-            model, tokenizer, frozenset([tokenizer.eos_token_id, *chat_format.end_tokens, *_named_ends(config, model)])
-        )
+        archive = config.model.archive
+        named = named_ends(advised_generation(model, Path(archive) if archive else None))
+        ends = ends_of(model, tokenizer, frozenset([tokenizer.eos_token_id, *chat_format.end_tokens, *named]))
         return cls(move_to_devices(model, pick_device()).eval(), tokenizer, chat_format, ends, config, identity)
 
     @property
@@ -108,15 +106,6 @@ def find_template(config: RunConfig, tokenizer, prompts: Sequence[LoopPrompt]) -
     recorded = next((read_run_info(path).get("prompt_format") for path in directories if (path / STATE).is_file()), None)
     plain = "hh" if any(not isinstance(prompt.prompt, str) for prompt in prompts) else "raw"
     return config.template or recorded or ("chat" if tokenizer.chat_template else plain)
-
-
-def _named_ends(config: RunConfig, model: nn.Module) -> list[int]:
-    """The tokens that end a response by the model's generation configuration, or by that beside its archive."""
-    archive, advised = config.model.archive, model.generation_config
-    if archive and (Path(archive) / GENERATION_CONFIG).is_file():
-        advised = GenerationConfig.from_pretrained(archive)
-    found = advised.eos_token_id
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------------

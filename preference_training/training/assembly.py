@@ -8,6 +8,7 @@ from pathlib import Path
 from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.micro_batches import evaluation_batches
 from preference_training.batching.packing import TokenBudget
+from preference_training.batching.schedule import Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.configuration.schema import RunConfig
@@ -64,10 +65,11 @@ def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Checkpoint
     config, ranks = prepared.config, placement.ranks
     train_prompts, held_out = (split.table for split in prepared.data)
     models = Models(placement.load_policy(), None, prepared.loss)
-    again = prepared.in_sweep or run_schedule(config, train_prompts).visits_again
+    schedule = run_schedule(config, train_prompts)
+    again = prepared.in_sweep or schedule.visits_again
     reads_tokens = prepared.loss.reads_tokens
     budgets = token_budgets(prepared, placement, models.policy, checkpoint, config.caches_reference(again and not reads_tokens))
-    steps = build_batches(config, train_prompts, budgets.now, ranks, budgets.at_start)
+    steps = build_batches(config, schedule, budgets.now, ranks, budgets.at_start)
     sizes = {
         "batch_size": config.eval_batch_size,
         "n_examples": config.n_eval_examples,
@@ -121,9 +123,13 @@ def token_budgets(
 
 
 def build_batches(
-    config: RunConfig, prompts, budget: TokenBudget, ranks: Ranks = SINGLE_PROCESS, first_budget: TokenBudget | None = None
+    config: RunConfig,
+    schedule: Schedule,
+    budget: TokenBudget,
+    ranks: Ranks = SINGLE_PROCESS,
+    first_budget: TokenBudget | None = None,
 ) -> BatchIterator:
-    """The steps of a run over prepared prompts. Raises UserError for batches too small for so many ranks.
+    """The steps of a run's schedule, packed. Raises UserError for batches too small for so many ranks.
 
     first_budget: what the run began with, where it has another now.
     """
@@ -134,7 +140,7 @@ def build_batches(
             f"processes. Expected at least {number * ranks.size}, or fewer processes or gradient_accumulation_steps."
         )
     return BatchIterator(
-        run_schedule(config, prompts),
+        schedule,
         number,
         Packing(budget=budget, ranks=ranks, first_budget=first_budget),
     )

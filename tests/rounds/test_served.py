@@ -24,29 +24,19 @@ from preference_training.rounds.served.notes import count_unanswered, note_unans
 from preference_training.rounds.tables import read_table
 from tests.rounds import loops
 from tests.support.files import ROOT
-from tests.support.sampling_servers import Chats, Fault, Vllm, listening
+from tests.support.listening import listening
+from tests.support.sampling_servers import Chats, Fault, Vllm
 
 SFT = ("loss=sft", "rounds.pairs=best_of_n", "rounds.n_samples=3", "rounds.sampler_weights=fixed")
 DPO = ("loss=dpo", "lr=1e-2", "rounds.n_samples=3")
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory):
-    """A folder with the model that loops start from, prompts and a judge."""
-    folder = tmp_path_factory.mktemp("first")
-    loops.make_model(folder)
-    loops.make_prompts(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(first, tmp_path, monkeypatch):
-    """A copy of it, as the working directory; failing servers are asked again without a pause."""
-    shutil.copytree(first, tmp_path, dirs_exist_ok=True, symlinks=True)
-    monkeypatch.chdir(tmp_path)
+def folder(folder, monkeypatch):
+    """The working directory of a loop; failing servers are asked again without a pause."""
     monkeypatch.setattr(asking, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(weights, "BETWEEN_LOOKS", 0.001)
-    return tmp_path
+    return folder
 
 
 def rows_of(path: Path) -> dict[tuple[int, int], dict]:

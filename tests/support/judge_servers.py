@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from tests.support.listening import listening
+
 # What a model is told of a question, as it reads it in its prompt: (code, prompt, answer A, answer B).
 Question = tuple[str, str, str, str]
 
@@ -137,13 +139,5 @@ class Server:
 @contextmanager
 def serving(answer: Callable[[Question], Reply], models: dict[str, str] | None = None, port: int = 0):
     """A running Server, ended behind it."""
-    server = Server(answer, models, port)
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
+    with listening(Server(answer, models, port)) as server:
         yield server
-    finally:
-        server.over.set()
-        server.http.shutdown()
-        server.http.server_close()
-        thread.join()

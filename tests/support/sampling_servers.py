@@ -9,7 +9,6 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -84,20 +83,6 @@ class Listening:
     def bodies(self, path: str) -> list[dict]:
         """What was asked of a path."""
         return [body for at, body in self.asked if at == path]
-
-
-@contextmanager
-def listening(server: Listening):
-    """A running server, ended behind it."""
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.over.set()
-        server.http.shutdown()
-        server.http.server_close()
-        thread.join()
 
 
 class Vllm(Listening):

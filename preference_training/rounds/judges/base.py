@@ -72,4 +72,4 @@ class Judge(ABC):
         return {}
 
     def close(self) -> None:  # noqa: B027  most judges hold nothing
-        """Let go of what the judge holds: processes, connections, memory."""
+        """Release what the judge holds: processes, connections, memory."""

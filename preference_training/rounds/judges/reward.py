@@ -45,6 +45,6 @@ class RewardJudge(Judge):
         return [unread if reward is None else Score(reward) for reward in rewards]
 
     def close(self) -> None:
-        """Let go of the model's memory."""
+        """Release the model's memory."""
         del self.model
         release_memory()

@@ -33,6 +33,20 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
 
 
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory, tokenizer):
+    """A directory with a classifier of one output, whose weights are those of a golden model and a drawn head."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    path = tmp_path_factory.mktemp("reward") / "model"
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(GOLDEN / "llama", num_labels=1)
+    AutoModelForSequenceClassification.from_pretrained(GOLDEN / "llama", config=config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
 @pytest.fixture
 def forked_workers(monkeypatch):
     """`launch` forks its workers, which then need not import what all of them import. Runs of the command line spawn theirs."""

@@ -6,7 +6,6 @@ from contextlib import suppress
 from string import Template
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -344,17 +343,6 @@ def test_a_rule_that_is_not_there_is_refused_with_the_nearest(name, told, rule):
 def test_a_score_that_is_no_number_is_refused_with_the_response(response, shown, rule):
     with pytest.raises(UserError, match=f"my_judge.py:speechless gives {shown} for the response '{response}'"):
         rule("speechless").better("Why?", response, response)
-
-
-@pytest.fixture(scope="module")
-def reward_model(tmp_path_factory, tokenizer):
-    """A directory with a classifier of one output, whose weights are those of a golden model and a drawn head."""
-    path = tmp_path_factory.mktemp("reward") / "model"
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(GOLDEN / "llama", num_labels=1)
-    AutoModelForSequenceClassification.from_pretrained(GOLDEN / "llama", config=config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 def test_the_response_with_the_higher_reward_wins(reward_model, compose, tokenizer):

@@ -1,4 +1,4 @@
-"""What a server is asked for responses to a prompt, and what of its reply is a response.
+"""How each protocol asks a server for responses to a prompt, and how it returns them.
 
 The policy is asked by token ids, so that it reads a prompt as training renders it, and its token ids and log-probs come back.
 Another model is asked by messages, which its server renders as that model needs it.

@@ -2,26 +2,14 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import Turn
 from preference_training.rounds.judges.base import JudgedInput
 from preference_training.rounds.judges.choice import build_judge, check_judge
-from tests.support.files import GOLDEN
 
 TEMPLATE = "{% for m in messages %}{{ m.role[:1] + ': ' + m.content + '\n' }}{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tokenizer):
-    """A folder with a classifier of one output."""
-    path = tmp_path_factory.mktemp("reward") / "model"
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(GOLDEN / "llama", num_labels=1)
-    AutoModelForSequenceClassification.from_pretrained(GOLDEN / "llama", config=config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture
@@ -41,31 +29,33 @@ def reward(model, tokenizer, text: str) -> float:
         return classifier(**tokenizer(text, return_tensors="pt")).logits.item()
 
 
-def test_scores_are_the_rewards_that_transformers_computes(model, config_of, tokenizer):
+def test_scores_are_the_rewards_that_transformers_computes(reward_model, config_of, tokenizer):
     samples = [JudgedInput("Why?", text, {}) for text in (" Rain.", " Snow, snow.")]
-    found = [score.value for score in build_judge(config_of(model)).judge(samples)]
-    assert found == pytest.approx([reward(model, tokenizer, f"Why?{sample.response}") for sample in samples], abs=1e-5)
+    found = [score.value for score in build_judge(config_of(reward_model)).judge(samples)]
+    assert found == pytest.approx([reward(reward_model, tokenizer, f"Why?{sample.response}") for sample in samples], abs=1e-5)
 
 
-def test_a_conversation_is_read_by_the_models_chat_template_or_as_a_dialogue(model, config_of, tokenizer):
-    judge = build_judge(config_of(model))
+def test_a_conversation_is_read_by_the_models_chat_template_or_as_a_dialogue(reward_model, config_of, tokenizer):
+    judge = build_judge(config_of(reward_model))
     sample = JudgedInput((Turn("system", "Be kind."), Turn("user", "Why?")), "Rain.", {})
     [score] = judge.judge([sample])
-    assert score.value == pytest.approx(reward(model, tokenizer, "Be kind.\n\nHuman: Why?\n\nAssistant: Rain."), abs=1e-5)
-    judge = build_judge(config_of(model))
+    assert score.value == pytest.approx(
+        reward(reward_model, tokenizer, "Be kind.\n\nHuman: Why?\n\nAssistant: Rain."), abs=1e-5
+    )
+    judge = build_judge(config_of(reward_model))
     judge.model.tokenizer.chat_template = TEMPLATE
     [score] = judge.judge([sample])
-    assert score.value == pytest.approx(reward(model, tokenizer, "s: Be kind.\nu: Why?\na: Rain.\n"), abs=1e-5)
+    assert score.value == pytest.approx(reward(reward_model, tokenizer, "s: Be kind.\nu: Why?\na: Rain.\n"), abs=1e-5)
 
 
-def test_a_run_is_its_newest_checkpoint_and_other_weights_are_another_judge(model, config_of, tmp_path):
+def test_a_run_is_its_newest_checkpoint_and_other_weights_are_another_judge(reward_model, config_of, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "LATEST").symlink_to(model)
+    (run / "LATEST").symlink_to(reward_model)
     check_judge(config_of(run))
     judge = build_judge(config_of(run))
-    assert judge.identity == build_judge(config_of(model)).identity
-    other = AutoModelForSequenceClassification.from_pretrained(model)
+    assert judge.identity == build_judge(config_of(reward_model)).identity
+    other = AutoModelForSequenceClassification.from_pretrained(reward_model)
     with torch.no_grad():
         other.score.weight.mul_(2)
     other.save_pretrained(tmp_path / "other")

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
@@ -42,6 +43,8 @@ class Evaluator:
         self.held_out: HeldOut | None = None
         self.pruned = self.stopped = False
         self.may_stop = True
+        # Context in which the policy's weights are those to evaluate.
+        self.averages_in_place: Callable[[], AbstractContextManager] = nullcontext
         # What has been said, once in a run: the first evaluation, sampling, and that samples repeat.
         self.announced: set[str] = set()
         self.reference = models.reference
@@ -62,10 +65,13 @@ class Evaluator:
         recorded, and `state.evaluation_due` is set; else only the samples are missing.
         """
         self.may_stop = may_stop
+        self.state.evaluation_due = False
+        if self.batches.held_out and self.state.evaluated_at != self.state.examples:
+            with self.averages_in_place():
+                self._evaluate()
+
+    def _evaluate(self) -> None:
         models, state, tracker = self.models, self.state, self.observers.tracker
-        state.evaluation_due = False
-        if not self.batches.held_out or state.evaluated_at == state.examples:
-            return
         before = state.evaluated_at
         compare = models.start_check and models.start_check.compare
         if isinstance(self.reference, RememberedReference):

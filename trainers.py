@@ -178,10 +178,13 @@ class Trainer:
         with self.step.updater.averages_in_place():
             if not self.placement.ranks.broadcast(writer.checked):
                 writer.check = checkpoint_check(self.models.policy, self.config, self.step.device)
-            writer.write(self.snapshot(), with_policy_pt=finished and self.config.save_policy_pt)
+            with_policy_pt = finished and self.config.save_policy_pt and not self.config.load_best
+            writer.write(self.snapshot(), with_policy_pt)
         self.saved_at = self.state.examples
         if finished or self.stopping:
             writer.wait()
+            if finished:
+                self.observers.load_best(self.config, self.placement.ranks)
             self.observers.tell_checkpoints()
             # The launcher would end rank 0, which may still be writing, when another process ends.
             self.placement.ranks.barrier()

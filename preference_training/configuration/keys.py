@@ -179,7 +179,9 @@ def plain_section(value: Any) -> str | None:
 
 
 def factors(value: Any) -> str | None:
-    """Numbers above 0 by regular expressions."""
+    """Numbers above 0 by regular expressions, or None."""
+    if value is None:
+        return None
     words = "patterns of names with numbers above 0, as in {embed: 0.1}"
     if not isinstance(value, dict):
         return f"found {value!r}, expected {words}."

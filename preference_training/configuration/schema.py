@@ -132,11 +132,9 @@ class RunConfig(Section):
     lr: float | None = key(positive(null=True))
     lr_schedule: str = key(one_of(SCHEDULES))
     final_lr_share: float = key(share())
-    decay_share: float = key(
-        expected("a share above 0, at most 1", lambda value: is_number(value) and 0 < value <= 1), NEWER
-    )
+    decay_share: float = key(expected("a share above 0, at most 1", lambda value: is_number(value) and 0 < value <= 1), NEWER)
     lr_restarts: int = key(whole(0), NEWER)
-    lr_groups: dict[str, Any] = key(factors, OPEN, NEWER)
+    lr_groups: dict[str, float] | None = key(factors, NEWER)
     weight_decay: float | None = key(not_negative(null=True))
     gradient_accumulation_steps: int = key(whole(1))
     max_tokens_per_microbatch: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)

@@ -40,6 +40,7 @@ SEEN_BY_RUN = {
     "accuracy": "warning",
     "samples repeat": "warning",
     "samples improbable": "warning",
+    "best checkpoint": "note",
 }
 # The kind of what a run has said before its first step.
 FEW_PROMPTS = "few prompts"

@@ -17,7 +17,7 @@ def lr_factor(config: RunConfig, name: str) -> float:
 
     Of the patterns of `lr_groups` that are found in the name, the last one counts.
     """
-    found = [factor for pattern, factor in config.lr_groups.items() if re.search(pattern, name)]
+    found = [factor for pattern, factor in (config.lr_groups or {}).items() if re.search(pattern, name)]
     return found[-1] if found else 1.0
 
 
@@ -56,7 +56,7 @@ def lr_group_lines(config: RunConfig, names: Iterable[str]) -> list[str]:
     Raises UserError for a pattern that is found in none of them.
     """
     names, lines = list(names), []
-    for pattern, factor in config.lr_groups.items():
+    for pattern, factor in (config.lr_groups or {}).items():
         matches = [name for name in names if re.search(pattern, name)]
         if not matches:
             parts = sorted({part for name in names for part in name.split(".") if not part.isdecimal()})

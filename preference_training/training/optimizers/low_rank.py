@@ -34,7 +34,7 @@ def build_galore(policy: nn.Module, config) -> torch.optim.Optimizer:
             loss = super().step(closure)
             for state in self.state.values():
                 if PROJECTOR in state:
-                    state[DIRECTIONS] = state.pop(PROJECTOR).ortho_matrix
+                    state[DIRECTIONS] = state.pop(PROJECTOR).ortho_matrix.contiguous()
             return loss
 
     arguments = {"lr": config.lr, **config.optimizer_kwargs}

@@ -38,7 +38,7 @@ def _without(group: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 class ShardedMuon(torch.optim.Muon):
-    """torch's Muon, also of matrices that are sharded: every process gathers an update, orthogonalizes it, and keeps its part."""
+    """torch's Muon, also of sharded matrices: every process gathers each update, orthogonalizes it, and keeps its part."""
 
     @torch.no_grad()
     def step(self, closure=None):

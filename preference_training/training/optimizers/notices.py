@@ -23,6 +23,18 @@ def precision_notices(config: RunConfig) -> list[str]:
     return lines
 
 
+def averages_notice(config: RunConfig) -> str | None:
+    """The notice for a run that evaluates and saves other weights than it trains; None for any other."""
+    if not config.averages_weights:
+        return None
+    saved = "is what is evaluated, sampled from and saved"
+    if config.ema_decay is None:
+        return f"optimizer: {config.optimizer} averages the weights over all updates; the average {saved}"
+    updates = f"about the last {1 / (1 - config.ema_decay):,.3g} updates"
+    where = "CPU memory" if config.trainer.cpu_offload else "the memory of the weights' device"
+    return f"ema_decay: an average of the weights over {updates} {saved}; it takes 4 bytes per trained weight of {where}"
+
+
 def _chosen_precision(config: RunConfig) -> str:
     dtype = config.model.policy_dtype
     kept = config.keeps_master_weights

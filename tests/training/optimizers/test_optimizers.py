@@ -6,7 +6,7 @@ import torch
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.resume import resumable
 from tests.support.building import weights_of
-from tests.training.test_optimization import BF16, trainer_of
+from tests.training.test_optimization import trainer_of
 
 ALL = [
     ("optimizer=Muon",),
@@ -25,7 +25,15 @@ ALL = [
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("settings", ALL, ids=" ".join)
 def test_a_run_resumes_bit_for_bit(compose, tokenizer, tmp_path, settings, dtype):
-    overrides = f"model.policy_dtype={dtype}", "lr=1e-5", "n_epochs=2", "lr_schedule=cosine", "save_every=4", "weight_decay=0.1", *settings
+    overrides = (
+        f"model.policy_dtype={dtype}",
+        "lr=1e-5",
+        "n_epochs=2",
+        "lr_schedule=cosine",
+        "save_every=4",
+        "weight_decay=0.1",
+        *settings,
+    )
     whole = trainer_of(compose, tokenizer, *overrides, run_dir=tmp_path)
     whole.train()
     resumed = trainer_of(compose, tokenizer, *overrides)

@@ -89,7 +89,6 @@ class MasterWeights(torch.optim.Optimizer):
         for weight, master in self.masters.items():
             if master is not weight:
                 weight.copy_(master)
-        self._take_options()
         self._collect_state()
 
     def _collect_state(self) -> None:

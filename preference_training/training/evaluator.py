@@ -65,42 +65,40 @@ class Evaluator:
         recorded, and `state.evaluation_due` is set; else only the samples are missing.
         """
         self.may_stop = may_stop
-        self.state.evaluation_due = False
-        if self.batches.held_out and self.state.evaluated_at != self.state.examples:
-            with self.averages_in_place():
-                self._evaluate()
-
-    def _evaluate(self) -> None:
         models, state, tracker = self.models, self.state, self.observers.tracker
-        before = state.evaluated_at
-        compare = models.start_check and models.start_check.compare
-        if isinstance(self.reference, RememberedReference):
-            self.reference.restart()
-        try:
-            batches = self._until_stopped()
-            self.held_out = evaluate_held_out(models.policy, self.reference, models.loss, batches, self.ranks, compare)
-        except EvaluationStoppedError:
-            state.evaluation_due = self.stopped = True
+        state.evaluation_due = False
+        if not self.batches.held_out or state.evaluated_at == state.examples:
             return
-        if models.start_check is not None:
-            models.start_check.check(self.ranks)
-        depends = models.loss.evaluation_depends_on if state.held_out is None else None
-        state.held_out = self.held_out.means()
-        state.evaluated_at = state.examples
-        changes = self._changes()
-        self._compare_with_best()
-        self.observers.log_evaluation(state.held_out | interval_metrics(self.held_out) | changes | state.counters())
-        if depends:
-            tracker.log_message(
-                f"warning: loss/eval depends on {depends}: it is not comparable across runs, nor exactly between evaluations "
-                "of this one"
-            )
-        if self.batches.sample_prompts and self._is_time_to_sample(before):
-            self._log_samples()
-        if self.observers.ledger is not None:
-            self.observers.ledger.write()
-        self._prune()
-        tracker.report()
+        with self.averages_in_place():
+            before = state.evaluated_at
+            compare = models.start_check and models.start_check.compare
+            if isinstance(self.reference, RememberedReference):
+                self.reference.restart()
+            try:
+                batches = self._until_stopped()
+                self.held_out = evaluate_held_out(models.policy, self.reference, models.loss, batches, self.ranks, compare)
+            except EvaluationStoppedError:
+                state.evaluation_due = self.stopped = True
+                return
+            if models.start_check is not None:
+                models.start_check.check(self.ranks)
+            depends = models.loss.evaluation_depends_on if state.held_out is None else None
+            state.held_out = self.held_out.means()
+            state.evaluated_at = state.examples
+            changes = self._changes()
+            self._compare_with_best()
+            self.observers.log_evaluation(state.held_out | interval_metrics(self.held_out) | changes | state.counters())
+            if depends:
+                tracker.log_message(
+                    f"warning: loss/eval depends on {depends}: it is not comparable across runs, nor exactly between "
+                    "evaluations of this one"
+                )
+            if self.batches.sample_prompts and self._is_time_to_sample(before):
+                self._log_samples()
+            if self.observers.ledger is not None:
+                self.observers.ledger.write()
+            self._prune()
+            tracker.report()
 
     def _until_stopped(self) -> Iterator[PackedBatch]:
         """The held-out batches, with a line now and then in the run's first evaluation. Raises EvaluationStoppedError."""

@@ -88,15 +88,15 @@ class Updater:
         self.state.updates += 1
 
     def update_and_check(self) -> float | None:
-        """`update`; at the steps that are checked, the share of the sampled weights that it changed, else None."""
-        unchanged = UnchangedWeights(pending_updates(self.optimizer)) if self._checks_weights() else None
+        """`update`; returns the share of the sampled weights that it changed, at the steps that are checked, else None.
+
+        Checked are the first step with the whole learning rate, and some later ones.
+        """
+        later = self.state.updates - self.first_full_step
+        checks = later == 0 or (later > 0 and later & (later - 1) == 0 and self.schedule(self.state.updates) == 1)
+        unchanged = UnchangedWeights(pending_updates(self.optimizer)) if checks else None
         self.update()
         return None if unchanged is None else unchanged.share_changed()
-
-    def _checks_weights(self) -> bool:
-        """Whether the coming step is checked: the first with the whole learning rate, and some later ones."""
-        later = self.state.updates - self.first_full_step
-        return later == 0 or (later > 0 and later & (later - 1) == 0 and self.schedule(self.state.updates) == 1)
 
     def skip_step(self) -> None:
         """Clear the gradient of a step that cannot be taken."""

@@ -42,6 +42,9 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
     "PagedAdamW8bit": OptimizerFacts(**_EIGHT_BITS),
 }
 
+# Those whose updates are not of about lr: they depend on the gradient's size, or on the weights'.
+UNKNOWN_UPDATES = ("SGD", "Adafactor")
+
 
 def states_kept(optimizer: str, arguments: Mapping[str, Any]) -> float:
     """How many numbers an optimizer with these arguments keeps for each weight."""

@@ -196,7 +196,7 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("save_best", "keep_best=1"),
     **_each("ema_alpha ema_rate use_ema model_ema", "ema_decay={}", "0.99", {"true": "0.99"}),
     **_each("embedding_lr_scale", "lr_groups={{embed: {}}}", "0.1"),
-    **_each("embedding_lr embedding_learning_rate", "lr_groups={embed: 0.1}", note="in multiples of lr"),
+    **_each("embedding_lr embedding_learning_rate", "lr_groups={{embed: 0.1}}", note="in multiples of lr"),
     **_each("metric_for_best_model", "objective={}", "loss/eval"),
     **_each("generate_during_eval", "sample_during_eval={}", "true"),
     **_each(

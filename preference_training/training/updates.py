@@ -128,8 +128,9 @@ class Updater:
                 log_message(f"resume: {WITHOUT_MASTERS}")
         elif kept != self.has_masters:
             log_message(f"resume: {MASTERS_DROPPED if kept else MASTERS_BEGIN}")
-        # Begins the state, of which an average is part.
-        self.optimizer_state()
+        if self.config.averages_weights:
+            # Begins the state, of which an average is part.
+            self.optimizer_state()
         with self.averages_in_place():
             optimizer = self.optimizer_state() | {"param_groups": saved["optimizer_groups"]}
             read = optimizer["state"]

@@ -1,5 +1,6 @@
 """What a run says of the precision in which its weights are updated."""
 
+from preference_training.configuration.optimizers import UNKNOWN_UPDATES
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.sections import SPACINGS
 
@@ -43,8 +44,13 @@ def _chosen_precision(config: RunConfig) -> str:
     if config.master_weights != "auto":
         return what
     limit = config.model.smallest_kept_lr
-    if config.optimizer == "SGD":
-        return f"{what}: SGD's updates may be too small for {dtype} (master_weights=false does without, in less memory)"
+    if config.averages_weights:
+        return f"{what}: an average of {dtype} weights would be rounded away"
+    if config.optimizer in UNKNOWN_UPDATES:
+        return (
+            f"{what}: {config.optimizer}'s updates may be too small for {dtype} (master_weights=false does without, in less "
+            "memory)"
+        )
     if kept:
         return f"{what}: updates of lr {config.lr:g} would be rounded away (master_weights=false does without, in less memory)"
     return f"{what}: updates of lr {config.lr:g} are not rounded away in weights of ordinary size (limit: {limit:.1g})"

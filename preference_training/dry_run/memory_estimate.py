@@ -25,7 +25,7 @@ from preference_training.core.process_group import WHOLE_PACKS, ContextGroup, re
 from preference_training.distributed.placement import Placement, Sharded
 from preference_training.distributed.sharding import Sharing, check_cuttable, empty_model
 from preference_training.losses.base import Examples, Loss, LossOutput, SharedStatistics
-from preference_training.modeling.adapters import has_adapter
+from preference_training.modeling.adapters.weights import has_adapter
 from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.logprobs import LiveReference

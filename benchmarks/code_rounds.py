@@ -39,8 +39,8 @@ from preference_training.rounds.tables import read_table  # noqa: E402
 class Settings:
     """What the numbers depend on.
 
-    sft_wrong: the share of SFT's solutions that are wrong in one part. prompts: problems for all rounds, of which each takes the
-    next round_prompts. samples: responses to a prompt.
+    sft_wrong: the share of SFT's solutions that are wrong in one part. prompts: problems for all rounds, of which each takes
+    the next round_prompts. samples: responses to a prompt.
     """
 
     seed: int = 0

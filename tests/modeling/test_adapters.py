@@ -25,7 +25,8 @@ from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import OneProcess
 from preference_training.losses.registry import build_loss
-from preference_training.modeling.adapters import merge_adapter, reference_mode, weights_to_save
+from preference_training.modeling.adapters.merging import merge_adapter
+from preference_training.modeling.adapters.weights import reference_mode, weights_to_save
 from preference_training.modeling.loading import check_model, load_model, load_with_adapter, merge_and_cast
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.proof import random_tries

@@ -29,8 +29,8 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
     "SGD": OptimizerFacts(states=0),
     # One number for each weight of a hidden matrix; AdamW's two for those of embeddings, head and vectors.
     "Muon": OptimizerFacts(states=1.25),
-    # One for each row and column of a matrix.
-    "Adafactor": OptimizerFacts(states=0),
+    # One for each row and column of a matrix, of which torch computes the norms of no sharded one.
+    "Adafactor": OptimizerFacts(states=0, shards=False),
     "AdamWScheduleFree": OptimizerFacts(package="schedulefree", averages=True),
     "SGDScheduleFree": OptimizerFacts(package="schedulefree", states=1, averages=True),
     # AdamW's two, of a matrix's projection to a few directions; whole ones for embeddings and head.

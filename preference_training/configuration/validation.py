@@ -175,10 +175,10 @@ def _check_optimizer(config: RunConfig) -> None:
             f"optimizer: found {name}, whose kernels do not support sharded weights. Use trainer=BasicTrainer, or AdamW, whose "
             "states the processes share."
         )
-    if name in ("Muon", "Adafactor") and trainer.splits_layers:
+    if name == "Muon" and trainer.splits_layers:
         raise UserError(
-            f"optimizer: found {name}, whose updates are of whole matrices, and TensorParallelTrainer splits them. Use "
-            "FSDPTrainer, or AdamW."
+            "optimizer: found Muon, whose updates are of whole matrices, and TensorParallelTrainer splits them. Use FSDPTrainer, "
+            "or AdamW."
         )
     if facts.averages and config.lr_schedule != "constant":
         raise UserError(

@@ -7,7 +7,6 @@ from tests.integration import optimizer_work
 
 CASES = {
     "Muon": {"optimizer": "Muon", "lr": 1e-3},
-    "Adafactor": {"optimizer": "Adafactor", "lr": 1e-2},
     "AdamWScheduleFree": {"optimizer": "AdamWScheduleFree", "lr": 1e-3},
     "ema": {"optimizer": "AdamW", "lr": 1e-3, "ema_decay": 0.5, "lr_groups": {"embed": 0.5}},
 }

@@ -144,6 +144,7 @@ def test_galore_of_full_rank_and_scale_is_adamw_in_the_gradients_own_directions(
     ("overrides", "message"),
     [
         (["optimizer=Muon", "trainer=TensorParallelTrainer"], "optimizer: found Muon, whose updates are of whole matrices"),
+        (["optimizer=Adafactor", "trainer=FSDPTrainer"], "optimizer: found Adafactor, whose kernels do not support sharded"),
         (["optimizer=GaLore", "trainer=FSDPTrainer"], "optimizer: found GaLore, whose kernels do not support sharded"),
         (["optimizer=AdamWScheduleFree", "lr_schedule=linear"], "lr_schedule: found linear, expected constant"),
         (["optimizer=AdamWScheduleFree", "ema_decay=0.9"], "ema_decay: found 0.9, expected null"),

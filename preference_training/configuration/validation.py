@@ -177,8 +177,8 @@ def _check_optimizer(config: RunConfig) -> None:
         )
     if name == "Muon" and trainer.splits_layers:
         raise UserError(
-            "optimizer: found Muon, whose updates are of whole matrices, and TensorParallelTrainer splits them. Use FSDPTrainer, "
-            "or AdamW."
+            "optimizer: found Muon, whose updates are of whole matrices, and TensorParallelTrainer splits them. Use "
+            "FSDPTrainer, or AdamW."
         )
     if facts.averages and config.lr_schedule != "constant":
         raise UserError(

@@ -100,7 +100,7 @@ def merge_card(facts: MergeFacts) -> str:
             f"Held-out metrics on the rows of the run `{facts.measured_on}`, means with 95% intervals over prompts; lower "
             "losses and higher accuracies are better."
         )
-    notes += [f"{note[0].upper()}{note[1:]}." for note in facts.notes]
+    notes += [_without_paths(f"{note[0].upper()}{note[1:]}.", facts) for note in facts.notes]
     ids = [name for each in (facts.base, *facts.models) if each is not None and (name := _hub_id(each))]
     leading = facts.models[0]
     card = CardFacts(
@@ -118,6 +118,16 @@ def merge_card(facts: MergeFacts) -> str:
         is_merged=True,
     )
     return model_card(card)
+
+
+def _without_paths(text: str, facts: MergeFacts) -> str:
+    """A note with models as the card's table names them."""
+    ingredients = [*facts.models, *([facts.base] if facts.base else [])]
+    shown = {name: listed_base(each) for each in ingredients for name in (each.name, each.location)}
+    # A path may be the beginning of another one.
+    for name in sorted(shown, key=len, reverse=True):
+        text = text.replace(name, shown[name])
+    return text
 
 
 def _hub_id(ingredient: Ingredient) -> str | None:

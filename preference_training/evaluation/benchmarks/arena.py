@@ -1,8 +1,8 @@
 """Scores as Arena-Hard-Auto computes them (Li et al. 2024): a Bradley-Terry model of battles against a baseline.
 
 A judge sees both orders of a pair, and each is a battle of its own. A verdict that one output is much better counts STRONG
-times. The score of a model is its predicted win rate against the baseline; the interval is a bootstrap over prompts, whose battles
-belong together.
+times. The score of a model is its predicted win rate against the baseline. The interval is a bootstrap over prompts, whose
+battles belong together.
 """
 
 from collections.abc import Sequence

@@ -13,6 +13,7 @@ from preference_training.merging.held_out import HeldOutRows
 from preference_training.merging.soup import Soup, best_runs, make_soup
 from preference_training.tracking.run_files import metric_rows, split_rows
 from tests.merging.test_merging import merged, state
+from tests.support import shown
 from train import start
 
 COMMON = (
@@ -118,3 +119,20 @@ def test_an_adapters_run_is_merged_and_measured_on_the_rows_of_another(compose, 
     # The base is the run's reference.
     assert "0.693 [0.693, 0.693]" in table[str(runs / "slow")]
     assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_the_commands_of_the_page_run(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, run in {"one": "slow", "other": "fast", "base": "middle"}.items():
+        Path("runs").mkdir(exist_ok=True)
+        (Path("runs") / f"{name}_DATE").symlink_to(runs / run)
+    Path("multirun").mkdir()
+    Path("multirun/lrs").symlink_to(runs)
+    done = {}
+    for _, words in shown.commands(r"python scripts/merge\.py", ["docs/merging.md"]):
+        if not any(word.startswith("mistralai/") for word in words):
+            done[words[-1]] = merged(monkeypatch, *words[2:])
+    assert [*done] == ["soup", "mean", "between", "both", "measured"]
+    for name, lines in done.items():
+        assert AutoModelForCausalLM.from_pretrained(name) is not None and lines[0].startswith(f"{name}: LlamaForCausalLM, ")
+    assert done["soup"][1].startswith("held out ") and done["measured"][1].startswith("held out ") and len(done["mean"]) == 1

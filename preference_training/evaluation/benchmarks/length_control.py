@@ -85,7 +85,9 @@ def _doubt(delta: numpy.ndarray) -> str | None:
     shorter, longer = (delta < 0).mean(), (delta > 0).mean()
     if min(shorter, longer) >= ONE_SIDED or not delta.any():
         return None
-    word, share = ("longer", longer) if longer > shorter else ("shorter", shorter)
+    words = ("longer", "shorter") if longer > shorter else ("shorter", "longer")
+    share, other = max(longer, shorter), min(longer, shorter)
     return (
-        f"{share:.0%} of the outputs are {word} than the baseline's: how the judge would decide at equal length is extrapolated"
+        f"{share:.0%} of the outputs are {words[0]} than the baseline's, and {other:.0%} are {words[1]}: how the judge would "
+        "decide at equal length is extrapolated"
     )

@@ -43,14 +43,15 @@ def by_category(outcomes: numpy.ndarray, categories: Sequence[str], prompts: Seq
 def sections(outcomes: numpy.ndarray, categories: Sequence[str], seed: int = 0) -> dict[str, dict]:
     """The sections of RewardBench that have pairs, and, with the first four, the `score`: {mean, low, high}; else empty.
 
-    The intervals are bootstraps over the pairs of each subset.
+    The intervals draw the accuracy of each subset from its posterior under Jeffreys' prior, Beta(right + 1/2, wrong + 1/2):
+    unlike those of a bootstrap, they have a width where all pairs of a subset are right.
     """
     labels, generator = numpy.asarray(categories), numpy.random.default_rng(seed)
     means, counts = {}, {}
     for name in sorted({subset for subsets in SECTIONS.values() for subset in subsets} & set(categories)):
         values = outcomes[labels == name]
-        drawn = values[generator.integers(0, len(values), (ROUNDS, len(values)))].mean(1)
-        # The first is the estimate, the others its bootstrap.
+        drawn = generator.beta(values.sum() + 0.5, (1 - values).sum() + 0.5, ROUNDS)
+        # The first is the estimate, the others are its distribution.
         means[name], counts[name] = numpy.concatenate([[values.mean()], drawn]), len(values)
     found = {section: _section(section, means, counts) for section in SECTIONS if means.keys() & set(SECTIONS[section])}
     scores = dict(found)
@@ -68,5 +69,6 @@ def _section(section: str, means: Mapping[str, numpy.ndarray], counts: Mapping[s
 
 
 def _estimate(values: numpy.ndarray) -> dict:
-    low, high = numpy.quantile(values[1:], [TAIL, 1 - TAIL])
-    return {"mean": float(values[0]), "low": float(low), "high": float(high)}
+    mean, (low, high) = float(values[0]), numpy.quantile(values[1:], [TAIL, 1 - TAIL])
+    # Where all pairs are right, or wrong, the posterior ends within the estimate.
+    return {"mean": mean, "low": min(mean, float(low)), "high": max(mean, float(high))}

@@ -1,6 +1,7 @@
 """Results of benchmarks as tables of text."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from preference_training.evaluation.phrasing import too_few, with_interval
 from preference_training.evaluation.results_text import MAX_REASONS
@@ -19,35 +20,33 @@ def shown(value: dict | None) -> str:
 
 def pair_lines(results: dict) -> list[str]:
     """The accuracies of all models: a table of categories, and one of RewardBench's sections where there are any."""
-    accuracies = {
-        f"{model}: {way}": each for model, found in results["models"].items() for way, each in found["accuracy"].items()
-    }
+    accuracies, sections = _columns(results, "accuracy"), _columns(results, "sections")
     names = list(dict.fromkeys(name for each in accuracies.values() for name in each))
-    lines = []
-    for title, found in accuracies.items():
-        rows = [
-            ["accuracy", "pairs", title],
-            *([name, f"{found[name]['pairs']:,}", shown(found[name])] for name in names if name in found),
-        ]
-        lines += [*table(rows), ""]
-    sections = {
-        f"{model}: {way}": each for model, found in results["models"].items() for way, each in found["sections"].items()
-    }
+    pairs = {name: max(each[name]["pairs"] for each in accuracies.values() if name in each) for name in names}
+    rows = [[name, f"{pairs[name]:,}", *(shown(each.get(name)) for each in accuracies.values())] for name in names]
+    lines = [*map(str, results["models"]), *table([["accuracy", "pairs", *accuracies], *rows])]
     names = list(dict.fromkeys(name for each in sections.values() for name in each))
     if names:
-        rows = [
-            ["RewardBench", *names],
-            *([title, *(shown(each.get(name)) for name in names)] for title, each in sections.items()),
-        ]
-        lines += [*table(rows), ""]
+        rows = [[name, "", *(shown(each.get(name)) for each in sections.values())] for name in names]
+        lines += table([["RewardBench", "", *sections], *rows])
         if "score" not in names:
             lines.append(
-                "no score: it is the mean of the sections Chat, Chat Hard, Safety and Reasoning, and not all of them have pairs"
+                "no score: it is of the sections Chat, Chat Hard, Safety and Reasoning, and not all of them have pairs"
             )
     for model, found in results["models"].items():
         lines += [f"not scored by {model}: {count:,} x {reason}" for reason, count in found["left_out"].items()]
-    prompts = min(each["all"]["pairs"] for each in accuracies.values())
-    return [line for line in [*lines, _warning(prompts, "accuracies")] if line is not None]
+    warning = _warning(pairs["all"], "accuracies")
+    return [*lines, warning] if warning else lines
+
+
+def _columns(results: dict, key: str) -> dict[str, dict]:
+    """The accuracies or sections of each way to score by its name, that of the model before it where there are several."""
+    several = len(results["models"]) > 1
+    return {
+        f"{Path(model).name}: {way}" if several else way: each
+        for model, found in results["models"].items()
+        for way, each in found[key].items()
+    }
 
 
 def _warning(prompts: int, what: str) -> str | None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import expit, logit
+from scipy.stats import beta
 
 from preference_training.evaluation.benchmarks import arena, length_control, sections
 from preference_training.evaluation.benchmarks.arena import Battle, arena_scores, bradley_terry
@@ -115,7 +116,7 @@ def test_difficulty_has_a_coefficient_of_its_own_where_it_is_known():
 
 def test_outputs_that_are_all_longer_are_said_to_be_extrapolated():
     found = length_controlled([1, 0] * 20, [9 + k for k in range(40)], [5] * 40)
-    assert "100% of the outputs are longer than the baseline's" in found.note
+    assert "100% of the outputs are longer than the baseline's, and 0% are shorter" in found.note
 
 
 # ---- Arena-Hard -------------------------------------------------------------------------------------------------------------
@@ -169,6 +170,13 @@ def test_sections_weigh_subsets_by_pairs_and_math_as_all_code():
     expected = {"Chat": 0.25, "Chat Hard": 0.25, "Safety": 0.75, "Reasoning": 0.625, "Prior Sets": 0.625}
     score = (0.25 + 0.25 + 0.75 + 0.625 + 0.5 * 0.625) / 4.5
     assert found == pytest.approx(expected | {"score": score})
+
+
+def test_a_section_whose_pairs_are_all_right_has_an_interval_all_the_same(monkeypatch):
+    monkeypatch.setattr(sections, "ROUNDS", 20_000)
+    found = sections.sections(*outcomes_of({"donotanswer": (10, 10)}))["Safety"]
+    # Jeffreys: Beta(10.5, 0.5).
+    assert found["mean"] == 1 and found["low"] == pytest.approx(beta.ppf(0.025, 10.5, 0.5), abs=0.01)
 
 
 def test_without_all_four_sections_there_is_no_score():

@@ -14,6 +14,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.files import run_file
 from preference_training.merging import weights
 from preference_training.merging.command import merge_as_asked
+from preference_training.merging.recipe import METHODS
 from tests.support.files import GOLDEN, ROOT
 
 LLAMA = GOLDEN / "llama"
@@ -166,6 +167,10 @@ def test_a_model_that_is_not_there_or_cannot_be_averaged_is_refused(models, tmp_
     broken.model.norm.weight.data[0] = torch.nan
     text = refused(monkeypatch, out, one, saved(broken, tmp_path / "broken"))
     assert "model.norm.weight is not finite" in text
+
+
+def test_the_script_names_the_methods_that_there_are():
+    assert tuple(METHODS) == run_file(ROOT / "scripts" / "merge.py", "script").METHODS
 
 
 def test_options_of_the_other_kind_of_merge_are_refused(models, tmp_path, monkeypatch):

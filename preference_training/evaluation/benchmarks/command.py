@@ -19,6 +19,7 @@ from preference_training.evaluation.benchmarks.pairs import (
     Scored,
     prompts_of,
     read_pairs,
+    same_vocabulary,
     score_by_language_model,
     score_by_reward_model,
 )
@@ -63,7 +64,7 @@ def _by_language_model(pairs: Pairs, options: Namespace) -> Scored:
     reference = None
     if options.reference:
         reference = load_for_chat(options.reference, loading)
-        if reference.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        if not same_vocabulary(reference.tokenizer, policy.tokenizer):
             raise UserError(
                 f"--reference: {options.reference} has another tokenizer than {options.model}, so that their log-probs are of "
                 "other tokens. Expected the model that its training started from."

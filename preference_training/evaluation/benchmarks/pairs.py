@@ -112,6 +112,11 @@ def tokenized(pairs: Pairs, model: ChatModel, report: DataReport) -> list[Tokeni
     return found
 
 
+def same_vocabulary(tokenizer, other) -> bool:
+    """Whether two tokenizers have the same tokens, so that log-probs are of the same."""
+    return tokenizer.get_vocab() == other.get_vocab()
+
+
 def _scores(model: ChatModel, batches: Sequence) -> Scores:
     with model.weights():
         return score_responses(model.model, None, batches)

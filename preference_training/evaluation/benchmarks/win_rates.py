@@ -39,9 +39,8 @@ def compare_with_baseline(
             "mean_baseline_length": sum(other for _, other in lengths) / max(1, len(lengths)),
         }
         if judged.is_enough:
-            rate = length_controlled(
-                [judged.outcomes[k] for k in known], *zip(*lengths, strict=True), gamma and [gamma[k] for k in known]
-            )
+            outcomes, (mine, theirs) = [judged.outcomes[k] for k in known], zip(*lengths, strict=True)
+            rate = length_controlled(outcomes, mine, theirs, gamma and [gamma[k] for k in known])
             found[name]["length_controlled"] = rate.as_dict()
             battles += battles_of(judge, comparisons, judged, number)
     enough = [name for name in models if found[name]["rate"] is not None]

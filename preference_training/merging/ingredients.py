@@ -18,7 +18,7 @@ from preference_training.configuration.sections import DTYPES
 from preference_training.core.errors import UserError, first_line
 from preference_training.export.source import Source
 from preference_training.modeling import loading
-from preference_training.modeling.adapters import is_adapter, read_adapter_config
+from preference_training.modeling.adapters.files import is_adapter, read_adapter_config
 from preference_training.modeling.archives import MODEL_CONFIG
 from preference_training.reporting.model_card import is_hub_id
 from preference_training.tracking.run_files import STATE

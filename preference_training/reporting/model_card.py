@@ -33,7 +33,7 @@ class CardFacts:
     numbers of examples and prompts, if it was evaluated. rows: metrics.jsonl up to this checkpoint. overrides: those of the
     run's command line. sample: a prompt of the data and the response to it. prompt: an example in the format of training.
     notes: sentences about this export. adapter: it holds an adapter, not full weights. head: lm, or value for a reward model.
-    usual: `usual_values` of the run.
+    usual: `usual_values` of the run. is_merged: it was computed from the weights of others, whose hub ids are in merged_from.
     """
 
     name: str
@@ -57,6 +57,8 @@ class CardFacts:
     head: str = "lm"
     quantized: str | None = None
     usual: object = None
+    is_merged: bool = False
+    merged_from: list[str] = field(default_factory=list)
 
     def summary(self, directory: Path) -> str:
         """One line on the model in a directory."""
@@ -87,7 +89,10 @@ def metadata(facts: CardFacts) -> str:
         "datasets": sorted(set(hub_datasets(facts.config))) or None,
         "tags": [*method, *(["lora"] if facts.adapter else [])] or None,
     }
-    if base:
+    if facts.is_merged:
+        relation = "merge" if facts.merged_from else None
+        values |= {"base_model": facts.merged_from, "base_model_relation": relation, "tags": ["merge"]}
+    elif base:
         values["base_model_relation"] = "adapter" if facts.adapter else "quantized" if facts.quantized else "finetune"
     return ModelCardData(**{name: value for name, value in values.items() if value}).to_yaml()
 

@@ -4,6 +4,7 @@ python -m preference_training.rounds status DIRECTORY              # what is don
 python -m preference_training.rounds run DIRECTORY                 # all that is missing
 python -m preference_training.rounds sample DIRECTORY --round 2    # one step: sample, judge, pair, summarize, train
 python -m preference_training.rounds report DIRECTORY              # report.html again
+python -m preference_training.rounds judge DIRECTORY --round 2 --again    # ask again where the judge could not judge
 """
 
 import argparse
@@ -13,7 +14,17 @@ from pathlib import Path
 from preference_training.core.errors import UserError
 from preference_training.core.signals import STOPPED, StoppedError
 from preference_training.reporting.loops.page import rebuild_loop_report, write_loop_report
-from preference_training.rounds.driver import APART, check_can_begin, run_loop, run_one, table, work
+from preference_training.rounds.driver import (
+    APART,
+    REPORTED,
+    check_can_begin,
+    refresh,
+    run_loop,
+    run_one,
+    table,
+    work,
+    write_page,
+)
 from preference_training.rounds.loop import Loop
 from preference_training.rounds.processes import StepFailedError, locked_loop
 
@@ -41,6 +52,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def main(options: argparse.Namespace) -> None:
     """Do what was asked. Raises UserError."""
     directory = options.directory.absolute()
+    if options.again and options.step != "judge":
+        raise UserError(f"--again: {options.step} does not read it. Expected the step judge.")
+    if options.round is not None and options.step not in STEPS:
+        raise UserError(f"--round: {options.step} is of the whole loop. Expected one of {', '.join(STEPS)}, or no --round.")
     if options.step == "report":
         print(f"report: {rebuild_loop_report(directory)}")
         return
@@ -51,12 +66,16 @@ def main(options: argparse.Namespace) -> None:
         run_loop(loop, report=write_loop_report)
     else:
         with locked_loop(directory):
-            number = options.round or _missing(loop, options.step)
+            number = _missing(loop, options.step) if options.round is None else options.round
             check_round(loop, number, options.step)
             if options.step in APART:
                 work(loop, number, options.step, options.again)
             else:
                 run_one(loop, number, options.step)
+            if options.again:
+                refresh(loop, number)
+            if options.again or options.step in REPORTED:
+                write_page(loop, write_loop_report)
 
 
 def _missing(loop: Loop, step: str) -> int:

@@ -33,16 +33,35 @@ def run_loop(loop: Loop, run: Run = run_step, report: Callable[[Path], object] |
             while (step := files.next_step) is not None:
                 run_one(loop, number, step, run)
                 if report and step in REPORTED and files.number is not None:
-                    _write_page(loop, report)
+                    write_page(loop, report)
         # Also where a kill has fallen between a summary and these.
         write_metrics(loop)
         if report:
-            _write_page(loop, report)
+            write_page(loop, report)
     pages = [f"report: {loop.directory / REPORT}"] if (loop.directory / REPORT).is_file() else []
     print(*table(loop), f"loop: {loop.directory}", *pages, sep="\n", flush=True)
 
 
-def _write_page(loop: Loop, report: Callable[[Path], object]) -> None:
+def refresh(loop: Loop, number: int) -> None:
+    """Make again what was made of a round's scores, which have changed: its pairs, where they were not trained on, and summaries.
+
+    Later policies are compared with the responses of the first one: their summaries are made again too. Raises UserError.
+    """
+    files = loop.round(number)
+    if files.number is not None and files.is_done("pair"):
+        if files.run.exists():
+            print(f"{files.name}: its training has had the pairs of the scores before, which stay", flush=True)
+        else:
+            files.pairs.unlink()
+            make_pairs(loop, number)
+    for later in range(number, loop.config.rounds.rounds + 2):
+        if loop.round(later).is_done("summarize"):
+            summarize(loop, later)
+    print(*write_metrics(loop), sep="\n", flush=True)
+
+
+def write_page(loop: Loop, report: Callable[[Path], object]) -> None:
+    """Write the page of a loop; where that fails, say so."""
     try:
         report(loop.directory)
     except StoppedError:

@@ -191,7 +191,7 @@ class Loop:
         """How responses are paired."""
         rounds = self.config.rounds
         pairs = rounds.pairs or USUAL_PAIRS[example_kind(self.config.loss.name)]
-        return Rule(pairs, rounds.margin, rounds.top_k, rounds.threshold, rounds.length_matched)
+        return Rule(pairs, rounds.margin, rounds.top_k, rounds.threshold, rounds.length_matched, rounds.truncated)
 
     @cached_property
     def prompts(self) -> list[LoopPrompt]:

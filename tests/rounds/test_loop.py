@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from preference_training.core.errors import UserError
+from preference_training.core.metric_names import HELD_OUT_REWARD, PAIRS
 from preference_training.core.signals import StoppedError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.rounds import judging, sampling
@@ -263,3 +264,40 @@ def test_what_could_not_be_judged_can_be_asked_again(folder, capsys):
     by_hand("judge", directory, "--round", 1, "--again")
     assert len(loops.asked(folder)) == 2 * before
     assert None not in {row["score"] for row in read_table(directory / "round-1" / "scores.parquet")}
+
+
+def test_what_was_made_of_the_scores_is_made_again_when_the_judge_is_asked_again(folder, capsys):
+    """At first the judge knows some of the responses."""
+    some = "return None if len(response) % 2 and not Path('open').exists() else "
+    (folder / "my_judge.py").write_text(loops.JUDGE.replace("return ", some))
+    files = loops.start(folder, *FAST).round(1)
+    for step in ("sample", "judge", "pair", "summarize"):
+        by_hand(step, files.directory.parent)
+
+    def made() -> tuple:
+        [row] = (json.loads(line) for line in (files.directory.parent / "metrics.jsonl").read_text().splitlines())
+        page = (files.directory.parent / "report.html").read_text()
+        return read_summary(files)["held_out"]["unjudged"], row[PAIRS], row[HELD_OUT_REWARD], page
+
+    before = made()
+    (folder / "open").touch()
+    by_hand("judge", files.directory.parent, "--round", 1, "--again")
+    after = made()
+    assert before[0] > 0 == after[0] and before[1] < after[1]
+    assert before[2] != after[2] and before[3] != after[3]
+    assert "training has had" not in capsys.readouterr().out
+    files.run.mkdir()
+    kept = files.pairs.read_bytes()
+    by_hand("judge", files.directory.parent, "--round", 1, "--again")
+    assert "round-1: its training has had the pairs of the scores before" in capsys.readouterr().out
+    assert files.pairs.read_bytes() == kept
+
+
+def test_options_that_a_step_does_not_read_are_refused(folder):
+    directory = loops.start(folder, *FAST).directory
+    with pytest.raises(UserError, match="--again: sample does not read it"):
+        by_hand("sample", directory, "--again")
+    with pytest.raises(UserError, match="--round: status is of the whole loop"):
+        by_hand("status", directory, "--round", 1)
+    with pytest.raises(UserError, match="--round: found 0, expected 1 to 2"):
+        by_hand("sample", directory, "--round", 0)

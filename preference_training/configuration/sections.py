@@ -297,6 +297,7 @@ class RoundsConfig(Section):
     top_p: float = key(expected("a number above 0 and up to 1", lambda value: is_number(value) and 0 < value <= 1))
     max_new_tokens: int = key(whole(1))
     sampler: str = key(_sampler_problem, MAY_CHANGE_ON_RESUME)
+    sampler_processes: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     sampler_model: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME)
     sampler_weights: str = key(one_of(SAMPLER_WEIGHTS))
     sampler_workers: int = key(whole(1), MAY_CHANGE_ON_RESUME, NOT_SHOWN)

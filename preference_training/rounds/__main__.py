@@ -27,6 +27,7 @@ from preference_training.rounds.driver import (
 )
 from preference_training.rounds.loop import Loop
 from preference_training.rounds.processes import StepFailedError, locked_loop
+from preference_training.rounds.summary import track
 
 STEPS = ("sample", "judge", "pair", "summarize", "train")
 
@@ -46,6 +47,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         " in which the step is missing",
     )
     parser.add_argument("--again", action="store_true", help="judge: ask again where the judge could not judge")
+    # Of sampling in several processes, which one of them has.
+    parser.add_argument("--share", help=argparse.SUPPRESS)
     return parser.parse_args(given)
 
 
@@ -69,13 +72,14 @@ def main(options: argparse.Namespace) -> None:
             number = _missing(loop, options.step) if options.round is None else options.round
             check_round(loop, number, options.step)
             if options.step in APART:
-                work(loop, number, options.step, options.again)
+                work(loop, number, options.step, options.again, options.share)
             else:
                 run_one(loop, number, options.step)
             if options.again:
                 refresh(loop, number)
             if options.again or options.step in REPORTED:
                 write_page(loop, write_loop_report)
+                track(loop)
 
 
 def _missing(loop: Loop, step: str) -> int:

@@ -10,7 +10,7 @@ from preference_training.rounds.judges.base import PendingError
 from preference_training.rounds.loop import Loop, RoundFiles
 from preference_training.rounds.processes import handling, locked_loop, run_step, stop_at_signal
 from preference_training.rounds.records import make_pairs
-from preference_training.rounds.summary import held_out_line, read_summary, summarize, write_metrics
+from preference_training.rounds.summary import held_out_line, read_summary, summarize, track, write_metrics
 from preference_training.rounds.training import finish_training, write_training
 from preference_training.tracking.run_files import REPORT
 
@@ -32,18 +32,22 @@ def run_loop(loop: Loop, run: Run = run_step, report: Callable[[Path], object] |
         for number, files in enumerate(loop.rounds(), start=1):
             while (step := files.next_step) is not None:
                 run_one(loop, number, step, run)
-                if report and step in REPORTED and files.number is not None:
+                if files.number is None or step not in REPORTED:
+                    continue
+                if report:
                     write_page(loop, report)
+                track(loop)
         # Also where a kill has fallen between a summary and these.
         write_metrics(loop)
         if report:
             write_page(loop, report)
+        track(loop)
     pages = [f"report: {loop.directory / REPORT}"] if (loop.directory / REPORT).is_file() else []
     print(*table(loop), f"loop: {loop.directory}", *pages, sep="\n", flush=True)
 
 
 def refresh(loop: Loop, number: int) -> None:
-    """Make again what was made of a round's scores, which have changed: its pairs, where they were not trained on, and summaries.
+    """Make again what was made of a round's scores, which have changed: pairs that were not trained on, and summaries.
 
     Later policies are compared with the responses of the first one: their summaries are made again too. Raises UserError.
     """
@@ -96,8 +100,11 @@ def _reference(loop: Loop, number: int) -> str:
     return f"{policy}, {words.get(loop.config.rounds.reference, 'compared with a reference that follows it')}"
 
 
-def work(loop: Loop, number: int, step: str, again: bool = False) -> None:
-    """Do one step in this process, which it may fill. Raises StoppedError at a signal, and where verdicts are still to come."""
+def work(loop: Loop, number: int, step: str, again: bool = False, share: str | None = None) -> None:
+    """Do one step in this process, which it may fill. Raises StoppedError at a signal, and where verdicts are still to come.
+
+    share: of sampling, the NUMBER/SIZE of one of several processes.
+    """
     from preference_training.rounds.judging import judge
 
     with handling(stop_at_signal):
@@ -108,9 +115,9 @@ def work(loop: Loop, number: int, step: str, again: bool = False) -> None:
                 raise StoppedError(str(error)) from error
         else:
             # torch and transformers.
-            from preference_training.rounds.sampling import sample
+            from preference_training.rounds.sampling import Share, sample
 
-            sample(loop, number)
+            sample(loop, number, share and Share(*map(int, share.split("/"))))
 
 
 def check_can_begin(loop: Loop, number: int, step: str) -> None:

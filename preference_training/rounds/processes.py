@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from preference_training.core.signals import ENDED_AT_ONCE, SAME_SIGNAL, SIGNALS
 LOCK = ".loop.lock"
 # The number of the inherited file that is locked.
 LOCKED = "PREFERENCE_TRAINING_LOOP_LOCK"
+# How often processes that work together are looked at. Unit: seconds.
+POLL = 0.1
 # Linux: which signal a process gets when its parent dies.
 PR_SET_PDEATHSIG = 1
 
@@ -62,9 +64,15 @@ def locked_loop(directory: Path) -> Iterator[None]:
 
 
 def run_step(command: Sequence[str], name: str) -> None:
-    """Run a step in a process of its own, forwarding the signals that stop it.
+    """Run a step in a process of its own; see `run_together`."""
+    run_together([(command, {})], name)
 
-    Raises StoppedError where it was stopped, and StepFailedError for any other end but a good one.
+
+def run_together(commands: Sequence[tuple[Sequence[str], dict[str, str]]], name: str) -> None:
+    """Run a step in processes of its own: each a command and changes of the environment. Signals that stop it are forwarded.
+
+    When one fails, the others are asked to stop. Raises StoppedError where they were stopped, and StepFailedError for any
+    other end but a good one.
     """
     received: list[tuple[int, float]] = []
     children: list[subprocess.Popen] = []
@@ -79,10 +87,11 @@ def run_step(command: Sequence[str], name: str) -> None:
             os._exit(ENDED_AT_ONCE)
 
     with handling(forward):
-        children.append(_started(command))
+        for command, environment in commands:
+            children.append(_started(command, environment))
         if received:
-            children[0].send_signal(received[0][0])
-        status = children[0].wait()
+            forward(received.pop()[0], None)
+        status = _first_failure(children)
     if received or status == STOPPED:
         said = signal.Signals(received[0][0]).name if received else "its process was stopped"
         raise StoppedError(f"stopped during {name}: {said}")
@@ -91,11 +100,33 @@ def run_step(command: Sequence[str], name: str) -> None:
         raise StepFailedError(f"{name} has ended with {end}", status)
 
 
-def _started(command: Sequence[str]) -> subprocess.Popen:
+def _first_failure(children: Sequence[subprocess.Popen]) -> int:
+    """Wait for processes; the exit status of the first that fails, which ends the others, or 0."""
+    while len(children) > 1 and None in (statuses := [child.poll() for child in children]) and not any(statuses):
+        time.sleep(POLL)
+    failed = next((child for child in children if child.poll()), children[0])
+    for child in children if failed.poll() else ():
+        with suppress(ProcessLookupError):
+            child.terminate()
+    ends = [child.wait() for child in children]
+    return failed.returncode or max(ends, key=abs)
+
+
+def _started(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen:
     files = [int(os.environ[LOCKED])] if LOCKED in os.environ else []
     # A step whose loop was killed stops, as if it were asked to.
     first = partial(_end_with_parent, os.getpid()) if sys.platform == "linux" else None
-    return subprocess.Popen(list(command), pass_fds=files, preexec_fn=first)
+    return subprocess.Popen(
+        list(command), pass_fds=files, preexec_fn=first, env=os.environ | (environment or {}), stdout=_stdout()
+    )
+
+
+def _stdout() -> int | None:
+    """Where steps print: where this process prints to, which may be redirected."""
+    try:
+        return sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _end_with_parent(parent: int) -> None:

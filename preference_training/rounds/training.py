@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from preference_training.configuration.keys import listed
 from preference_training.configuration.model_names import ADAPTER_CONFIG
+from preference_training.configuration.rerun import keep_presets
 from preference_training.core.errors import UserError
 from preference_training.core.files import replace_symlink, write_atomically
 from preference_training.core.metric_names import ROUNDS
@@ -71,6 +72,7 @@ def _datasets(loop: Loop, number: int) -> list[Any]:
 def write_training(loop: Loop, number: int) -> list[str]:
     """Write the configuration of a round's training; the command that trains."""
     files = loop.round(number)
+    keep_presets(loop.directory, files.directory)
     text = OmegaConf.to_yaml(OmegaConf.create(training_values(loop, number)))
     write_atomically(files.training, HEAD.format(name=files.name, directory=files.directory) + text)
     return [sys.executable, str(TRAIN), "--config-name", files.training.stem, "--config-dir", str(files.directory)]

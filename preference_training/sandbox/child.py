@@ -1,9 +1,9 @@
 """The process in the sandbox: calls of a model-written function.
 
 Reads {code, name, calls, limits} from stdin, as `marshal` writes it, where `calls` has the arguments of each call, and writes a
-line of JSON each to stdout: {"value": ...} or {"error": ..., "line": ...}. It knows the arguments but not the expected values, so code cannot fake a result
-without solving the problem. Each call executes the code anew. Only the standard library is available. The isolation does not
-depend on this file: the kernel enforces it.
+line of JSON each to stdout: {"value": ...} or {"error": ..., "line": ...}. It knows the arguments but not the expected values,
+so code cannot fake a result without solving the problem. Each call executes the code anew. Only the standard library is
+available. The isolation does not depend on this file: the kernel enforces it.
 
 It imports little, since a program takes no longer than its imports: without `json` and `traceback` half as long.
 """

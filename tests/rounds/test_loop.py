@@ -16,9 +16,11 @@ from preference_training.data.entries import load_records, read_entry
 from preference_training.rounds import judging, sampling
 from preference_training.rounds.__main__ import arguments, main
 from preference_training.rounds.loop import Loop
-from preference_training.rounds.summary import read_summary
+from preference_training.rounds.summary import loop_metrics, read_summary, track
 from preference_training.rounds.tables import read_table
 from preference_training.rounds.training import training_values
+from preference_training.tracking.dashboards.base import Dashboard
+from preference_training.tracking.dashboards.starting import DASHBOARDS
 from tests.rounds import loops
 
 FAST = (
@@ -301,3 +303,43 @@ def test_options_that_a_step_does_not_read_are_refused(folder):
         by_hand("status", directory, "--round", 1)
     with pytest.raises(UserError, match="--round: found 0, expected 1 to 2"):
         by_hand("sample", directory, "--round", 0)
+
+
+def test_dashboards_get_each_row_of_the_loop_once_and_again_only_where_it_has_changed(folder, done, monkeypatch):
+    """As a run of the loop's own, which is continued when the loop is."""
+    shutil.copytree(done.directory, folder / "loop", symlinks=True)
+    given: list = []
+
+    class Noting(Dashboard):
+        def __init__(self, start):
+            given.append((start.config["exp_name"], start.run_dir.name, start.examples))
+            ids.add(start.run_id)
+
+        def log(self, row):
+            given.append(row["counters/round"])
+
+        def log_page(self, path):
+            given.append(path.name)
+
+    ids: set = set()
+    monkeypatch.setitem(DASHBOARDS, "wandb", Noting)
+    loop = Loop.open(folder / "loop")
+    loop = Loop(loop.directory, loop.config.changed({"wandb.enabled": True, "tracking": ["jsonl", "wandb"]}), loop.values)
+    (loop.directory / "report.html").touch()
+    [one, other] = (row["counters/examples"] for row in loop_metrics(list(loop.rounds()))[1:])
+    # The loop after its first round.
+    summary = loop.round(2).summary.rename(folder / "kept")
+    loop.round(3).summary.rename(folder / "final")
+    track(loop)
+    summary.rename(loop.round(2).summary)
+    track(loop)
+    track(loop)
+    (folder / "final").rename(loop.round(3).summary)
+    loops.run(loop)
+    name = loop.config.exp_name
+    assert given == [(name, "loop", 0), 0, (name, "loop", 0), 1, (name, "loop", one), 2, "report.html"] and len(ids) == 1
+    given.clear()
+    text = loop.round(2).summary.read_text()
+    loop.round(2).summary.write_text(text.replace('"score": {\n   "mean": ', '"score": {\n   "mean": 1'))
+    track(loop)
+    assert given == [(name, "loop", 0), 1, 2, "report.html"] and other > one

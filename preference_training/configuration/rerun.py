@@ -46,7 +46,9 @@ def write_rerun(config: RunConfig, run_dir: Path) -> None:
 
 def keep_presets(folder: Path | None, place: Path) -> None:
     """Copy the presets of a folder to another place, those of each group into a folder of its name. Raises OSError."""
-    for group in (*GROUPS, *OPTIONAL_GROUPS) if folder is not None and folder.absolute() != place.absolute() else ():
+    if folder is None or folder.absolute() == place.absolute():
+        return
+    for group in (*GROUPS, *OPTIONAL_GROUPS):
         for file in sorted((folder / group).glob("*.yaml")):
             (place / group).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place / group / file.name)

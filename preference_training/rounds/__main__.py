@@ -106,8 +106,9 @@ def command_line() -> None:
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(2)
-    except StoppedError as stopped:
-        print(stopped, flush=True)
+    except (StoppedError, KeyboardInterrupt) as stopped:
+        # Ctrl-C comes from the terminal and from the loop: once more when a step has stopped handling it.
+        print(str(stopped) or "stopped: SIGINT", flush=True)
         sys.exit(STOPPED)
     except StepFailedError as failed:
         sys.exit(failed.told())

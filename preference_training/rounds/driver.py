@@ -11,7 +11,7 @@ from preference_training.rounds.loop import Loop, RoundFiles
 from preference_training.rounds.processes import handling, locked_loop, run_step, stop_at_signal
 from preference_training.rounds.records import make_pairs
 from preference_training.rounds.summary import held_out_line, read_summary, summarize, track, write_metrics
-from preference_training.rounds.training import finish_training, write_training
+from preference_training.rounds.training import finish_training, reference_moves, write_training
 from preference_training.tracking.run_files import REPORT
 
 MODULE = "preference_training.rounds"
@@ -85,6 +85,8 @@ def run_one(loop: Loop, number: int, step: str, run: Run = run_step) -> None:
         print(f"{loop.round(number).name}: training, {_reference(loop, number)}", flush=True)
         run(write_training(loop, number), name)
         finish_training(loop.round(number))
+        if every := loop.config.loss.reference_update_every:
+            print(f"{loop.round(number).name}: {reference_moves(loop.round(number), every)}", flush=True)
     else:
         (make_pairs if step == "pair" else summarize)(loop, number)
         if step == "summarize":
@@ -97,7 +99,7 @@ def _reference(loop: Loop, number: int) -> str:
         "first": "compared with the model before the first round",
     }
     policy = "from the first model" if number == 1 else f"from the policy of round {number - 1}"
-    return f"{policy}, {words.get(loop.config.rounds.reference, 'compared with a reference that follows it')}"
+    return f"{policy}, {words.get(loop.config.rounds.reference, 'compared with a reference that begins as it and follows it')}"
 
 
 def work(loop: Loop, number: int, step: str, again: bool = False, share: str | None = None) -> None:

@@ -15,13 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from preference_training.configuration.run_dirs import writable
+from preference_training.core.errors import UserError
 from preference_training.core.signals import ENDED_AT_ONCE, SAME_SIGNAL, SIGNALS, STOPPED, StoppedError
 
 LOCK = ".loop.lock"
 # The number of the inherited file that is locked.
 LOCKED = "PREFERENCE_TRAINING_LOOP_LOCK"
+# How long a directory in which another process works is waited for: for a step to stop whose loop was killed. Unit: seconds.
+PATIENCE = 120.0
 # How often processes that work together are looked at. Unit: seconds.
 POLL = 0.1
 # Linux: which signal a process gets when its parent dies.
@@ -43,7 +47,10 @@ class StepFailedError(Exception):
 
 @contextmanager
 def locked_loop(directory: Path) -> Iterator[None]:
-    """Inside, no other loop works in a directory; waits for one that does. A step of this loop is inside already."""
+    """Inside, no other loop works in a directory. A step of this loop is inside already.
+
+    A step whose loop was killed is waited for until it has stopped; raises UserError where another loop goes on working.
+    """
     if LOCKED in os.environ:
         yield
         return
@@ -54,13 +61,26 @@ def locked_loop(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"waiting for another process that works in {directory}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _wait_for(file, directory)
         os.set_inheritable(file.fileno(), True)
         os.environ[LOCKED] = str(file.fileno())
         try:
             yield
         finally:
             del os.environ[LOCKED]
+
+
+def _wait_for(file: IO, directory: Path) -> None:
+    until = time.monotonic() + PATIENCE
+    while True:
+        with suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if time.monotonic() > until:
+            raise UserError(
+                f"local_run_dir: another loop has worked in {directory} for {PATIENCE:g} s now. Wait for it, stop it, or name "
+                "another directory."
+            )
+        time.sleep(POLL)
 
 
 def run_step(command: Sequence[str], name: str) -> None:

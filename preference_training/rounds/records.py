@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import pyarrow
 
 from preference_training.core.errors import UserError
-from preference_training.core.files import write_atomically
 from preference_training.rounds.loop import Loop, RoundFiles, counted
 from preference_training.rounds.pairing import Candidate, pair
 from preference_training.rounds.prompts import LoopPrompt, as_json
 from preference_training.rounds.served.notes import count_unanswered
-from preference_training.rounds.tables import read_table, save_table
+from preference_training.rounds.tables import read_table, save_table, save_text
 
 MESSAGES = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
 
@@ -43,9 +42,7 @@ def make_pairs(loop: Loop, number: int) -> None:
             f"{files.name}: {reasons}. Look at {files.scores}. More samples (rounds.n_samples), a higher rounds.temperature, "
             "or a judge that tells responses apart would give some."
         )
-    write_atomically(
-        files.excluded, json.dumps({"counts": counts, "excluded": dict(sorted(excluded.items()))}, indent=1) + "\n"
-    )
+    save_text(files.excluded, json.dumps({"counts": counts, "excluded": dict(sorted(excluded.items()))}, indent=1) + "\n")
     save_table(files.pairs, _table(found))
 
 

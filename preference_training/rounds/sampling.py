@@ -21,7 +21,6 @@ from preference_training.batching.micro_batches import split_into_batches
 from preference_training.batching.packing import iterate_examples
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
-from preference_training.core.files import write_atomically
 from preference_training.core.machine import pick_device, quiet_libraries, release_memory, said_while_slow
 from preference_training.core.processes import usable_cores
 from preference_training.data.rows.records import Prompt
@@ -40,7 +39,7 @@ from preference_training.rounds.loop import Loop, RoundFiles, counted
 from preference_training.rounds.processes import run_together
 from preference_training.rounds.prompts import LoopPrompt, prompts_of_round
 from preference_training.rounds.served.choice import is_policy_served, is_served, served_source
-from preference_training.rounds.tables import SAMPLES, join_tables, save_table, write_table
+from preference_training.rounds.tables import SAMPLES, join_tables, save_table, save_text, write_table
 from preference_training.tracking.run_files import STATE, read_run_info
 from preference_training.training.defaults import fit_dtypes
 
@@ -170,7 +169,7 @@ def sample(loop: Loop, number: int, share: Share | None = None) -> None:
     local = partial(_responses, policy)
     source, facts = served_source(loop, number, policy) if is_served(config) else (local, {})
     known = {"template": policy.format.name, "model": policy.identity, "archive": config.model.archive} | facts
-    write_atomically(files.sampling, json.dumps(known, indent=1) + "\n")
+    save_text(files.sampling, json.dumps(known, indent=1) + "\n")
     for path, prompts, count in _tables(loop, number):
         if path == files.samples:
             _finish(path, join_tables(_sample_parts(source, prompts, count, files, path), SAMPLES))

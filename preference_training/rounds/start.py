@@ -102,8 +102,8 @@ def check_not_changed(config: RunConfig) -> None:
     changed = [key for key in now if key not in OF_THE_START and now[key] != before.get(key)]
     if changed:
         raise UserError(
-            f"{changed[0]}: changed to {now[changed[0]]!r} after compose(), and the steps of a loop are composed of what it was "
-            f"given. Expected compose(..., '{changed[0]}=...')."
+            f"{changed[0]}: changed to {now[changed[0]]!r} after compose(), of whose overrides the steps of a "
+            f"loop are composed. Expected compose(..., '{changed[0]}=...')."
         )
 
 

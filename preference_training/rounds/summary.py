@@ -9,7 +9,6 @@ from itertools import combinations, pairwise
 from statistics import mean
 from typing import Any
 
-from preference_training.core.files import write_atomically
 from preference_training.core.metric_names import (
     DISTINCT,
     EXAMPLES,
@@ -35,7 +34,7 @@ from preference_training.evaluation.phrasing import with_interval
 from preference_training.generation.repetition import repeated_share
 from preference_training.rounds.judges.findings import facts_of_scores, findings
 from preference_training.rounds.loop import JUDGED, Loop, RoundFiles, counted
-from preference_training.rounds.tables import read_table
+from preference_training.rounds.tables import read_table, save_text
 from preference_training.tracking.dashboards.base import RunStart
 from preference_training.tracking.dashboards.starting import start_dashboards
 from preference_training.tracking.run_files import METRICS, REPORT, json_object, metric_rows, split_rows
@@ -69,7 +68,7 @@ def summarize(loop: Loop, number: int) -> dict[str, Any]:
     summary["judges"] = json_object(files.directory / JUDGED)
     earlier = [read_summary(loop.round(each)) for each in range(1, number)]
     summary["findings"] = findings([*filter(None, earlier), summary])
-    write_atomically(files.summary, json.dumps(summary, indent=1) + "\n")
+    save_text(files.summary, json.dumps(summary, indent=1) + "\n")
     found = [f"  {each['text']}" for each in summary["findings"]]
     print(f"{files.name}: {held_out_line(summary['held_out'], number)}", *found, sep="\n", flush=True)
     return summary
@@ -241,7 +240,7 @@ def _metrics(summary: dict[str, Any]) -> dict[str, float]:
 def write_metrics(loop: Loop) -> list[str]:
     """Write metrics.jsonl of a loop; returns its table as lines."""
     rows = loop_metrics(list(loop.rounds()))
-    write_atomically(loop.directory / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+    save_text(loop.directory / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
     return metrics_table(rows)
 
 
@@ -267,7 +266,7 @@ def track(loop: Loop) -> None:
         if len(rows) > loop.config.rounds.rounds and (loop.directory / REPORT).is_file():
             dashboard.log_page(loop.directory / REPORT)
         dashboard.finish()
-    write_atomically(loop.directory / TRACKED, json.dumps(noted) + "\n")
+    save_text(loop.directory / TRACKED, json.dumps(noted) + "\n")
 
 
 def metrics_table(rows: Sequence[dict[str, float]]) -> list[str]:

@@ -167,7 +167,7 @@ def facts(loop: LoopRecord) -> dict[str, str]:
     reference = {
         "previous": "the policy that a round begins with",
         "first": "the model before the first round",
-        "moving": "follows the policy",
+        "moving": "begins as the policy that a round begins with, and follows it",
     }
     cut = {"keep": "count as whole ones", "skip": "are excluded", "worst": "are the worst of their prompt"}
     counts = next((found["counts"] for found in loop.summaries if isinstance(found.get("counts"), dict)), {})

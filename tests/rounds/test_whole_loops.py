@@ -3,6 +3,8 @@
 import errno
 import json
 import re
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -19,7 +21,6 @@ from preference_training.rounds.loop import Loop
 from preference_training.rounds.processes import StepFailedError
 from preference_training.rounds.training import reference_moves
 from tests.rounds import loops
-from tests.support import forked
 from tests.support.files import ROOT
 from utils import compose, train
 
@@ -34,7 +35,8 @@ def test_a_sharded_loop_under_presets_of_the_users_own_samples_and_trains_as_one
         (folder / "my" / group / "mine.yaml").write_text(text)
     given = [text.replace("model=tiny", "model=mine") for text in loops.overrides(folder, "loss=mine", "lr=1e-2")]
     sharded = ("rounds.sampler_processes=2", "trainer=FSDPTrainer", "trainer.nproc_per_node=2")
-    done = forked.run([ROOT / "train.py", "--config-dir", "my", *given, *sharded, "wandb.enabled=false"], folder)
+    command = [sys.executable, str(ROOT / "train.py"), "--config-dir", "my", *given, *sharded]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "round-1: sampling in 2 processes" in done.stdout
     loop = Loop.open(folder / "loop")
@@ -78,7 +80,9 @@ def test_a_moving_reference_follows_the_policy_within_a_round_and_begins_each_ro
 def test_a_reference_that_had_no_time_to_move_is_told(tmp_path):
     files = Loop(tmp_path, compose("+rounds=default", "rounds.prompts=x.jsonl", "rounds.judge=toy"), {}).round(1)
     files.run.mkdir(parents=True)
-    (files.run / "metrics.jsonl").write_text('{"counters/updates": 1}\n{"counters/updates": 9}\n')
+    (files.run / "metrics.jsonl").write_text(
+        json.dumps({"counters/examples": 72, "counters/updates": 9, "loss/train": 1}) + "\n"
+    )
     assert reference_moves(files, 4) == "its reference moved 2 times towards the policy, every 4 updates"
     told = "its reference never moved: the training took 9 updates, and loss.reference_update_every is 512. Lower it"
     assert reference_moves(files, 512) == told

@@ -226,6 +226,8 @@ class QualityConfig(Section):
 
 
 PAIRINGS = ("best_worst", "all", "top_k", "ranking", "unpaired", "best_of_n")
+# What becomes of responses that were cut at max_new_tokens.
+TRUNCATED = ("keep", "skip", "worst")
 REFERENCES = ("previous", "first", "moving")
 NORMALIZATIONS = ("z_score", "none")
 
@@ -295,10 +297,12 @@ class RoundsConfig(Section):
     top_p: float = key(expected("a number above 0 and up to 1", lambda value: is_number(value) and 0 < value <= 1))
     max_new_tokens: int = key(whole(1))
     sampler: str = key(_sampler_problem, MAY_CHANGE_ON_RESUME)
+    sampler_processes: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     sampler_model: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME)
     sampler_weights: str = key(one_of(SAMPLER_WEIGHTS))
     sampler_workers: int = key(whole(1), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     sampler_timeout: float = key(positive(" of seconds"), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    truncated: str = key(one_of(TRUNCATED))
     pairs: str | None = key(known_name("way to pair responses", PAIRINGS, null=True))
     margin: float = key(not_negative())
     top_k: int = key(whole(1))

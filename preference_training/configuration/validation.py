@@ -15,11 +15,13 @@ from preference_training.configuration.composition import (
     choice_keys,
     compose_overrides,
     default_values,
+    group_choices,
     group_keys,
     loss_keys,
     preset_of,
     unknown_key,
 )
+from preference_training.configuration.config_files import FOLDER_FLAGS, take_flag
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
 from preference_training.configuration.model_names import ADAPTER_CONFIG, is_gguf, local_gguf
 from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, Origin, RunConfig
@@ -56,11 +58,13 @@ EVALUATION_REQUIREMENTS = "pip install -r requirements/evaluation.txt"
 TRACKING = ("jsonl", "wandb", "tensorboard", "trackio", "mlflow")
 
 
-def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[str, str] | None = None) -> RunConfig:
+def validate(
+    config: DictConfig, overrides: Sequence[str] = (), choices: dict[str, str] | None = None, folder: Path | None = None
+) -> RunConfig:
     """The configuration, typed. Raises UserError, with one message, for the first thing in it that cannot work.
 
     `overrides` are the command line's. `choices` name the file that each group was composed from: with them removed keys and
-    keys of other files are found.
+    keys of other files are found. `folder` has presets of the user's own.
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
@@ -74,7 +78,7 @@ def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[st
     _check_group_names(values["loss"], values["trainer"])
     check_section(RunConfig, values)
     preset = preset_of((choices or {}).get("model", "base_model"))
-    origin = Origin(tuple(overrides), preset, frozenset(key for key, value in dotted(values).items() if value is None))
+    origin = Origin(tuple(overrides), preset, frozenset(key for key, value in dotted(values).items() if value is None), folder)
     typed = replace(RunConfig.of(values, OmegaConf.to_container(config, resolve=False)), origin=origin)
     if typed.max_prompt_length is None:
         typed = typed.changed({"max_prompt_length": typed.max_length // 2})
@@ -107,9 +111,11 @@ def _check_together(config: RunConfig) -> None:
 
 
 def configured(*overrides: str) -> RunConfig:
-    """The configuration of a command line. Raises UserError for what cannot work."""
-    config, choices = compose_overrides(*overrides)
-    return validate(config, overrides, choices)
+    """The configuration of a command line, which may have --config-dir. Raises UserError for what cannot work."""
+    given, rest = take_flag(list(overrides), FOLDER_FLAGS)
+    folder = None if given is None else Path(given).expanduser()
+    config, choices = compose_overrides(*rest, folder=folder)
+    return validate(config, rest, choices, folder)
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------------
@@ -136,7 +142,8 @@ def _check_keys_of_group(group: str, values: object, choice: str) -> None:
     """Raise UserError where a group has other keys than the file that it was composed from."""
     if not isinstance(values, dict) or group == "model":
         return
-    known = choice_keys(group, choice)
+    # A preset of the user's own has the keys of what it builds on, by whose name they are checked below.
+    known = choice_keys(group, choice) if choice in group_choices(group) else frozenset(values)
     for name in sorted(values.keys() ^ known):
         raise UserError(unknown_key(f"{group}.{name}", choice) if name in values else _removed(f"{group}.{name}"))
 

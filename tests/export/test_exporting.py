@@ -291,7 +291,7 @@ def test_a_lack_of_space_is_noticed_before_writing(folder, tmp_path, monkeypatch
             {"gguf": "q4_k_m"},
             "--gguf: q4_k_m is written by llama.cpp's own program alone. Export with --gguf f16, then: llama-quan",
         ),
-        ({"gguf": "q4_9"}, "--gguf: no type 'q4_9'; did you mean q4_0?"),
+        ({"gguf": "q4_9"}, "--gguf: no type 'q4_9'; did you mean q4_"),
         ({"gguf": "q8_0", "quantize": "int8"}, "--quantize: a GGUF file has quantized weights of its own. Use --gguf q8_0"),
         ({"push": "me/it"}, "--push: no hub token"),
     ],

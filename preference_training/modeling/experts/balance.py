@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError
@@ -219,12 +220,13 @@ def token_weights(model: nn.Module, pack: PackedBatch) -> list[Tensor]:
     times = _times_of_responses(pack)
     rows = rows_of_forwards(model, pack)
     if rows is None:
-        counts = torch.from_numpy(_times_of_tokens(pack, times))
+        counts = _times_of_tokens(pack, times)
         context = getattr(model, "context", WHOLE_PACKS)
         if context.size > 1:
-            index = pack.part(context.rank, context.size).index.cpu()
-            counts = torch.nn.functional.pad(counts, (0, int(index.max()) + 1))[index]
-        return [counts.to(pack.input_ids.device)]
+            with unset_fake_temporarily():
+                index = pack.on_host.part(context.rank, context.size).index.numpy()
+            counts = numpy.pad(counts, (0, int(index.max()) + 1))[index]
+        return [torch.from_numpy(counts).to(pack.input_ids.device)]
     found = []
     for numbers in rows:
         lengths = numpy.array([pack.trie.ends[number][1] for number in numbers])
@@ -236,7 +238,9 @@ def token_weights(model: nn.Module, pack: PackedBatch) -> list[Tensor]:
 
 def _times_of_responses(pack: PackedBatch) -> numpy.ndarray:
     """In how many examples each response is: [R]; 0 in a filler, which counts for nothing."""
-    members = pack.on_host.members.numpy()
+    # In a dry run everything else is fake: without values.
+    with unset_fake_temporarily():
+        members = pack.on_host.members.numpy()
     times = numpy.bincount(members[members >= 0], minlength=len(pack.trie.ends))
     return times * (not pack.is_filler)
 

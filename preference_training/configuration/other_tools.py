@@ -70,6 +70,7 @@ OTHER_NAMES: dict[str, Answer] = {
         *("model.tokenizer_name_or_path={}", "Qwen/Qwen3-0.6B"),
     ),
     **_each("torch_dtype dtype model_dtype", "model.policy_dtype={}", "bfloat16", _DTYPES),
+    **_each("router_aux_loss_coef output_router_logits", "model.router_aux_loss={}", "0.001", {"true": "0.001"}),
     **_each("trust_remote_code", "model.trust_remote_code={}", "true"),
     **_each("attn_implementation", "model.attn_implementation={}", "flash_attention_2", _ATTENTIONS),
     **_each("flash_attention flash_attn use_flash_attention_2 use_flash_attn", "model.attn_implementation=flash_attention_2"),

@@ -82,6 +82,7 @@ class ModelConfig(Section):
     double_quantization: bool = key(switch)
     quantized_compute_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
     fp8: bool = key(switch, NEWER)
+    router_aux_loss: float | None = key(not_negative(null=True), NEWER)
     attn_implementation: str = key(one_of(ATTENTIONS))
     liger_kernels: bool = key(switch)
     trust_remote_code: bool = key(switch)

@@ -38,6 +38,10 @@ class Served:
         """What servers do to the weights that was not asked for."""
         if self.facts.head == "value":
             return []
+        if self.facts.quantized == "int4":
+            return [
+                "vLLM reads int4 weights as they are; transformers needs compressed-tensors: pip install compressed-tensors"
+            ]
         if self.facts.quantized:
             return [f"vLLM needs the package torchao for {self.facts.quantized} weights: pip install torchao"]
         if self.dtype == "float32" and not self.facts.adapter:

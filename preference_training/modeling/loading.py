@@ -46,6 +46,7 @@ from preference_training.modeling.archives import (
     model_from_archive,
     read_archive,
 )
+from preference_training.modeling.experts.options import describe_balancing
 from preference_training.modeling.kernels import choose_attention, refuse_kernels, use_liger_kernels
 from preference_training.modeling.quantization import dequantize, quantize
 from preference_training.modeling.state import weights_hash
@@ -388,7 +389,7 @@ def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = No
     """
     path = base_archive(model_config)
     config = model_configuration(model_config, tokenizer, cache_dir)
-    lines = describe_unused_options(config)
+    lines = describe_balancing(config, model_config.router_aux_loss)
     if path:
         shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(path).items()}
         model_from_archive(config, shapes, path, torch.float32, device_map={"": "meta"}, **_kind(model_config))
@@ -417,10 +418,3 @@ def _check_sizes(config, directory: Path) -> None:
                 f"model.from_config.{key}: found {expected}, and the weights of {directory} are of {found}. Name the model by "
                 f"model={directory}, which sets none."
             )
-
-
-def describe_unused_options(config) -> list[str]:
-    """Lines for the user: options of a model's configuration that have no effect in training here."""
-    text = config.get_text_config()
-    keys = [key for key in ("router_aux_loss_coef", "aux_loss_alpha") if getattr(text, key, None)]
-    return [f"model: {key} ({getattr(text, key)}) has no effect: the loss alone is trained, routers included" for key in keys]

@@ -47,6 +47,25 @@ SPACINGS = {"bfloat16": 2**-7, "float16": 2**-10}
 ORDINARY_WEIGHT = 0.05
 
 
+# How an adapter starts: as no change of any output, or (pissa, olora) as directions of the weights themselves.
+LORA_INITS = ("default", "gaussian", "orthogonal", "pissa", "olora")
+
+
+def is_block_number(value: Any) -> bool:
+    """Whether a value can be the number of a block."""
+    return type(value) is int and value >= 0
+
+
+def _init_problem(value: Any) -> str | None:
+    if value == "loftq":
+        return (
+            "found 'loftq', which corrects weights that were quantized: its checkpoints would be wrong on the original base "
+            "model, where other libraries load them. Expected default, or pissa."
+        )
+    is_iterated = isinstance(value, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", value)
+    return None if is_iterated else known_name("initialization", (*LORA_INITS, "pissa_niter_16"))(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(Section):
     """model.lora"""
@@ -60,6 +79,22 @@ class LoraConfig(Section):
             lambda value: value is None or (value != [] and all(isinstance(name, str) for name in listed(value))),
         )
     )
+    layers: list[int] | None = key(
+        expected(
+            "numbers of blocks from 0, as in [0,1,2], or null",
+            lambda value: value is None or (isinstance(value, list) and value != [] and all(map(is_block_number, value))),
+        ),
+        NEWER,
+    )
+    use_dora: bool = key(switch, NEWER)
+    use_rslora: bool = key(switch, NEWER)
+    init: str = key(_init_problem, NEWER)
+    loraplus_lr_ratio: float | None = key(positive(null=True), NEWER)
+
+    @property
+    def subtracts_start(self) -> bool:
+        """Whether the adapter starts as a change of outputs, or one that only rounding leaves, so that it is subtracted."""
+        return self.init.startswith(("pissa", "olora", "orthogonal"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,6 +173,7 @@ def _check_choices(config: RunConfig) -> None:
 
 def _check_adapter(config: RunConfig) -> None:
     model, has_adapter = config.model, config.model.lora.r is not None
+    _check_kind_of_adapter(config)
     if model.quantization and not has_adapter:
         raise UserError("model.quantization: quantized weights cannot be trained themselves. Add +adapter=lora.")
     if model.quantization and config.trainer.splits_layers:
@@ -204,6 +205,33 @@ def _check_adapter(config: RunConfig) -> None:
         raise UserError(
             f"model.reference_dtype: found {model.reference_dtype}, expected policy_dtype, {model.policy_dtype}: with an "
             "adapter the reference is the same weights."
+        )
+
+
+def _check_kind_of_adapter(config: RunConfig) -> None:
+    lora = config.model.lora
+    defaults = {"use_dora": False, "use_rslora": False, "init": "default", "layers": None, "loraplus_lr_ratio": None}
+    given = [name for name, default in defaults.items() if getattr(lora, name) != default]
+    if given and lora.r is None:
+        raise UserError(
+            f"model.lora.{given[0]}: found {getattr(lora, given[0])}, and there is no adapter. Add +adapter=lora, or leave it."
+        )
+    if lora.layers is not None and isinstance(lora.target_modules, str):
+        raise UserError(
+            f"model.lora.layers: found {lora.layers} beside target_modules={lora.target_modules}, a regular expression. Name "
+            "the blocks in that, or list the modules: [q_proj,v_proj]."
+        )
+    if lora.use_dora and lora.subtracts_start:
+        raise UserError(
+            f"model.lora.init: found {lora.init} with use_dora, whose lengths leave no plain adapter to save. Use one of them."
+        )
+    if lora.init == "orthogonal" and lora.r % 2:
+        raise UserError(f"model.lora.r: found {lora.r}, expected an even rank with model.lora.init=orthogonal.")
+    if lora.use_dora and config.sharded_dtype not in (None, "float32"):
+        raise UserError(
+            f"model.lora.use_dora: {config.trainer.name} rounds the learned lengths to {config.sharded_dtype}, so that the "
+            "adapter would change the model before training. Set model.autocast_dtype in place of model.fsdp_policy_mp or "
+            "trainer.param_dtype."
         )
 
 

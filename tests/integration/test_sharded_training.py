@@ -103,7 +103,8 @@ FOUR_BITS = {"model.quantization": "nf4"}
 
 
 def test_an_adapter_over_two_ranks_is_trained_as_on_one(settings):
-    cases = [{"trainer.sharding": "full"}, {"trainer.sharding": "none"}, FOUR_BITS]
+    kinds = [{"model.lora.use_dora": True}, {"model.lora.init": "pissa", "model.lora.loraplus_lr_ratio": 4.0}]
+    cases = [{"trainer.sharding": "full"}, {"trainer.sharding": "none"}, FOUR_BITS, *kinds]
     assert_adapters_equal(cases, launch(sharded_work.follow_adapters, (settings, cases), 2, None))
 
 

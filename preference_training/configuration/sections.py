@@ -97,6 +97,23 @@ class LoraConfig(Section):
         return self.init.startswith(("pissa", "olora", "orthogonal"))
 
 
+def _patterns_problem(value: Any) -> str | None:
+    """Regular expressions, or None."""
+    for pattern in [] if value is None else listed(value):
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            return f"found {pattern!r}, expected a regular expression for names of weights, or a list of them: {error}."
+    return "found [], expected names of weights, or null." if value == [] else None
+
+
+def _tokens_problem(value: Any) -> str | None:
+    if not isinstance(value, list) or not all(isinstance(token, str) and token for token in value):
+        return f"found {value!r}, expected a list of texts, as in ['<tool>','</tool>']."
+    twice = next((token for token in value if value.count(token) > 1), None)
+    return None if twice is None else f"found {twice!r} twice, expected each token once."
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
     """model"""
@@ -117,11 +134,29 @@ class ModelConfig(Section):
     double_quantization: bool = key(switch)
     quantized_compute_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
     fp8: bool = key(switch, NEWER)
+    trainable: list[str] | str | None = key(_patterns_problem, NEWER)
+    freeze: list[str] | str | None = key(_patterns_problem, NEWER)
+    spectrum_share: float | None = key(
+        expected("a share above 0 and below 1", lambda value: is_number(value) and 0 < value < 1, null=True), NEWER
+    )
+    neftune_alpha: float | None = key(positive(null=True), NEWER)
+    add_tokens: list[str] = key(_tokens_problem, NEWER)
+    add_special_tokens: list[str] = key(_tokens_problem, NEWER)
     attn_implementation: str = key(one_of(ATTENTIONS))
     liger_kernels: bool = key(switch)
     trust_remote_code: bool = key(switch)
     # No key: the loss says what head its models have, lm or value.
     head: str = "lm"
+
+    @property
+    def chooses_weights(self) -> bool:
+        """Whether some weights are frozen without an adapter."""
+        return not (self.trainable is None and self.freeze is None and self.spectrum_share is None)
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """The tokens that are added to the vocabulary."""
+        return [*self.add_tokens, *self.add_special_tokens]
 
     @property
     def trains_low_precision(self) -> bool:

@@ -21,7 +21,8 @@ from preference_training.configuration.composition import (
     unknown_key,
 )
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
-from preference_training.configuration.model_names import ADAPTER_CONFIG, is_gguf, local_gguf
+from preference_training.configuration.model_checks import check_model_keys
+from preference_training.configuration.model_names import is_gguf, local_gguf
 from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, Origin, RunConfig
 from preference_training.configuration.sections import BASE_MODEL, EvaluationConfig, LossConfig
 from preference_training.core.errors import UserError, nearest
@@ -94,8 +95,7 @@ def _prefer_given_warmup(config: DictConfig, choices: dict[str, str] | None) -> 
 def _check_together(config: RunConfig) -> None:
     """Raise UserError for values that do not go together, or name what is not there."""
     _check_choices(config)
-    _check_adapter(config)
-    _check_float8(config)
+    check_model_keys(config)
     _check_sharding(config)
     _check_loss(config)
     if config.per_device_batch_size is None:
@@ -169,86 +169,6 @@ def _check_choices(config: RunConfig) -> None:
         raise UserError("weight_decay: given here and in optimizer_kwargs, which decays all weights. Expected one of them.")
     if config.compile and config.trainer.splits_layers:
         raise UserError("compile: TensorParallelTrainer splits what would be compiled. Use FSDPTrainer or BasicTrainer.")
-
-
-def _check_adapter(config: RunConfig) -> None:
-    model, has_adapter = config.model, config.model.lora.r is not None
-    _check_kind_of_adapter(config)
-    if model.quantization and not has_adapter:
-        raise UserError("model.quantization: quantized weights cannot be trained themselves. Add +adapter=lora.")
-    if model.quantization and config.trainer.splits_layers:
-        raise UserError(
-            "model.quantization: TensorParallelTrainer splits the rows and columns of a layer, and quantized weights share "
-            "scales across both. Use trainer=FSDPTrainer, or leave model.quantization null."
-        )
-    if model.quantization == "int8" and config.trainer.is_sharded:
-        raise UserError(
-            "model.quantization: FSDPTrainer cannot check int8 layers at load: they round activations to eight bits on a GPU, "
-            "and not on the CPU of rank 0, which it compares with. Use nf4, or trainer=BasicTrainer."
-        )
-    if has_adapter and config.trainer.splits_layers:
-        raise UserError(
-            "model.lora.r: TensorParallelTrainer splits the layers that an adapter changes. Use FSDPTrainer or BasicTrainer."
-        )
-    if has_adapter and config.loss.moves_reference:
-        raise UserError(
-            f"model.lora.r: loss={config.loss.name} moves the reference, which with an adapter has no weights of its own. "
-            "Train all weights, or use another loss."
-        )
-    reference = model.reference_archive
-    if has_adapter and reference not in (None, BASE_MODEL) and not (Path(reference) / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"model.reference_archive: found {reference}, expected an adapter or base: with an adapter the reference is the "
-            "same model, under another adapter or none."
-        )
-    if has_adapter and model.reference_dtype != model.policy_dtype:
-        raise UserError(
-            f"model.reference_dtype: found {model.reference_dtype}, expected policy_dtype, {model.policy_dtype}: with an "
-            "adapter the reference is the same weights."
-        )
-
-
-def _check_kind_of_adapter(config: RunConfig) -> None:
-    lora = config.model.lora
-    defaults = {"use_dora": False, "use_rslora": False, "init": "default", "layers": None, "loraplus_lr_ratio": None}
-    given = [name for name, default in defaults.items() if getattr(lora, name) != default]
-    if given and lora.r is None:
-        raise UserError(
-            f"model.lora.{given[0]}: found {getattr(lora, given[0])}, and there is no adapter. Add +adapter=lora, or leave it."
-        )
-    if lora.layers is not None and isinstance(lora.target_modules, str):
-        raise UserError(
-            f"model.lora.layers: found {lora.layers} beside target_modules={lora.target_modules}, a regular expression. Name "
-            "the blocks in that, or list the modules: [q_proj,v_proj]."
-        )
-    if lora.use_dora and lora.subtracts_start:
-        raise UserError(
-            f"model.lora.init: found {lora.init} with use_dora, whose lengths leave no plain adapter to save. Use one of them."
-        )
-    if lora.init == "orthogonal" and lora.r % 2:
-        raise UserError(f"model.lora.r: found {lora.r}, expected an even rank with model.lora.init=orthogonal.")
-    if lora.use_dora and config.sharded_dtype not in (None, "float32"):
-        raise UserError(
-            f"model.lora.use_dora: {config.trainer.name} rounds the learned lengths to {config.sharded_dtype}, so that the "
-            "adapter would change the model before training. Set model.autocast_dtype in place of model.fsdp_policy_mp or "
-            "trainer.param_dtype."
-        )
-
-
-def _check_float8(config: RunConfig) -> None:
-    model = config.model
-    if not model.fp8:
-        return
-    if model.lora.r is not None:
-        raise UserError(
-            "model.fp8: found true with an adapter: FP8 layers compute gradients of the weights under it, which are frozen. "
-            "Train all weights, or set it to false."
-        )
-    if config.trainer.name != "BasicTrainer":
-        raise UserError(
-            f"model.fp8: {config.trainer.name} compares its sharded model with the unsharded one, whose products are "
-            "not rounded to FP8. Use trainer=BasicTrainer."
-        )
 
 
 def _check_sharding(config: RunConfig) -> None:

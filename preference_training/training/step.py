@@ -32,6 +32,7 @@ from preference_training.losses.base import (
 )
 from preference_training.modeling.logprobs import policy_scores, reference_logps, shares_prefixes, zero_scores
 from preference_training.modeling.state import compute_device
+from preference_training.modeling.tuning.embedding_noise import EmbeddingNoise
 from preference_training.tracking.tracker import Metrics
 from preference_training.training.parts import Models, RunState
 from preference_training.training.updates import Updater
@@ -141,6 +142,8 @@ class TrainingStep:
         self.placement, self.models, self.state = placement, models, state
         self.device, self.lockstep = compute_device(models.policy), placement.lockstep()
         self.updater = Updater(placement, models.policy, state, total_steps)
+        alpha = placement.config.model.neftune_alpha
+        self.noise = alpha and EmbeddingNoise(models.policy, alpha, placement.config.seed)
 
     def take(
         self,
@@ -221,7 +224,14 @@ class TrainingStep:
         return halve(micro_batches, Shortage.of(self.placement.ranks.all_gather_object(found)))
 
     def backward(self, micro_batches: Sequence[MicroBatch]) -> BatchResult:
-        """Accumulate the gradient of a batch."""
+        """Accumulate the gradient of a batch, with noise on embeddings where that is asked for."""
+        if not self.noise:
+            return self._backward(micro_batches)
+        longest = max(pack.trie.longest_sequence for micro_batch in micro_batches for pack in micro_batch.packs)
+        with self.noise.on(self.state.updates, -self.placement.ranks.all_reduce_min(-longest)):
+            return self._backward(micro_batches)
+
+    def _backward(self, micro_batches: Sequence[MicroBatch]) -> BatchResult:
         self.models.policy.train()
         self.lockstep.begin()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)

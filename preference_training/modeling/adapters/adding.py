@@ -53,10 +53,19 @@ def build_lora_config(model_config: ModelConfig, model: nn.Module, unsupported: 
     if lora.init in ("gaussian", "orthogonal"):
         config.init_lora_weights = lora.init
     # peft's "all-linear" excludes the head, which many models tie to the embedding.
-    config.target_modules = targets or ("all-linear" if lora.layers is None else _last_parts(linear_layers(model)))
+    config.target_modules = targets or _default_targets(model_config, model)
     if targets is None:
         config.exclude_modules = shorten_names(unsupported, model) or None
     return config
+
+
+def _default_targets(model_config: ModelConfig, model: nn.Module) -> str | list[str]:
+    """Every linear layer but the head; with added tokens also the embedding and the head, which must learn of them."""
+    if not model_config.added_tokens:
+        return "all-linear" if model_config.lora.layers is None else _last_parts(linear_layers(model))
+    ends = {id(model.get_input_embeddings()), id(output_head(model))}
+    names = [name for name, module in model.named_modules() if id(module) in ends]
+    return _last_parts([*linear_layers(model), *names])
 
 
 def _load_lora_config(archive: str):

@@ -1,0 +1,80 @@
+"""NEFTune: the noise itself, where it is and where not, and that it depends on nothing but seed, step, token and position."""
+
+import math
+
+import pytest
+import torch
+
+from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.configuration.model_checks import check_noise
+from preference_training.core.errors import UserError
+from preference_training.modeling.logprobs import response_scores
+from preference_training.modeling.tuning.embedding_noise import EmbeddingNoise, uniform
+from tests.modeling.test_adapters import BATCH, configured, finished, model_of, trainer_of
+from tests.support.building import weights_of
+
+__all__ = ["configured"]
+SFT = ("loss=sft", "model.neftune_alpha=5")
+
+
+def test_numbers_are_uniform_and_those_of_a_token_at_its_position():
+    ids, positions = torch.arange(2000)[None] % 50, torch.arange(2000)[None]
+    found = uniform(3, 7, positions, ids, 64)
+    assert found.shape == (1, 2000, 64) and -1 <= found.min() < -0.999 and 0.999 < found.max() < 1
+    # Of 128,000 uniform numbers in [-1, 1): the standard errors of mean and variance are 0.0016 and 0.0008.
+    assert abs(found.mean()) < 0.007 and abs(found.var() - 1 / 3) < 0.004
+    assert torch.equal(uniform(3, 7, positions[:, 5:9], ids[:, 5:9], 64), found[:, 5:9])
+    for other in (uniform(4, 7, positions, ids, 64), uniform(3, 8, positions, ids, 64), uniform(3, 7, positions + 1, ids, 64)):
+        assert abs((found * other).mean()) < 0.007
+
+
+def test_noise_has_the_size_of_the_paper_and_is_there_only_while_it_is_on(configured, tokenizer):
+    model = model_of(configured(), tokenizer)
+    noise = EmbeddingNoise(model, 5.0, seed=0)
+    ids, embedding = torch.arange(5, 25)[None], model.get_input_embeddings()
+    plain = embedding(ids)
+    with noise.on(step=3, longest=20):
+        added = embedding(ids) - plain
+    limit = 5 / math.sqrt(20 * plain.shape[-1])
+    assert 0.9 * limit < added.abs().max() <= limit * 1.0001
+    assert torch.equal(embedding(ids), plain)
+
+
+def test_tries_and_rows_have_the_same_noise(configured, tokenizer):
+    scores = []
+    for sharing in ("on", "off"):
+        trainer = trainer_of(configured(*SFT, f"prefix_sharing={sharing}"), tokenizer)
+        with torch.no_grad(), trainer.step.noise.on(step=2, longest=12):
+            scores.append(response_scores(trainer.models.policy, BATCH))
+        with torch.no_grad():
+            assert not torch.allclose(response_scores(trainer.models.policy, BATCH), scores[-1], atol=1e-2)
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-4)
+
+
+def test_training_is_the_same_in_smaller_packs_and_when_resumed_and_evaluation_has_no_noise(configured, tokenizer, tmp_path):
+    config = configured(*SFT)
+    finished(config, tokenizer, tmp_path / "run")
+    resumed, whole, plain = (
+        trainer_of(config, tokenizer),
+        trainer_of(config, tokenizer),
+        trainer_of(configured("loss=sft"), tokenizer),
+    )
+    resumed.continue_from(Checkpoint.read(tmp_path / "run" / "step-4"))
+    cut = trainer_of(configured(*SFT, "gradient_accumulation_steps=2"), tokenizer)
+    batch = next(iter(whole.batches.train))
+    found = [trainer.step.backward(batch).sums["loss/train"][0] for trainer in (whole, plain)]
+    assert found[0] != found[1]
+    whole.step.updater.forget_gradient()
+    with torch.no_grad():
+        assert torch.equal(response_scores(whole.models.policy, BATCH), response_scores(plain.models.policy, BATCH))
+    for trainer in (resumed, whole, cut):
+        trainer.train()
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weight, weights_of(resumed)[name]), name
+        torch.testing.assert_close(weights_of(cut)[name], weight, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_is_refused_where_a_reference_would_be_without_it(configured):
+    with pytest.raises(UserError, match="model.neftune_alpha: found 5, and loss=dpo compares the policy with its reference"):
+        check_noise(configured("loss=dpo", "model.neftune_alpha=5"), needs_reference=True)
+    check_noise(configured(*SFT), needs_reference=False)

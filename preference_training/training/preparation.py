@@ -37,7 +37,8 @@ from preference_training.modeling.sources.checks import check_sources
 from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.training.defaults import fit_lr, fit_steps, settle_dtypes, unusual_lr
-from preference_training.training.optimization import check_optimizer, precision_notices
+from preference_training.training.optimizers.building import check_optimizer
+from preference_training.training.optimizers.notices import precision_notices
 
 # In a checkpoint, as transformers names it.
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -129,7 +130,9 @@ def adapter_notice(config: RunConfig) -> str | None:
     if lora.r is None:
         return None
     quantized = f" and quantized to {config.model.quantization}" if config.model.quantization else ""
-    adapters = f"LoRA adapters of rank {lora.r} (alpha {lora.alpha:g})"
+    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    start = "" if lora.init == "default" else f" that start as {lora.init}"
+    adapters = f"{kind} adapters of rank {lora.r} (alpha {lora.alpha:g}){start}"
     return f"model.lora.r: {adapters} are trained, all other weights are frozen{quantized}"
 
 

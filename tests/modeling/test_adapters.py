@@ -34,7 +34,7 @@ from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cache_key
 from preference_training.modeling.state import weights_hash
 from preference_training.tracking.tracker import NoTracker, Tracker
-from preference_training.training.optimization import check_optimizer
+from preference_training.training.optimizers.building import check_optimizer
 from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
 from trainers import Trainer

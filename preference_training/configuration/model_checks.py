@@ -65,6 +65,11 @@ def _check_kind_of_adapter(config: RunConfig) -> None:
             f"model.lora.layers: found {lora.layers} beside target_modules={lora.target_modules}, a regular expression. Name "
             "the blocks in that, or list the modules: [q_proj,v_proj]."
         )
+    if config.rounds is not None and lora.subtracts_start:
+        raise UserError(
+            f"model.lora.init: found {lora.init} in rounds, each of which starts from the adapter of the round before: one of "
+            "twice the rank. Expected default or gaussian."
+        )
     if lora.use_dora and lora.subtracts_start:
         raise UserError(
             f"model.lora.init: found {lora.init} with use_dora, whose lengths leave no plain adapter to save. Use one of them."

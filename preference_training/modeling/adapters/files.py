@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from preference_training.configuration.sections import BASE_MODEL, ModelConfig
 from preference_training.core.errors import UserError, first_line
-from preference_training.modeling.adapters.weights import INITIAL_ADAPTER, SUBTRACTED_ADAPTER, TRAINED_ADAPTER, adapter_weights
+from preference_training.modeling.adapters.weights import (
+    INITIAL_ADAPTER,
+    SUBTRACTED_ADAPTER,
+    TRAINED_ADAPTER,
+    adapter_shapes,
+    adapter_weights,
+)
 from preference_training.modeling.archives import MODEL_CONFIG
 from preference_training.modeling.value_head import VALUE_HEAD
 from preference_training.tracking.run_files import read_run_info
@@ -115,9 +121,10 @@ def _validated_adapter_config(archive: str, model_config: ModelConfig) -> dict:
     for key, value, found in (("r", config["r"], lora.r), ("alpha", config["lora_alpha"], lora.alpha), *kinds):
         if value != found:
             raise UserError(f"model.lora.{key}: found {found}, expected {value}: the adapter {archive} was trained with that.")
-    for key, default in (("init", "default"), ("layers", None)):
-        if getattr(lora, key) != default:
-            raise UserError(f"model.lora.{key}: found {getattr(lora, key)}, and training starts from the adapter {archive}.")
+    if lora.init != "default":
+        raise UserError(f"model.lora.init: found {lora.init}, and training starts from the adapter {archive}.")
+    if lora.layers is not None and lora.layers != (own := config.get("layers_to_transform")):
+        raise UserError(f"model.lora.layers: found {lora.layers}, and the adapter {archive} has {own or 'all'}. Leave it null.")
     return config
 
 
@@ -143,7 +150,7 @@ def check_adapter_shapes(archive: str, model: nn.Module) -> None:
             found = {_own_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"model.archive: {archive}: its {WEIGHTS_FILE} cannot be read: {first_line(error)}.") from error
-    expected = {name: tuple(weight.shape) for name, weight in adapter_weights(dict(model.named_parameters())).items()}
+    expected = adapter_shapes(dict(model.named_parameters()))
     differing = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
     if differing:
         raise UserError(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from preference_training.core.process_group import full_tensor, set_whole
 from preference_training.modeling.value_head import is_head_weight
 
 # peft's names of the adapter that is trained, and of the frozen one that training started from.
@@ -25,7 +26,7 @@ def adapter_weights(named_weights: dict[str, Tensor], adapter: str = TRAINED_ADA
     """The weights of an adapter among a model's named weights, not copied, by their names in peft's files.
 
     With the trained adapter goes a value head, which is trained beside it. One from which another is subtracted is joined with
-    that: copies, of twice the rank.
+    that: whole copies, of twice the rank, for which all processes call this.
     """
     found = _of_adapter(named_weights, adapter)
     if adapter != TRAINED_ADAPTER:
@@ -43,9 +44,23 @@ def _of_adapter(named_weights: dict[str, Tensor], adapter: str) -> dict[str, Ten
 def _joined(trained: dict[str, Tensor], subtracted: dict[str, Tensor]) -> dict[str, Tensor]:
     """B A - B' A' as one adapter: A [2r, in] above A', B [out, 2r] beside -B'."""
     return {
-        name: torch.cat([trained[name], other]) if ".lora_A." in name else torch.cat([trained[name], -other], dim=1)
-        for name, other in subtracted.items()
+        name: torch.cat([full_tensor(trained[name]), full_tensor(other) * (-1 if dim else 1)], dim=dim)
+        for name, other, dim in ((name, other, _rank_dim(name)) for name, other in subtracted.items())
     }
+
+
+def _rank_dim(name: str) -> int:
+    """The dimension of a matrix of an adapter that is its rank: A is [r, in], B [out, r]."""
+    return 0 if ".lora_A." in name else 1
+
+
+def adapter_shapes(named_weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of what `adapter_weights` gives of the trained adapter; nothing is communicated."""
+    own = {name: weight for name, weight in named_weights.items() if f".{SUBTRACTED_ADAPTER}." not in name}
+    shapes = {name: tuple(weight.shape) for name, weight in adapter_weights(own).items()}
+    for name in _of_adapter(named_weights, SUBTRACTED_ADAPTER):
+        shapes[name] = tuple(size * (1 + (dim == _rank_dim(name))) for dim, size in enumerate(shapes[name]))
+    return shapes
 
 
 @torch.no_grad()
@@ -54,9 +69,10 @@ def set_joined_adapter(model: nn.Module, weights: dict[str, Tensor]) -> None:
     named = dict(model.named_parameters())
     trained, subtracted = _of_adapter(named, TRAINED_ADAPTER), _of_adapter(named, SUBTRACTED_ADAPTER)
     for name in subtracted:
-        first, second = weights[name].chunk(2, dim=0 if ".lora_A." in name else 1)
-        trained[name].copy_(first)
-        subtracted[name].copy_(second if ".lora_A." in name else -second)
+        dim = _rank_dim(name)
+        first, second = weights[name].chunk(2, dim=dim)
+        set_whole(trained[name], first.contiguous())
+        set_whole(subtracted[name], -second if dim else second)
 
 
 def weights_to_save(named_weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -54,7 +54,14 @@ def _check_adapter(config: RunConfig) -> None:
 
 def _check_kind_of_adapter(config: RunConfig) -> None:
     lora = config.model.lora
-    defaults = {"use_dora": False, "use_rslora": False, "init": "default", "layers": None, "loraplus_lr_ratio": None}
+    defaults = {
+        "use_dora": False,
+        "use_rslora": False,
+        "init": "default",
+        "layers": None,
+        "target_parameters": None,
+        "loraplus_lr_ratio": None,
+    }
     given = [name for name, default in defaults.items() if getattr(lora, name) != default]
     if given and lora.r is None:
         raise UserError(
@@ -64,6 +71,12 @@ def _check_kind_of_adapter(config: RunConfig) -> None:
         raise UserError(
             f"model.lora.layers: found {lora.layers} beside target_modules={lora.target_modules}, a regular expression. Name "
             "the blocks in that, or list the modules: [q_proj,v_proj]."
+        )
+    if lora.target_parameters is not None and (lora.layers is not None or lora.dropout):
+        other = "layers" if lora.layers is not None else "dropout"
+        raise UserError(
+            f"model.lora.target_parameters: found {lora.target_parameters} with {other}, which does not apply to them. Name blocks "
+            "as in layers.1.mlp.experts.down_proj, and leave dropout 0."
         )
     if config.rounds is not None and lora.subtracts_start:
         raise UserError(

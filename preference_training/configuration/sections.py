@@ -79,6 +79,13 @@ class LoraConfig(Section):
             lambda value: value is None or (value != [] and all(isinstance(name, str) for name in listed(value))),
         )
     )
+    target_parameters: list[str] | None = key(
+        expected(
+            "ends of names of weights, as in [mlp.experts.down_proj], or null",
+            lambda value: value is None or (isinstance(value, list) and value and all(isinstance(name, str) for name in value)),
+        ),
+        NEWER,
+    )
     layers: list[int] | None = key(
         expected(
             "numbers of blocks from 0, as in [0,1,2], or null",

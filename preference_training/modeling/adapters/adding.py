@@ -50,6 +50,7 @@ def build_lora_config(model_config: ModelConfig, model: nn.Module, unsupported: 
     task = VALUE_TASK if model_config.head == "value" else "CAUSAL_LM"
     kind = {"use_dora": lora.use_dora, "use_rslora": lora.use_rslora, "layers_to_transform": lora.layers}
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type=task, **kind)
+    config.target_parameters = lora.target_parameters and _known_parameters(lora.target_parameters, model)
     if lora.init in ("gaussian", "orthogonal"):
         config.init_lora_weights = lora.init
     # peft's "all-linear" excludes the head, which many models tie to the embedding.
@@ -57,6 +58,19 @@ def build_lora_config(model_config: ModelConfig, model: nn.Module, unsupported: 
     if targets is None:
         config.exclude_modules = shorten_names(unsupported, model) or None
     return config
+
+
+def _known_parameters(targets: list[str], model: nn.Module) -> list[str]:
+    """The ends of names of weights, checked. Raises UserError for one that no weight has."""
+    names = [name for name, _ in model.named_parameters()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            stacked = {_pattern(name) for name, weight in model.named_parameters() if weight.ndim == 3}
+            raise UserError(
+                f"model.lora.target_parameters: found {target}, and no weight of {type(model).__name__} ends so. Stacked weights "
+                f"of it: {', '.join(sorted(stacked)) or 'none'}."
+            )
+    return targets
 
 
 def _default_targets(model_config: ModelConfig, model: nn.Module) -> str | list[str]:
@@ -174,7 +188,10 @@ def describe_frozen_layers(model: nn.Module, model_config: ModelConfig) -> list[
             )
     experts = [name for name in fused_experts(model) if not {name, name.removesuffix(".base_layer")} & adapted]
     if frozen := sorted({_pattern(name) for name in experts}):
-        lines.append(f"adapter: the routed experts of {type(model).__name__} stay frozen ({', '.join(frozen)})")
+        lines.append(
+            f"adapter: the routed experts of {type(model).__name__} stay frozen ({', '.join(frozen)}); "
+            "model.lora.target_parameters adapts their weights"
+        )
     return lines
 
 

@@ -94,7 +94,7 @@ def adapter_options(archive: str) -> dict:
     """The `model.lora` options of an adapter on disk, its own target modules included. Raises UserError if it is damaged."""
     config = read_adapter_config(archive)
     kind = {name: bool(config.get(name)) for name in ("use_dora", "use_rslora")}
-    own = {"target_modules": None, "layers": None, "init": "default"}
+    own = {"target_modules": None, "target_parameters": None, "layers": None, "init": "default"}
     return {"r": config["r"], "alpha": config["lora_alpha"], **kind, **own}
 
 

@@ -75,8 +75,8 @@ def _check_kind_of_adapter(config: RunConfig) -> None:
     if lora.target_parameters is not None and (lora.layers is not None or lora.dropout):
         other = "layers" if lora.layers is not None else "dropout"
         raise UserError(
-            f"model.lora.target_parameters: found {lora.target_parameters} with {other}, which does not apply to them. Name blocks "
-            "as in layers.1.mlp.experts.down_proj, and leave dropout 0."
+            f"model.lora.target_parameters: found {lora.target_parameters} with {other}, which does not apply to them. Name "
+            "blocks as in layers.1.mlp.experts.down_proj, and leave dropout 0."
         )
     if config.rounds is not None and lora.subtracts_start:
         raise UserError(

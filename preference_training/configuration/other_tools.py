@@ -93,6 +93,13 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each(
         "layers_to_transform lora_layers_to_transform peft_layers_to_transform", "+adapter=lora model.lora.layers={}", "[0,1]"
     ),
+    **_each(
+        "lora_target_parameters target_parameters", "+adapter=lora model.lora.target_parameters={}", "[mlp.experts.down_proj]"
+    ),
+    **_each(
+        "modules_to_save lora_modules_to_save additional_target",
+        note="embedding and head get adapters where model.lora.target_modules names them; weights are trained whole without one",
+    ),
     **_each("unfrozen_parameters trainable_parameters", "model.trainable={}", "[norm]"),
     **_each("freeze_parameters", "model.freeze={}", "[embed_tokens]"),
     **_each("neftune_noise_alpha noisy_embedding_alpha neftune_alpha", "model.neftune_alpha={}", "5"),

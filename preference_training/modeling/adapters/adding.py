@@ -67,8 +67,8 @@ def _known_parameters(targets: list[str], model: nn.Module) -> list[str]:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             stacked = {_pattern(name) for name, weight in model.named_parameters() if weight.ndim == 3}
             raise UserError(
-                f"model.lora.target_parameters: found {target}, and no weight of {type(model).__name__} ends so. Stacked weights "
-                f"of it: {', '.join(sorted(stacked)) or 'none'}."
+                f"model.lora.target_parameters: found {target}, and no weight of {type(model).__name__} ends so. Stacked "
+                f"weights of it: {', '.join(sorted(stacked)) or 'none'}."
             )
     return targets
 

@@ -98,7 +98,7 @@ OTHER_NAMES: dict[str, Answer] = {
     ),
     **_each(
         "modules_to_save lora_modules_to_save additional_target",
-        note="embedding and head get adapters where model.lora.target_modules names them; weights are trained whole without one",
+        note="embedding and head get adapters where model.lora.target_modules names them; without one all weights are trained",
     ),
     **_each("unfrozen_parameters trainable_parameters", "model.trainable={}", "[norm]"),
     **_each("freeze_parameters", "model.freeze={}", "[embed_tokens]"),

@@ -10,7 +10,7 @@ from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.core.errors import UserError
 from preference_training.modeling.loading import check_model, load_model, load_with_adapter, merge_and_cast
 from preference_training.modeling.tokenizer import load_tokenizer
-from tests.modeling.test_adapters import configured, finished, model_of, small, trainer_of
+from tests.modeling.test_adapters import checkpoint_of, configured, finished, model_of, small, trainer_of, with_trained_adapter
 from tests.support.building import weights_of
 
 __all__ = ["configured", "small"]
@@ -33,8 +33,7 @@ def test_new_rows_are_the_means_of_what_their_texts_were_and_all_else_stays(name
             tokenizer(token, add_special_tokens=False).input_ids,
         )
         assert len(pieces) > 1
-        for rows, old in ((model.get_input_embeddings().weight, model.get_output_embeddings().weight) for model in [after]):
-            assert len(rows) == len(old) == len(larger)
+        assert len(after.get_input_embeddings().weight) == len(after.get_output_embeddings().weight) == len(larger)
         for layer in ("get_input_embeddings", "get_output_embeddings"):
             rows, old = getattr(after, layer)().weight, getattr(before, layer)().weight
             torch.testing.assert_close(rows[number], old[pieces].mean(0))
@@ -79,10 +78,14 @@ def test_an_adapter_learns_of_new_tokens_and_keeps_its_larger_base_model(configu
     base, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), AutoTokenizer.from_pretrained(tmp_path / "base")
     assert len(base.get_input_embeddings().weight) == len(tokens) == len(larger)
     assert torch.equal(base.get_input_embeddings().weight, model.get_input_embeddings().get_base_layer().weight)
-    checkpoint = finished(config, larger, tmp_path / "run")
-    (tmp_path / "base").rename(tmp_path / "run" / "base")
-    merged = merge_and_cast(load_with_adapter(checkpoint, config.model, larger), torch.float32)
-    assert len(merged.get_input_embeddings().weight) == len(larger)
+    checkpoint = checkpoint_of(with_trained_adapter(model), larger, tmp_path)
+    merged = merge_and_cast(load_with_adapter(checkpoint, config.model, larger), torch.float32).eval()
+    plain, ids = (
+        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
+        torch.arange(len(larger) - 9, len(larger)),
+    )
+    for found in (merged, plain):
+        torch.testing.assert_close(found(ids[None]).logits, model(ids[None]).logits, rtol=1e-5, atol=1e-4)
 
 
 def test_a_token_twice_is_refused(configured):

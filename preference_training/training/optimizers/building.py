@@ -89,7 +89,8 @@ def _with_lr_factors(groups: list, policy: nn.Module, config) -> list:
         return groups
     divided = []
     for group in groups if isinstance(groups[0], dict) else [{"params": groups}]:
-        for factor in sorted({factors.get(weight, 1.0) for weight in group["params"]}):
+        # The usual rate first, which is the one that is logged.
+        for factor in sorted({factors.get(weight, 1.0) for weight in group["params"]}, key=lambda factor: factor != 1):
             chosen = [weight for weight in group["params"] if factors.get(weight, 1.0) == factor]
             divided.append(group | {"params": chosen, "lr": factor * group.get("lr", config.lr)})
     return divided

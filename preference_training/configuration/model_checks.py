@@ -87,7 +87,7 @@ def _check_kind_of_adapter(config: RunConfig) -> None:
         raise UserError(
             f"model.lora.init: found {lora.init} with use_dora, whose lengths leave no plain adapter to save. Use one of them."
         )
-    if lora.init == "orthogonal" and lora.r % 2:
+    if lora.init == "orthogonal" and lora.r is not None and lora.r % 2:
         raise UserError(f"model.lora.r: found {lora.r}, expected an even rank with model.lora.init=orthogonal.")
     if lora.use_dora and config.sharded_dtype not in (None, "float32"):
         raise UserError(

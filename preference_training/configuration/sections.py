@@ -82,7 +82,9 @@ class LoraConfig(Section):
     target_parameters: list[str] | None = key(
         expected(
             "ends of names of weights, as in [mlp.experts.down_proj], or null",
-            lambda value: value is None or (isinstance(value, list) and value and all(isinstance(name, str) for name in value)),
+            lambda value: (
+                value is None or (isinstance(value, list) and value != [] and all(isinstance(each, str) for each in value))
+            ),
         ),
         NEWER,
     )

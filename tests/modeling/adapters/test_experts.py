@@ -19,6 +19,7 @@ FAMILIES = {
     "deepseek_v3": test_adapters.SIZES
     | EXPERTS
     | {
+        "head_dim": 4,
         "n_routed_experts": 4,
         "n_group": 2,
         "topk_group": 1,

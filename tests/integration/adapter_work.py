@@ -15,9 +15,10 @@ from tests.support.building import weights_of
 
 
 def save_and_resume(settings: dict, case: dict, folder: str) -> dict:
-    """A step of an adapter over all ranks and a checkpoint of it: its rank in the file, and what differs where runs go on from it.
+    """A step of an adapter over all ranks, and a checkpoint of it.
 
-    same: the names of weights that another sharded run, and one in one process, read back with other values.
+    differing: the names of weights that another sharded trainer, and one in one process, read from it with other values. count,
+    shape: of the weights in it, and of the first by name.
     """
     world = World(settings)
     first, second = Adapted(world, case), Adapted(world, case)

@@ -142,8 +142,7 @@ class TrainingStep:
         self.placement, self.models, self.state = placement, models, state
         self.device, self.lockstep = compute_device(models.policy), placement.lockstep()
         self.updater = Updater(placement, models.policy, state, total_steps)
-        alpha = placement.config.model.neftune_alpha
-        self.noise = alpha and EmbeddingNoise(models.policy, alpha, placement.config.seed)
+        self.noise = EmbeddingNoise(models.policy, placement.config.model.neftune_alpha, placement.config.seed)
 
     def take(
         self,
@@ -161,7 +160,8 @@ class TrainingStep:
         remembered = self.models.loss.state_dict()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         while True:
-            batch = self._backward_within_memory(micro_batches, halve, remembered)
+            with self.noise.on(self.state.updates, micro_batches, self.placement.ranks):
+                batch = self._backward_within_memory(micro_batches, halve, remembered)
             grad_norm = self.updater.clip_gradient()
             # Read at once, before the weights change: one wait for the device.
             packs = [pack for micro_batch in batch.micro_batches for pack in micro_batch.packs]
@@ -224,14 +224,7 @@ class TrainingStep:
         return halve(micro_batches, Shortage.of(self.placement.ranks.all_gather_object(found)))
 
     def backward(self, micro_batches: Sequence[MicroBatch]) -> BatchResult:
-        """Accumulate the gradient of a batch, with noise on embeddings where that is asked for."""
-        if not self.noise:
-            return self._backward(micro_batches)
-        longest = max(pack.trie.longest_sequence for micro_batch in micro_batches for pack in micro_batch.packs)
-        with self.noise.on(self.state.updates, -self.placement.ranks.all_reduce_min(-longest)):
-            return self._backward(micro_batches)
-
-    def _backward(self, micro_batches: Sequence[MicroBatch]) -> BatchResult:
+        """Accumulate the gradient of a batch."""
         self.models.policy.train()
         self.lockstep.begin()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)

@@ -5,11 +5,14 @@ packs or ranks, with shared prefixes or without, and when a run is resumed.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 
 # Odd constants of splitmix64 (Steele et al. 2014) as signed numbers.
 GOLDEN, FIRST, SECOND = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -21,19 +24,23 @@ class EmbeddingNoise:
     """Noise on the embeddings of a model while it is `on`: uniform up to alpha / sqrt(L d), d the width of the embeddings.
 
     L is the length of the longest sequence of a batch: in the paper's own code it is the length that a batch is padded to.
+    Without alpha there is none.
     """
 
-    def __init__(self, model: nn.Module, alpha: float, seed: int):
+    def __init__(self, model: nn.Module, alpha: float | None, seed: int):
         self.alpha, self.seed = alpha, seed
         self.step, self.longest = 0, 0
         self.positions: Tensor | None = None
-        model.register_forward_pre_hook(self._note_positions, with_kwargs=True)
-        model.get_input_embeddings().register_forward_hook(self._add)
+        if alpha is not None:
+            model.register_forward_pre_hook(self._note_positions, with_kwargs=True)
+            model.get_input_embeddings().register_forward_hook(self._add)
 
     @contextmanager
-    def on(self, step: int, longest: int) -> Iterator[None]:
-        """Context of a step's forward passes. longest: tokens of the longest sequence of its batch, over all ranks."""
-        self.step, self.longest = step, longest
+    def on(self, step: int, micro_batches: Sequence[MicroBatch], ranks: Ranks = SINGLE_PROCESS) -> Iterator[None]:
+        """Context of the forward passes of a step on this rank's micro-batches."""
+        if self.alpha is not None:
+            longest = max(pack.trie.longest_sequence for micro_batch in micro_batches for pack in micro_batch.packs)
+            self.step, self.longest = step, -ranks.all_reduce_min(-longest)
         try:
             yield
         finally:
@@ -43,7 +50,7 @@ class EmbeddingNoise:
         self.positions = options.get("position_ids")
 
     def _add(self, _module: nn.Module, inputs: tuple, embeddings: Tensor) -> Tensor:
-        if not self.longest:
+        if self.alpha is None or not self.longest:
             return embeddings
         ids = inputs[0]
         positions = torch.arange(ids.shape[-1], device=ids.device) if self.positions is None else self.positions.to(ids.device)

@@ -35,9 +35,10 @@ def test_noise_has_the_size_of_the_paper_and_is_there_only_while_it_is_on(config
     noise = EmbeddingNoise(model, 5.0, seed=0)
     ids, embedding = torch.arange(5, 25)[None], model.get_input_embeddings()
     plain = embedding(ids)
-    with noise.on(step=3, longest=20):
+    # Sequences of five and six tokens.
+    with noise.on(3, [MicroBatch.of(list(iterate_examples(PROMPTS)), TokenBudget(10**6, 10**6))]):
         added = embedding(ids) - plain
-    limit = 5 / math.sqrt(20 * plain.shape[-1])
+    limit = 5 / math.sqrt(6 * plain.shape[-1])
     assert 0.9 * limit < added.abs().max() <= limit * 1.0001
     assert torch.equal(embedding(ids), plain)
 
@@ -46,7 +47,7 @@ def test_tries_and_rows_have_the_same_noise(configured, tokenizer):
     scores = []
     for sharing in ("on", "off"):
         trainer = trainer_of(configured(*NOISY, f"prefix_sharing={sharing}"), tokenizer)
-        with torch.no_grad(), trainer.step.noise.on(step=2, longest=12):
+        with torch.no_grad(), trainer.step.noise.on(2, [MicroBatch.of(list(iterate_examples(PROMPTS)), TokenBudget(99, 99))]):
             scores.append(response_scores(trainer.models.policy, BATCH))
         with torch.no_grad():
             assert not torch.allclose(response_scores(trainer.models.policy, BATCH), scores[-1], atol=1e-2)
@@ -58,7 +59,8 @@ def gradients(trainer, cuts: int) -> tuple[float, list[torch.Tensor]]:
     examples = list(iterate_examples(PROMPTS))[:8]
     size, budget = 8 // cuts, TokenBudget(12, 12) if cuts > 1 else TokenBudget(10**6, 10**6)
     parts = [MicroBatch.of(examples[start : start + size], budget) for start in range(0, 8, size)]
-    result = trainer.step.backward(parts)
+    with trainer.step.noise.on(0, parts):
+        result = trainer.step.backward(parts)
     return float(result.sums["loss/train"][0]), [weight.grad.clone() for weight in trainer.models.policy.parameters()]
 
 

@@ -23,7 +23,8 @@ from preference_training.configuration.composition import (
 )
 from preference_training.configuration.config_files import FOLDER_FLAGS, take_flag
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
-from preference_training.configuration.model_names import ADAPTER_CONFIG, is_gguf, local_gguf
+from preference_training.configuration.model_checks import check_model_keys
+from preference_training.configuration.model_names import is_gguf, local_gguf
 from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, Origin, RunConfig
 from preference_training.configuration.sections import BASE_MODEL, EvaluationConfig, LossConfig
 from preference_training.core.errors import UserError, nearest
@@ -98,8 +99,7 @@ def _prefer_given_warmup(config: DictConfig, choices: dict[str, str] | None) -> 
 def _check_together(config: RunConfig) -> None:
     """Raise UserError for values that do not go together, or name what is not there."""
     _check_choices(config)
-    _check_adapter(config)
-    _check_float8(config)
+    check_model_keys(config)
     _check_sharding(config)
     _check_loss(config)
     if config.per_device_batch_size is None:
@@ -176,58 +176,6 @@ def _check_choices(config: RunConfig) -> None:
         raise UserError("weight_decay: given here and in optimizer_kwargs, which decays all weights. Expected one of them.")
     if config.compile and config.trainer.splits_layers:
         raise UserError("compile: TensorParallelTrainer splits what would be compiled. Use FSDPTrainer or BasicTrainer.")
-
-
-def _check_adapter(config: RunConfig) -> None:
-    model, has_adapter = config.model, config.model.lora.r is not None
-    if model.quantization and not has_adapter:
-        raise UserError("model.quantization: quantized weights cannot be trained themselves. Add +adapter=lora.")
-    if model.quantization and config.trainer.splits_layers:
-        raise UserError(
-            "model.quantization: TensorParallelTrainer splits the rows and columns of a layer, and quantized weights share "
-            "scales across both. Use trainer=FSDPTrainer, or leave model.quantization null."
-        )
-    if model.quantization == "int8" and config.trainer.is_sharded:
-        raise UserError(
-            "model.quantization: FSDPTrainer cannot check int8 layers at load: they round activations to eight bits on a GPU, "
-            "and not on the CPU of rank 0, which it compares with. Use nf4, or trainer=BasicTrainer."
-        )
-    if has_adapter and config.trainer.splits_layers:
-        raise UserError(
-            "model.lora.r: TensorParallelTrainer splits the layers that an adapter changes. Use FSDPTrainer or BasicTrainer."
-        )
-    if has_adapter and config.loss.moves_reference:
-        raise UserError(
-            f"model.lora.r: loss={config.loss.name} moves the reference, which with an adapter has no weights of its own. "
-            "Train all weights, or use another loss."
-        )
-    reference = model.reference_archive
-    if has_adapter and reference not in (None, BASE_MODEL) and not (Path(reference) / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"model.reference_archive: found {reference}, expected an adapter or base: with an adapter the reference is the "
-            "same model, under another adapter or none."
-        )
-    if has_adapter and model.reference_dtype != model.policy_dtype:
-        raise UserError(
-            f"model.reference_dtype: found {model.reference_dtype}, expected policy_dtype, {model.policy_dtype}: with an "
-            "adapter the reference is the same weights."
-        )
-
-
-def _check_float8(config: RunConfig) -> None:
-    model = config.model
-    if not model.fp8:
-        return
-    if model.lora.r is not None:
-        raise UserError(
-            "model.fp8: found true with an adapter: FP8 layers compute gradients of the weights under it, which are frozen. "
-            "Train all weights, or set it to false."
-        )
-    if config.trainer.name != "BasicTrainer":
-        raise UserError(
-            f"model.fp8: {config.trainer.name} compares its sharded model with the unsharded one, whose products are "
-            "not rounded to FP8. Use trainer=BasicTrainer."
-        )
 
 
 def _check_sharding(config: RunConfig) -> None:

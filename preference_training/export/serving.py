@@ -53,14 +53,16 @@ class Served:
 
     def _vllm(self) -> str:
         if self.facts.adapter:
-            return shlex.join(self._vllm_adapter())
+            settings = json.loads((self.directory / CONFIG_FILE).read_text(encoding="utf-8"))
+            if settings.get("use_dora"):
+                return "it serves no DoRA adapters: export with --merge"
+            return shlex.join(self._vllm_adapter(settings))
         # Without it, vLLM casts float32 to bfloat16.
         dtype = ["--dtype", "float32"] if self.dtype == "float32" else []
         return shlex.join(["vllm", "serve", str(self.directory), *dtype])
 
-    def _vllm_adapter(self) -> list[str]:
+    def _vllm_adapter(self, settings: dict) -> list[str]:
         """vLLM reads chat template and end tokens from the base model, unless it is told otherwise."""
-        settings = json.loads((self.directory / CONFIG_FILE).read_text(encoding="utf-8"))
         ranks = [settings["r"], *(settings.get("rank_pattern") or {}).values()]
         rank = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks)), max(ranks))
         name = self.directory.resolve().name

@@ -33,6 +33,7 @@ from preference_training.losses.base import (
 from preference_training.modeling.experts.balance import ExpertBalance
 from preference_training.modeling.logprobs import policy_scores, reference_logps, shares_prefixes, zero_scores
 from preference_training.modeling.state import compute_device
+from preference_training.modeling.tuning.embedding_noise import EmbeddingNoise
 from preference_training.tracking.tracker import Metrics
 from preference_training.training.parts import Models, RunState
 from preference_training.training.updates import Updater
@@ -143,6 +144,7 @@ class TrainingStep:
         self.device, self.lockstep = compute_device(models.policy), placement.lockstep()
         self.updater = Updater(placement, models.policy, state, total_steps)
         self.balance = ExpertBalance(models.policy, placement.ranks, placement.config.model.router_aux_loss)
+        self.noise = EmbeddingNoise(models.policy, placement.config.model.neftune_alpha, placement.config.seed)
 
     def take(
         self,
@@ -160,7 +162,8 @@ class TrainingStep:
         remembered = self.models.loss.state_dict()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         while True:
-            batch = self._backward_within_memory(micro_batches, halve, remembered)
+            with self.noise.on(self.state.updates, micro_batches, self.placement.ranks):
+                batch = self._backward_within_memory(micro_batches, halve, remembered)
             grad_norm = self.updater.clip_gradient()
             # Read at once, before the weights change: one wait for the device.
             packs = [pack for micro_batch in batch.micro_batches for pack in micro_batch.packs]

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS
 from preference_training.core.errors import UserError, first_line
+from preference_training.modeling.adapters.weights import lr_factors
 from preference_training.modeling.quantization import import_bitsandbytes
 from preference_training.training.optimizers.master_weights import MasterWeights, is_low_precision
 
@@ -41,7 +42,7 @@ def build_optimizer(policy: nn.Module, config, masters: bool | None = None) -> t
 
 def _plain_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
     arguments = {"lr": config.lr, **config.optimizer_kwargs}
-    groups = _parameter_groups(policy, config.weight_decay)
+    groups = _with_lr_factors(_parameter_groups(policy, config.weight_decay), policy, config)
     if config.optimizer in BITSANDBYTES_OPTIMIZERS:
         return getattr(import_bitsandbytes(f"optimizer={config.optimizer}").optim, config.optimizer)(groups, **arguments)
     optimizer_class = getattr(torch.optim, config.optimizer)
@@ -79,3 +80,17 @@ def _parameter_groups(policy: nn.Module, weight_decay: float | None) -> list:
         {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _with_lr_factors(groups: list, policy: nn.Module, config) -> list:
+    """The groups, each divided by what the learning rate of its weights is multiplied by: of B matrices with LoRA+."""
+    factors = lr_factors(policy, config.model.lora.loraplus_lr_ratio)
+    if not factors:
+        return groups
+    divided = []
+    for group in groups if isinstance(groups[0], dict) else [{"params": groups}]:
+        # The usual rate first, which is the one that is logged.
+        for factor in sorted({factors.get(weight, 1.0) for weight in group["params"]}, key=lambda factor: factor != 1):
+            chosen = [weight for weight in group["params"] if factors.get(weight, 1.0) == factor]
+            divided.append(group | {"params": chosen, "lr": factor * group.get("lr", config.lr)})
+    return divided

@@ -44,9 +44,14 @@ _LOSSES = {
 _OPTIMIZERS = {
     "adamw": "AdamW", "adamw_torch": "AdamW", "adamw_torch_fused": "AdamW", "sgd": "SGD", "rmsprop": "RMSprop",
     "adamw_hf": "AdamW", "adamw_8bit": "AdamW8bit", "adamw_bnb_8bit": "AdamW8bit", "lion_8bit": "Lion8bit",
-    "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_32bit": "PagedAdamW",
+    "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_32bit": "PagedAdamW", "muon": "Muon",
+    "adafactor": "Adafactor", "schedule_free_adamw": "AdamWScheduleFree", "schedule_free_sgd": "SGDScheduleFree",
+    "galore_adamw": "GaLore",
 }  # fmt: skip
-_SCHEDULES = {"constant_with_warmup": "constant", "rex": "linear", "cosine_with_restarts": "cosine", "polynomial": "linear"}
+_SCHEDULES = {
+    "constant_with_warmup": "constant", "rex": "linear", "cosine_with_restarts": "cosine lr_restarts=1", "polynomial": "linear",
+    "warmup_stable_decay": "wsd",
+}  # fmt: skip
 _DTYPES = {"auto": "bfloat16", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _ATTENTIONS = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "true": "flash_attention_2", "disabled": "eager"}
 _IN_EXAMPLES = "it counts examples, not steps: steps times batch_size"
@@ -208,7 +213,11 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("eval_on_start", "do_first_eval={}", "true"),
     **_each("save_steps save_interval checkpoint_every saves_per_epoch", "save_every={}", "2000", note=_IN_EXAMPLES),
     **_each("save_total_limit max_checkpoints", "keep_last={}", "2"),
-    **_each("load_best_model_at_end save_best", "keep_best=1"),
+    **_each("load_best_model_at_end", "load_best={}", "true"),
+    **_each("save_best", "keep_best=1"),
+    **_each("ema_alpha ema_rate use_ema model_ema", "ema_decay={}", "0.99", {"true": "0.99"}),
+    **_each("embedding_lr_scale", "lr_groups={{embed: {}}}", "0.1"),
+    **_each("embedding_lr embedding_learning_rate", "lr_groups={{embed: 0.1}}", note="in multiples of lr"),
     **_each("metric_for_best_model", "objective={}", "loss/eval"),
     **_each("generate_during_eval", "sample_during_eval={}", "true"),
     **_each(

@@ -25,7 +25,7 @@ from preference_training.configuration.config_files import FOLDER_FLAGS, take_fl
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
 from preference_training.configuration.model_checks import check_model_keys
 from preference_training.configuration.model_names import is_gguf, local_gguf
-from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, Origin, RunConfig
+from preference_training.configuration.schema import Origin, RunConfig
 from preference_training.configuration.sections import BASE_MODEL, EvaluationConfig, LossConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.metric_names import (
@@ -99,6 +99,8 @@ def _prefer_given_warmup(config: DictConfig, choices: dict[str, str] | None) -> 
 def _check_together(config: RunConfig) -> None:
     """Raise UserError for values that do not go together, or name what is not there."""
     _check_choices(config)
+    _check_optimizer(config)
+    _check_load_best(config)
     check_model_keys(config)
     _check_sharding(config)
     _check_loss(config)
@@ -167,15 +169,58 @@ def _check_group_names(loss: dict[str, Any], trainer: dict[str, Any]) -> None:
 
 
 def _check_choices(config: RunConfig) -> None:
-    if config.optimizer in BITSANDBYTES_OPTIMIZERS and config.trainer.is_sharded:
-        raise UserError(
-            f"optimizer: found {config.optimizer}, whose kernels do not support sharded weights. Use "
-            "trainer=BasicTrainer, or AdamW, whose states the processes share."
-        )
     if config.weight_decay is not None and "weight_decay" in config.optimizer_kwargs:
         raise UserError("weight_decay: given here and in optimizer_kwargs, which decays all weights. Expected one of them.")
     if config.compile and config.trainer.splits_layers:
         raise UserError("compile: TensorParallelTrainer splits what would be compiled. Use FSDPTrainer or BasicTrainer.")
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    name, facts, trainer = config.optimizer, config.optimizer_facts, config.trainer
+    if not facts.shards and trainer.is_sharded:
+        raise UserError(
+            f"optimizer: found {name}, whose kernels do not support sharded weights. Use trainer=BasicTrainer, or AdamW, whose "
+            "states the processes share."
+        )
+    if name == "Muon" and trainer.splits_layers:
+        raise UserError(
+            "optimizer: found Muon, whose updates are of whole matrices, and TensorParallelTrainer splits them. Use "
+            "FSDPTrainer, or AdamW."
+        )
+    if facts.averages and config.lr_schedule != "constant":
+        raise UserError(
+            f"lr_schedule: found {config.lr_schedule}, expected constant: {name} averages its weights in place of a schedule. "
+            "Set lr_schedule=constant; warm-up may stay."
+        )
+    if facts.averages and config.ema_decay is not None:
+        raise UserError(f"ema_decay: found {config.ema_decay}, expected null: {name} averages its weights itself.")
+    if config.averages_weights and config.master_weights is False and config.model.trains_low_precision:
+        key = "optimizer" if facts.averages else "ema_decay"
+        raise UserError(
+            f"master_weights: found false, and {key} averages weights, which in {config.model.policy_dtype} would be rounded "
+            "away. Set master_weights to auto or true."
+        )
+    if config.lr_restarts and config.lr_schedule != "cosine":
+        raise UserError(f"lr_restarts: found {config.lr_restarts}, and lr_schedule is {config.lr_schedule}. Set it to cosine.")
+
+
+def _check_load_best(config: RunConfig) -> None:
+    """Raise UserError where load_best could not find the best evaluation's weights on disk."""
+    if not config.load_best:
+        return
+    every = config.save_every in (None, config.eval_every)
+    if config.save_strategy != "steps" or not every:
+        found = f"save_strategy={config.save_strategy}" if every else f"save_every={config.save_every}"
+        raise UserError(
+            f"load_best: found true with {found}, expected a checkpoint at each evaluation. Set save_strategy=steps and "
+            "save_every=null."
+        )
+    if config.keep_last is not None and config.keep_best is None:
+        raise UserError(
+            f"load_best: found true, and keep_last={config.keep_last} may remove the best checkpoint. Set keep_best=1 too."
+        )
+    if config.debug:
+        raise UserError("load_best: found true, and debug=true writes no checkpoints. Set one of them to false.")
 
 
 def _check_sharding(config: RunConfig) -> None:

@@ -173,7 +173,8 @@ def run_facts(run: RunRecord) -> dict[str, str]:
     """What the run did, in words: name → value."""
     settings, updates = run.settings, run.rows[-1].get(UPDATES) if run.rows else None
     rate, warm_up = settings.get("lr"), settings.get("warmup_steps")
-    schedule = {"linear": "linear to", "cosine": "cosine to"}.get(settings.get("lr_schedule"), "")
+    shapes = {"linear": "linear to", "cosine": "cosine to", "wsd": "at the end linear to"}
+    schedule = shapes.get(settings.get("lr_schedule"), "")
     last = settings.get("final_lr_share")
     end = f", {schedule} {format_number(rate * last)}" if schedule and _are_numbers(rate, last) else ""
     share = settings.get("warmup_share")

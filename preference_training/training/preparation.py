@@ -38,7 +38,8 @@ from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.training.defaults import fit_lr, fit_steps, settle_dtypes, unusual_lr
 from preference_training.training.optimizers.building import check_optimizer
-from preference_training.training.optimizers.notices import precision_notices
+from preference_training.training.optimizers.groups import lr_group_lines
+from preference_training.training.optimizers.notices import averages_notice, precision_notices
 
 # In a checkpoint, as transformers names it.
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -101,7 +102,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     if not config.eval_only:
         lines += [line] if (line := unusual_lr(config, loss.learns, count)) else []
     config = fit_lr(config, loss.learns, count)
-    lines += [] if config.eval_only else precision_notices(config)
+    lines += [] if config.eval_only else [*training_notices(config), *rates_of_weights(config, tokenizer)]
     limits = model_limits(config, tokenizer)
     config, entries = fit_templates(config, entries, tokenizer, earlier)
     if notice := other_template_notice(config, entries, tokenizer):
@@ -141,6 +142,21 @@ def count_parameters(config: RunConfig, tokenizer) -> int:
     plain = replace(config.model, lora=replace(config.model.lora, r=None), quantization=None)
     with torch.device("meta"):
         return build_untrained(plain, tokenizer, config.cache_dir).num_parameters()
+
+
+def training_notices(config: RunConfig) -> list[str]:
+    """What a run says of how its weights are updated, and which are saved."""
+    averages = averages_notice(config)
+    return [*precision_notices(config), *([averages] if averages else [])]
+
+
+def rates_of_weights(config: RunConfig, tokenizer) -> list[str]:
+    """What `lr_groups` does, in lines of text; reads no weights. Raises UserError for a pattern that no trained weight has."""
+    if not config.lr_groups:
+        return []
+    with torch.device("meta"):
+        model = build_untrained(config.model, tokenizer, config.cache_dir)
+    return lr_group_lines(config, [name for name, weight in model.named_parameters() if weight.requires_grad])
 
 
 def fit_templates(

@@ -37,6 +37,7 @@ def weight_bytes(config, tokenizer) -> int:
     "override",
     [
         *("optimizer=AdamW", "optimizer=RMSprop", "optimizer=AdamW8bit"),
+        *("optimizer=Muon", "optimizer=Adafactor", "optimizer=GaLore", "optimizer=AdamWScheduleFree", "ema_decay=0.9"),
         *("activation_checkpointing=true", "activation_checkpointing=selective"),
     ],
 )

@@ -116,8 +116,6 @@ def reference_mode(model: nn.Module):
 # ---- the learning rate ----------------------------------------------------------------------------------------------------
 
 
-def lr_factors(model: nn.Module, ratio: float | None) -> dict[Tensor, float]:
-    """By weight what its learning rate is multiplied by, where not by 1: B matrices of adapters by `ratio` (LoRA+)."""
-    if ratio in (None, 1):
-        return {}
-    return {weight: ratio for name, weight in model.named_parameters() if re.search(r"\.lora_(embedding_)?B\.", name)}
+def is_b_matrix(name: str) -> bool:
+    """Whether a weight of this name is the B matrix of an adapter."""
+    return re.search(r"\.lora_(embedding_)?B\.", name) is not None

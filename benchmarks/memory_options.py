@@ -43,6 +43,10 @@ SETTINGS = {
     "all weights, RMSprop, selective checkpointing": ["activation_checkpointing=selective"],
     "all weights, RMSprop, compiled": ["compile=true"],
     "LoRA, RMSprop": ["+adapter=lora"],
+    "DoRA, RMSprop": ["+adapter=dora"],
+    "rsLoRA of rank 64, RMSprop": ["+adapter=rslora"],
+    "PiSSA, RMSprop": ["+adapter=pissa"],
+    "half of the matrices (Spectrum), RMSprop": ["model.spectrum_share=0.5"],
     "QLoRA, RMSprop": ["+adapter=qlora"],
     "QLoRA, RMSprop, activation checkpointing": ["+adapter=qlora", "activation_checkpointing=true"],
 }

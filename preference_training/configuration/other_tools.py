@@ -75,6 +75,7 @@ OTHER_NAMES: dict[str, Answer] = {
         *("model.tokenizer_name_or_path={}", "Qwen/Qwen3-0.6B"),
     ),
     **_each("torch_dtype dtype model_dtype", "model.policy_dtype={}", "bfloat16", _DTYPES),
+    **_each("router_aux_loss_coef output_router_logits", "model.router_aux_loss={}", "0.001", {"true": "0.001"}),
     **_each("trust_remote_code", "model.trust_remote_code={}", "true"),
     **_each("attn_implementation", "model.attn_implementation={}", "flash_attention_2", _ATTENTIONS),
     **_each("flash_attention flash_attn use_flash_attention_2 use_flash_attn", "model.attn_implementation=flash_attention_2"),
@@ -90,6 +91,26 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("lora_r lora_rank lora_config_r model.lora_rank", "+adapter=lora model.lora.r={}", "16"),
     **_each("lora_alpha model.lora_alpha", "+adapter=lora model.lora.alpha={}", "32"),
     **_each("lora_dropout model.lora_dropout", "+adapter=lora model.lora.dropout={}", "0.05"),
+    **_each("use_dora lora_use_dora peft_use_dora", "+adapter=lora model.lora.use_dora={}", "true"),
+    **_each("use_rslora lora_use_rslora peft_use_rslora", "+adapter=lora model.lora.use_rslora={}", "true"),
+    **_each("loraplus_lr_ratio lora_plus_lr_ratio", "+adapter=lora model.lora.loraplus_lr_ratio={}", "16"),
+    **_each("init_lora_weights peft_init_lora_weights init_weights", "+adapter=lora model.lora.init={}", "pissa_niter_16"),
+    **_each("pissa_init", "+adapter=pissa"),
+    **_each(
+        "layers_to_transform lora_layers_to_transform peft_layers_to_transform", "+adapter=lora model.lora.layers={}", "[0,1]"
+    ),
+    **_each(
+        "lora_target_parameters target_parameters", "+adapter=lora model.lora.target_parameters={}", "[mlp.experts.down_proj]"
+    ),
+    **_each(
+        "modules_to_save lora_modules_to_save additional_target",
+        note="embedding and head get adapters where model.lora.target_modules names them; without one all weights are trained",
+    ),
+    **_each("unfrozen_parameters trainable_parameters", "model.trainable={}", "[norm]"),
+    **_each("freeze_parameters", "model.freeze={}", "[embed_tokens]"),
+    **_each("neftune_noise_alpha noisy_embedding_alpha neftune_alpha", "model.neftune_alpha={}", "5"),
+    **_each("add_tokens new_tokens", "model.add_tokens={}", "['<plan>']"),
+    **_each("add_special_tokens new_special_tokens", "model.add_special_tokens={}", "['<tool>']"),
     **_each(
         "lora_target_modules lora_target lora_target_linear model.lora_attn_modules",
         *("+adapter=lora model.lora.target_modules={}", "[q_proj,v_proj]"),

@@ -8,6 +8,7 @@ import copy
 import math
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from preference_training.configuration.keys import (
@@ -76,11 +77,15 @@ def _directory_name(value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a configuration was composed from: the command line, the model preset, and the keys that were null."""
+    """What a configuration was composed from: the command line, the model preset, and the keys that were null.
+
+    folder: presets of the user's own, None without any (--config-dir).
+    """
 
     overrides: tuple[str, ...] = ()
     preset: str = "base_model"
     nulls: frozenset[str] = frozenset()
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,16 @@ from preference_training.configuration.composition import (
     choice_keys,
     compose_overrides,
     default_values,
+    group_choices,
     group_keys,
     loss_keys,
     preset_of,
     unknown_key,
 )
+from preference_training.configuration.config_files import FOLDER_FLAGS, take_flag
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
-from preference_training.configuration.model_names import ADAPTER_CONFIG, is_gguf, local_gguf
+from preference_training.configuration.model_checks import check_model_keys
+from preference_training.configuration.model_names import is_gguf, local_gguf
 from preference_training.configuration.schema import Origin, RunConfig
 from preference_training.configuration.sections import BASE_MODEL, EvaluationConfig, LossConfig
 from preference_training.core.errors import UserError, nearest
@@ -56,11 +59,13 @@ EVALUATION_REQUIREMENTS = "pip install -r requirements/evaluation.txt"
 TRACKING = ("jsonl", "wandb", "tensorboard", "trackio", "mlflow")
 
 
-def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[str, str] | None = None) -> RunConfig:
+def validate(
+    config: DictConfig, overrides: Sequence[str] = (), choices: dict[str, str] | None = None, folder: Path | None = None
+) -> RunConfig:
     """The configuration, typed. Raises UserError, with one message, for the first thing in it that cannot work.
 
     `overrides` are the command line's. `choices` name the file that each group was composed from: with them removed keys and
-    keys of other files are found.
+    keys of other files are found. `folder` has presets of the user's own.
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
@@ -74,7 +79,7 @@ def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[st
     _check_group_names(values["loss"], values["trainer"])
     check_section(RunConfig, values)
     preset = preset_of((choices or {}).get("model", "base_model"))
-    origin = Origin(tuple(overrides), preset, frozenset(key for key, value in dotted(values).items() if value is None))
+    origin = Origin(tuple(overrides), preset, frozenset(key for key, value in dotted(values).items() if value is None), folder)
     typed = replace(RunConfig.of(values, OmegaConf.to_container(config, resolve=False)), origin=origin)
     if typed.max_prompt_length is None:
         typed = typed.changed({"max_prompt_length": typed.max_length // 2})
@@ -96,8 +101,7 @@ def _check_together(config: RunConfig) -> None:
     _check_choices(config)
     _check_optimizer(config)
     _check_load_best(config)
-    _check_adapter(config)
-    _check_float8(config)
+    check_model_keys(config)
     _check_sharding(config)
     _check_loss(config)
     if config.per_device_batch_size is None:
@@ -109,9 +113,11 @@ def _check_together(config: RunConfig) -> None:
 
 
 def configured(*overrides: str) -> RunConfig:
-    """The configuration of a command line. Raises UserError for what cannot work."""
-    config, choices = compose_overrides(*overrides)
-    return validate(config, overrides, choices)
+    """The configuration of a command line, which may have --config-dir. Raises UserError for what cannot work."""
+    given, rest = take_flag(list(overrides), FOLDER_FLAGS)
+    folder = None if given is None else Path(given).expanduser()
+    config, choices = compose_overrides(*rest, folder=folder)
+    return validate(config, rest, choices, folder)
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------------
@@ -138,7 +144,8 @@ def _check_keys_of_group(group: str, values: object, choice: str) -> None:
     """Raise UserError where a group has other keys than the file that it was composed from."""
     if not isinstance(values, dict) or group == "model":
         return
-    known = choice_keys(group, choice)
+    # A preset of the user's own has the keys of what it builds on, by whose name they are checked below.
+    known = choice_keys(group, choice) if choice in group_choices(group) else frozenset(values)
     for name in sorted(values.keys() ^ known):
         raise UserError(unknown_key(f"{group}.{name}", choice) if name in values else _removed(f"{group}.{name}"))
 
@@ -214,58 +221,6 @@ def _check_load_best(config: RunConfig) -> None:
         )
     if config.debug:
         raise UserError("load_best: found true, and debug=true writes no checkpoints. Set one of them to false.")
-
-
-def _check_adapter(config: RunConfig) -> None:
-    model, has_adapter = config.model, config.model.lora.r is not None
-    if model.quantization and not has_adapter:
-        raise UserError("model.quantization: quantized weights cannot be trained themselves. Add +adapter=lora.")
-    if model.quantization and config.trainer.splits_layers:
-        raise UserError(
-            "model.quantization: TensorParallelTrainer splits the rows and columns of a layer, and quantized weights share "
-            "scales across both. Use trainer=FSDPTrainer, or leave model.quantization null."
-        )
-    if model.quantization == "int8" and config.trainer.is_sharded:
-        raise UserError(
-            "model.quantization: FSDPTrainer cannot check int8 layers at load: they round activations to eight bits on a GPU, "
-            "and not on the CPU of rank 0, which it compares with. Use nf4, or trainer=BasicTrainer."
-        )
-    if has_adapter and config.trainer.splits_layers:
-        raise UserError(
-            "model.lora.r: TensorParallelTrainer splits the layers that an adapter changes. Use FSDPTrainer or BasicTrainer."
-        )
-    if has_adapter and config.loss.moves_reference:
-        raise UserError(
-            f"model.lora.r: loss={config.loss.name} moves the reference, which with an adapter has no weights of its own. "
-            "Train all weights, or use another loss."
-        )
-    reference = model.reference_archive
-    if has_adapter and reference not in (None, BASE_MODEL) and not (Path(reference) / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"model.reference_archive: found {reference}, expected an adapter or base: with an adapter the reference is the "
-            "same model, under another adapter or none."
-        )
-    if has_adapter and model.reference_dtype != model.policy_dtype:
-        raise UserError(
-            f"model.reference_dtype: found {model.reference_dtype}, expected policy_dtype, {model.policy_dtype}: with an "
-            "adapter the reference is the same weights."
-        )
-
-
-def _check_float8(config: RunConfig) -> None:
-    model = config.model
-    if not model.fp8:
-        return
-    if model.lora.r is not None:
-        raise UserError(
-            "model.fp8: found true with an adapter: FP8 layers compute gradients of the weights under it, which are frozen. "
-            "Train all weights, or set it to false."
-        )
-    if config.trainer.name != "BasicTrainer":
-        raise UserError(
-            f"model.fp8: {config.trainer.name} compares its sharded model with the unsharded one, whose products are "
-            "not rounded to FP8. Use trainer=BasicTrainer."
-        )
 
 
 def _check_sharding(config: RunConfig) -> None:

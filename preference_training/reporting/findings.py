@@ -26,6 +26,7 @@ from preference_training.data.tokenization import RESPONSE_CUT
 from preference_training.evaluation.improvement import Improvement, held_out_improvement, training_improvement
 from preference_training.evaluation.phrasing import MIN_PROMPTS, MORE_HELD_OUT, too_few, with_interval
 from preference_training.losses.registry import evaluation_depends_on_run
+from preference_training.reporting.experts.balance import balance_findings
 from preference_training.reporting.observations import finite_values
 from preference_training.reporting.run_record import RunRecord
 from preference_training.training.defaults import FAR, UNUSUAL, far_from_usual
@@ -240,6 +241,11 @@ def _filtered(run: RunRecord) -> Iterator[Finding]:
         )
 
 
+def _experts(run: RunRecord) -> Iterator[Finding]:
+    for kind, text in balance_findings(run):
+        yield Finding(kind, "warning", text)
+
+
 # ---- held-out examples ------------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +343,6 @@ def _same_measure(held_out: Improvement, training: Improvement) -> bool:
 
 
 CHECKS = (
-    _warmup, _nothing_learned, _no_gradient, _truncated, _skipped, _filtered, _worse_than_before, _below_chance,
-    _overfitting, _few_prompts,
+    _warmup, _nothing_learned, _no_gradient, _truncated, _skipped, _filtered, _experts, _worse_than_before,
+    _below_chance, _overfitting, _few_prompts,
 )  # fmt: skip

@@ -13,6 +13,7 @@ from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.resume import check_same_config, checkpoint_to_resume, find_run
 from preference_training.configuration.keys import listed
+from preference_training.configuration.model_checks import check_noise
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_objective
 from preference_training.core.errors import UserError
@@ -83,6 +84,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
         check_asks_for_no_text(config)
     check_objective(config.objective, config.loss.name, loss.examples, loss.model_head)
     check_live(config, loss)
+    check_noise(config, loss.needs_reference)
     if config.model.reference_archive is not None and not loss.needs_reference:
         raise UserError(f"model.reference_archive: given, and loss={config.loss.name} has no reference. Leave it null.")
     if config.contamination_files and not config.dry_run:
@@ -129,7 +131,9 @@ def adapter_notice(config: RunConfig) -> str | None:
     if lora.r is None:
         return None
     quantized = f" and quantized to {config.model.quantization}" if config.model.quantization else ""
-    adapters = f"LoRA adapters of rank {lora.r} (alpha {lora.alpha:g})"
+    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    start = "" if lora.init == "default" else f" that start as {lora.init}"
+    adapters = f"{kind} adapters of rank {lora.r} (alpha {lora.alpha:g}){start}"
     return f"model.lora.r: {adapters} are trained, all other weights are frozen{quantized}"
 
 

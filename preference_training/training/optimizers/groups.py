@@ -9,16 +9,19 @@ from torch import Tensor, nn
 
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError, nearest
+from preference_training.modeling.adapters.weights import is_b_matrix
 from preference_training.modeling.value_head import VALUE_HEAD
 
 
 def lr_factor(config: RunConfig, name: str) -> float:
     """The learning rate of a weight, by its name in the model, in multiples of `lr`.
 
-    Of the patterns of `lr_groups` that are found in the name, the last one counts.
+    Of the patterns of `lr_groups` that are found in the name, the last one counts; it is multiplied by the ratio of LoRA+ for
+    the B matrices of adapters.
     """
     found = [factor for pattern, factor in (config.lr_groups or {}).items() if re.search(pattern, name)]
-    return found[-1] if found else 1.0
+    ratio = config.model.lora.loraplus_lr_ratio if is_b_matrix(name) else None
+    return (found[-1] if found else 1.0) * (ratio or 1.0)
 
 
 def weight_groups(
@@ -38,8 +41,8 @@ def weight_groups(
         if config.weight_decay is not None:
             options["weight_decay"] = config.weight_decay if weight.ndim > 1 else 0.0
         groups.setdefault(tuple(options.items()), options | {"params": []})["params"].append(weight)
-    # Those that decay first, as before there were other groups.
-    return sorted(groups.values(), key=lambda group: group.get("weight_decay") == 0.0)
+    # Those with the usual learning rate first, which is the one that is logged; of these, those that decay.
+    return sorted(groups.values(), key=lambda group: ("lr" in group, group.get("weight_decay") == 0.0))
 
 
 def hidden_matrices(policy: nn.Module) -> set[Tensor]:

@@ -269,6 +269,13 @@ def variants(problem: Problem) -> list[str]:
     return [solution_of(each, problem.constants) for each in found] + [solution_of(made_of, each) for each in others]
 
 
+def wrong_solution(problem: Problem, draw: random.Random) -> str:
+    """A solution that is wrong in one part or in the constants."""
+    collection = problem.composition.collection.name
+    right = behavior(problem.solution, collection)
+    return draw.choice([code for code in dict.fromkeys(variants(problem)) if behavior(code, collection) != right])
+
+
 def tests_of(problem: Problem, most: int = 8) -> list[str]:
     """Assertions on the empty argument, and on those that tell most variants from the solution."""
     arguments, right = (

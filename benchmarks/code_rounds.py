@@ -15,6 +15,7 @@ import argparse
 import datetime
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from statistics import mean
 
 ROOT = Path(__file__).parent.parent
 
-from code_problems import DIFFICULTIES, Problem, read_problems, tests_of, training_problems  # noqa: E402
+from code_problems import DIFFICULTIES, Problem, read_problems, tests_of, training_problems, wrong_solution  # noqa: E402
 
 from preference_training.evaluation.intervals import estimate, mean_interval, share_interval  # noqa: E402
 from preference_training.rounds.loop import PROMPTS  # noqa: E402
@@ -38,14 +39,16 @@ from preference_training.rounds.tables import read_table  # noqa: E402
 class Settings:
     """What the numbers depend on.
 
-    prompts: problems for all rounds, of which each takes the next round_prompts. samples: responses to a prompt.
+    sft_wrong: the share of SFT's solutions that are wrong in one part. prompts: problems for all rounds, of which each takes
+    the next round_prompts. samples: responses to a prompt.
     """
 
     seed: int = 0
     hidden_size: int = 128
     num_layers: int = 3
     vocab_size: int = 512
-    sft_prompts: int = 1200
+    sft_prompts: int = 2400
+    sft_wrong: float = 0.5
     sft_epochs: int = 4
     sft_lr: float = 2e-3
     prompts: int = 900
@@ -98,7 +101,10 @@ def prepare(folder: Path, settings: Settings) -> None:
     # Rounds ask other problems than SFT showed, but where they are drawn twice.
     for_rounds = training_problems(settings.prompts, settings.seed + 1000)
     make_tokenizer(folder / "tokenizer", [f"{each.prompt}\n{each.solution}" for each in for_sft], settings.vocab_size)
-    write_rows(folder / "sft.jsonl", [{"prompt": each.prompt + "\n", "response": each.solution} for each in for_sft])
+    draw = random.Random(settings.seed)
+    answers = [wrong_solution(each, draw) if draw.random() < settings.sft_wrong else each.solution for each in for_sft]
+    rows = [{"prompt": each.prompt + "\n", "response": answer} for each, answer in zip(for_sft, answers, strict=True)]
+    write_rows(folder / "sft.jsonl", rows)
     write_rows(folder / "prompts.jsonl", [prompt_of(each) for each in for_rounds])
     write_rows(folder / "held_out.jsonl", [row | {"prompt": row["prompt"] + "\n"} for row in read_problems("held_out")])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from preference_training.checkpointing.snapshot import Snapshot
 from preference_training.core.process_group import to_local
-from preference_training.modeling.adapters import has_adapter
+from preference_training.modeling.adapters.weights import has_adapter
 from preference_training.modeling.archives import GENERATION_CONFIG
 from preference_training.tracking.run_files import POLICY_PT
 

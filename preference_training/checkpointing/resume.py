@@ -28,7 +28,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.files import PARTIAL, replace_symlink, write_atomically
 from preference_training.core.metric_names import EXAMPLES
 from preference_training.core.values import UNREADABLE, dotted, find_mismatch
-from preference_training.modeling.adapters import BASE_DIR
+from preference_training.modeling.adapters.files import BASE_DIR
 from preference_training.modeling.archives import MODEL_CONFIG
 from preference_training.tracking.ledger import FOLDER as LEDGER
 from preference_training.tracking.ledger import truncate_ledger

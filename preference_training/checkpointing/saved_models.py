@@ -17,13 +17,8 @@ from torch.distributed.tensor import DTensor
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.process_group import reshard
-from preference_training.modeling.adapters import (
-    WEIGHTS_FILE,
-    check_adapter_shapes,
-    is_adapter,
-    read_adapter_config,
-    weights_to_save,
-)
+from preference_training.modeling.adapters.files import WEIGHTS_FILE, check_adapter_shapes, is_adapter, read_adapter_config
+from preference_training.modeling.adapters.weights import weights_to_save
 from preference_training.modeling.archives import archive_shapes, model_from_archive, weight_files
 from preference_training.modeling.loading import cast_weights, config_differences, saved_head
 from preference_training.modeling.logprobs import response_scores

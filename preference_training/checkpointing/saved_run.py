@@ -12,7 +12,7 @@ from preference_training.configuration.saved import model_config
 from preference_training.configuration.sections import DTYPES, ModelConfig
 from preference_training.core.errors import UserError
 from preference_training.modeling import loading
-from preference_training.modeling.adapters import is_adapter
+from preference_training.modeling.adapters.files import is_adapter
 from preference_training.modeling.archives import MODEL_CONFIG, TOKENIZER_CONFIG
 from preference_training.modeling.state import weights_hash
 from preference_training.modeling.tokenizer import load_tokenizer

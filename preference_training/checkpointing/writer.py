@@ -28,7 +28,8 @@ from preference_training.core.errors import UserError
 from preference_training.core.files import PARTIAL, hash_file, replace_symlink, sync, sync_directory
 from preference_training.core.metric_names import EVAL_LOSS
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, is_distributed
-from preference_training.modeling.adapters import WEIGHTS_FILE, has_adapter, save_adapter_config
+from preference_training.modeling.adapters.files import WEIGHTS_FILE, save_adapter_config
+from preference_training.modeling.adapters.weights import has_adapter
 from preference_training.modeling.archives import SAFETENSORS_INDEX, WHOLE_WEIGHTS
 from preference_training.tracking.run_files import CHECKPOINT, CHECKSUMS, LATEST, OPTIMIZER_DIR, REFERENCE_DIR, STATE
 

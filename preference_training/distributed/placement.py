@@ -36,7 +36,7 @@ from preference_training.distributed.sharding import (
     make_mesh,
     reference_beside,
 )
-from preference_training.modeling.adapters import has_adapter, weights_to_save
+from preference_training.modeling.adapters.weights import has_adapter, weights_to_save
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
 from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference

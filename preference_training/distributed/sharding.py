@@ -37,7 +37,7 @@ from preference_training.core.process_group import (
 )
 from preference_training.distributed.launching import check_context_size
 from preference_training.distributed.out_of_memory import recorded_passes
-from preference_training.modeling.adapters import has_adapter
+from preference_training.modeling.adapters.weights import has_adapter
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained, load_model
 from preference_training.modeling.logprobs import response_scores

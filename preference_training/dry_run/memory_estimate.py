@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_iter
 
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import PackedBatch
-from preference_training.core.process_group import reshard, to_local
+from preference_training.core.process_group import WHOLE_PACKS, ContextGroup, reshard, to_local
 from preference_training.distributed.placement import Placement, Sharded
 from preference_training.distributed.sharding import Sharing, check_cuttable, empty_model
 from preference_training.losses.base import Examples, Loss, LossOutput, SharedStatistics
-from preference_training.modeling.adapters import has_adapter
+from preference_training.modeling.adapters.weights import has_adapter
 from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.logprobs import LiveReference
@@ -227,13 +227,17 @@ def _without_numbers(loss: Loss) -> Loss:
     return _StandIn(loss) if loss.needs_batch_statistics else loss
 
 
-def faked(batch: Sequence[MicroBatch]) -> list[MicroBatch]:
+def faked(batch: Sequence[MicroBatch], policy: nn.Module) -> list[MicroBatch]:
     """A step's micro-batches with cloned tensors, which are fake inside `fake_tensors`."""
-    return [replace(part, packs=[_faked(pack) for pack in part.packs]) for part in batch]
+    context = getattr(policy, "context", WHOLE_PACKS)
+    return [replace(part, packs=[_faked(pack, context) for pack in part.packs]) for part in batch]
 
 
-def _faked(pack: PackedBatch) -> PackedBatch:
-    # Its numbers are read where a context group divides its tokens.
+def _faked(pack: PackedBatch, context: ContextGroup) -> PackedBatch:
+    if context.size > 1:
+        # Its numbers are read where a context group divides its tokens; read among fake tensors they would be random.
+        with unset_fake_temporarily():
+            pack.on_host.part(context.rank, context.size)
     return replace(pack.with_tensors(lambda tensor: tensor.clone()), source=pack.on_host)
 
 
@@ -261,7 +265,9 @@ def peak_memory(step: TrainingStep, counter: StorageCounter, packs: Sequence[Pac
     updater.optimizer.register_step_pre_hook(name_gradients)
     if updater.has_masters:
         updater.optimizer.inner.register_step_pre_hook(name_copied_gradients)
-    batch = faked([MicroBatch([pack], pack.num_examples, pack.members.shape[1], first_tokens=1) for pack in packs])
+    batch = faked(
+        [MicroBatch([pack], pack.num_examples, pack.members.shape[1], first_tokens=1) for pack in packs], models.policy
+    )
     take_unchecked(step, batch)
     for state in updater.optimizer.state.values():
         for value in state.values():

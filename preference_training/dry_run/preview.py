@@ -47,7 +47,7 @@ from preference_training.losses.base import ExampleKind, Loss
 from preference_training.modeling.token_budget import untrained_budget
 from preference_training.reporting.data_report import assess, write_data_report
 from preference_training.training.monitors import warmup_warning
-from preference_training.training.optimization import warmup_steps
+from preference_training.training.optimizers.schedules import warmup_steps
 from preference_training.training.preparation import PreparedRun
 
 # Steps whose batches are built to find the largest.

@@ -190,7 +190,7 @@ def step_costs(
         memory = peak_memory(step, counter, packs)
         with Traffic() as traffic:
             step.models.reference = attributed(step.models.reference, traffic)
-            take_unchecked(step, faked(batch))
+            take_unchecked(step, faked(batch, step.models.policy))
     return StepCosts(memory, traffic)
 
 

@@ -9,7 +9,7 @@ from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, Turn, message_of
 from preference_training.data.rows.templates import BUILT_IN, parse_dialogue
 from preference_training.data.tokenization import tokenize_records
-from preference_training.modeling.adapters import is_adapter
+from preference_training.modeling.adapters.files import is_adapter
 from preference_training.modeling.kernels import refuse_kernels
 from preference_training.modeling.state import weights_hash
 from preference_training.modeling.value_head import ROW_END

@@ -27,7 +27,7 @@ from preference_training.export.quantization import quantize_weights
 from preference_training.export.serving import Served
 from preference_training.export.source import Source, base_license
 from preference_training.modeling import loading
-from preference_training.modeling.adapters import BASE_DIR, CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from preference_training.modeling.adapters.files import BASE_DIR, CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from preference_training.reporting.model_card import CardFacts, model_card
 
 GENERATION = "generation_config.json"

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from preference_training.modeling.adapters import CONFIG_FILE
+from preference_training.modeling.adapters.files import CONFIG_FILE
 from preference_training.reporting.model_card import CardFacts
 
 CHAT_TEMPLATE = "chat_template.jinja"

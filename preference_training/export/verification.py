@@ -21,7 +21,7 @@ from preference_training.checkpointing.saved_models import (
 from preference_training.core.errors import UserError
 from preference_training.export.source import Source
 from preference_training.modeling import loading
-from preference_training.modeling.adapters import BASE_DIR
+from preference_training.modeling.adapters.files import BASE_DIR
 from preference_training.modeling.quantization import dequantize, quantize
 
 

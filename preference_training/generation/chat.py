@@ -37,14 +37,14 @@ from preference_training.generation.servers import Reply, served_model
 from preference_training.generation.settings import GenerationSettings, LoadOptions
 from preference_training.generation.streaming import PrefixCache, StreamedDecoding, TextStream
 from preference_training.modeling import loading
-from preference_training.modeling.adapters import (
+from preference_training.modeling.adapters.files import (
     CONFIG_FILE,
     is_adapter,
     read_adapter_config,
-    reference_mode,
     saved_base,
     set_initial_adapter,
 )
+from preference_training.modeling.adapters.weights import reference_mode
 from preference_training.modeling.archives import MODEL_CONFIG, TOKENIZER_CONFIG
 from preference_training.modeling.sources.gguf import gguf_directory
 from preference_training.modeling.state import move_to_devices

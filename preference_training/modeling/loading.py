@@ -22,22 +22,21 @@ from torch import nn
 from preference_training.configuration.sections import ModelConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.files import atomic_directory
-from preference_training.modeling.adapters import (
+from preference_training.modeling.adapters.adding import add_adapter, describe_frozen_layers
+from preference_training.modeling.adapters.files import (
     BASE_DIR,
     adapter_options,
-    add_adapter,
     base_archive,
     check_adapter_shapes,
     check_base_weights,
-    describe_frozen_layers,
     is_adapter,
     is_value_adapter,
     load_adapter,
-    merge_adapter,
     reference_adapter,
     saved_base,
     set_initial_adapter,
 )
+from preference_training.modeling.adapters.merging import merge_adapter
 from preference_training.modeling.archives import (
     GENERATION_CONFIG,
     MODEL_CONFIG,

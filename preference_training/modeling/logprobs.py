@@ -24,7 +24,7 @@ from preference_training.batching.parts import PackPart, SlicedLayout
 from preference_training.batching.staging import StagedTensors
 from preference_training.core.process_group import WHOLE_PACKS, reshard, to_local
 from preference_training.losses.base import Loss, TokenLogps
-from preference_training.modeling.adapters import has_adapter, reference_mode
+from preference_training.modeling.adapters.weights import has_adapter, reference_mode
 from preference_training.modeling.prefix_sharing.context import assemble
 from preference_training.modeling.prefix_sharing.longest_row import forget_longest_row, frequency_groups, frequency_limits
 from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead, score_tokens

@@ -36,7 +36,7 @@ from preference_training.core.files import write_atomically
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_bytes
 from preference_training.core.values import hash_values
 from preference_training.data.prompt_table import PromptTable, Selection
-from preference_training.modeling.adapters import INITIAL_ADAPTER
+from preference_training.modeling.adapters.weights import INITIAL_ADAPTER
 from preference_training.modeling.loading import CONFIG_METADATA
 from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing.attention_choice import MEASURED, VARLEN, asked_for, in_use

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from preference_training.core.errors import UserError
 from preference_training.core.process_group import local_bytes
-from preference_training.modeling.adapters import initial_weights
+from preference_training.modeling.adapters.weights import initial_weights
 from preference_training.modeling.kernels import use_liger_kernels
 from preference_training.modeling.quantization import weight_numels
 

@@ -18,7 +18,7 @@ from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.chat_templates import detect_format, end_tokens, serve_as_trained
 from preference_training.distributed.placement import Placement
 from preference_training.evaluation.pruning import Pruning
-from preference_training.modeling.adapters import has_adapter
+from preference_training.modeling.adapters.weights import has_adapter
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.reference_cache import ReferencePlan, cache_path, cached_reference
 from preference_training.modeling.token_budget import common_budget, token_budget

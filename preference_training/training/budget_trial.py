@@ -27,7 +27,7 @@ from preference_training.distributed.placement import Placement
 from preference_training.losses.base import Loss
 from preference_training.modeling.state import compute_device
 from preference_training.modeling.token_budget import round_to_two_bits
-from preference_training.training.optimization import build_optimizer
+from preference_training.training.optimizers.building import build_optimizer
 from preference_training.training.parts import Models, RunState
 from preference_training.training.step import TrainingStep
 

@@ -11,7 +11,7 @@ from preference_training.configuration.schema import RunConfig
 from preference_training.core.metric_names import EXAMPLES, TOKENS_SAVED, TRAIN_ACCURACY, TRAIN_CHOSEN_LOGPS, TRAIN_LOSS
 from preference_training.core.process_group import to_local
 from preference_training.tracking.tracker import NoTracker, Tracker
-from preference_training.training.optimization import warmup_steps
+from preference_training.training.optimizers.schedules import warmup_steps
 
 # Steps that a mean is taken over, and after which it means something.
 STEPS = 100

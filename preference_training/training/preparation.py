@@ -36,7 +36,8 @@ from preference_training.modeling.sources.checks import check_sources
 from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.training.defaults import fit_lr, fit_steps, settle_dtypes, unusual_lr
-from preference_training.training.optimization import check_optimizer, precision_notices
+from preference_training.training.optimizers.building import check_optimizer
+from preference_training.training.optimizers.notices import precision_notices
 
 # In a checkpoint, as transformers names it.
 CHAT_TEMPLATE = "chat_template.jinja"

@@ -15,7 +15,8 @@ from preference_training.core.signals import StoppedError, StopRequests
 from preference_training.data.preparation import Prepared
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import Placement
-from preference_training.modeling.adapters import BASE_DIR, has_adapter, saved_base
+from preference_training.modeling.adapters.files import BASE_DIR, saved_base
+from preference_training.modeling.adapters.weights import has_adapter
 from preference_training.modeling.quantization import weight_numels
 from preference_training.tracking.about import write_about
 from preference_training.tracking.callbacks import Callbacks

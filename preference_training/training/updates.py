@@ -11,14 +11,9 @@ from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.distributed.placement import Placement
 from preference_training.modeling.state import compute_device
 from preference_training.training.monitors import UnchangedWeights
-from preference_training.training.optimization import (
-    MASTER,
-    MasterWeights,
-    build_optimizer,
-    pending_updates,
-    schedule,
-    warmup_steps,
-)
+from preference_training.training.optimizers.building import build_optimizer
+from preference_training.training.optimizers.master_weights import MASTER, MasterWeights, pending_updates
+from preference_training.training.optimizers.schedules import schedule, warmup_steps
 from preference_training.training.parts import RunState
 
 # Messages of a run that is resumed with another choice of master weights.

@@ -24,7 +24,7 @@ from preference_training.generation.chat import (
 from preference_training.generation.chat_format import ChatFormat, with_system
 from preference_training.generation.settings import GenerationSettings
 from preference_training.generation.streaming import PrefixCache, TextStream, is_croppable
-from preference_training.modeling import adapters
+from preference_training.modeling.adapters import adding
 from tests.architectures.tiny_models import make
 from tests.support import forked
 from tests.support.chat_templates import LLAMA_3, PHI
@@ -394,7 +394,7 @@ def test_a_reward_model_writes_no_text(tmp_path):
 
 
 def test_an_adapter_without_peft_says_what_to_install(lora_run, monkeypatch):
-    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
+    monkeypatch.setattr(adding, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package peft.*requirements/lora\.txt"):
         load_for_chat(str(lora_run))
 

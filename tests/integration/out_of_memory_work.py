@@ -26,6 +26,7 @@ from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import NoTracker
 from preference_training.training.assembly import token_budgets
+from preference_training.training.preparation import PreparedRun
 from preference_training.training.start_check import StartCheck
 from tests.integration.sharded_work import World, golden_prompts
 from tests.support.building import build_trainer, weights_of
@@ -202,7 +203,9 @@ def resume(settings: dict, folder: str) -> dict:
     with CheckpointWriter(Path(folder), trainer.models.policy, world.tokenizer, ranks, options=options) as writer:
         writer.write(trainer.snapshot())
     ranks.barrier()
-    budgets = token_budgets(trainer.config, trainer.models.policy, ranks, Checkpoint.read(Path(folder) / "step-24"))
+    prepared = PreparedRun(trainer.config, Path(folder), False, trainer.models.loss, world.tokenizer, ())
+    checkpoint = Checkpoint.read(Path(folder) / "step-24")
+    budgets = token_budgets(prepared, trainer.placement, trainer.models.policy, checkpoint, caches_reference=False)
     end_group()
     limits = [budget.limit for budget in (trainer.batches.train.budget, budgets.now, budgets.at_start)]
     return {"said": trainer.tracker.said, "limits": limits}

@@ -5,7 +5,7 @@ import pytest
 from preference_training.core.errors import UserError
 from preference_training.distributed.launching import launch
 from tests.integration import context_work, sharded_work
-from tests.integration.test_sharded_training import ALL, ONE, assert_equal, number_of
+from tests.integration.test_sharded_training import ALL, FOUR_BITS, ONE, assert_adapters_equal, assert_equal, number_of
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
@@ -64,8 +64,8 @@ def test_on_three_processes_sequences_have_the_numbers_they_have_alone_where_tre
 
 @pytest.mark.long
 def test_an_adapter_is_trained_as_in_one_process(settings):
-    for sharding, worst in launch(sharded_work.follow_adapter, (settings,), 2, None).items():
-        assert worst["numbers"] <= 1e-5 and worst["weights"] <= 1e-5, f"{sharding}: {worst}"
+    cases = [{"trainer.sharding": "full"}, {"trainer.sharding": "none"}, FOUR_BITS]
+    assert_adapters_equal(cases, launch(sharded_work.follow_adapters, (settings, cases), 2, None))
 
 
 @pytest.mark.long

@@ -25,7 +25,8 @@ from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import OneProcess
 from preference_training.losses.registry import build_loss
-from preference_training.modeling.adapters import merge_adapter, reference_mode, weights_to_save
+from preference_training.modeling.adapters.merging import merge_adapter
+from preference_training.modeling.adapters.weights import reference_mode, weights_to_save
 from preference_training.modeling.loading import check_model, load_model, load_with_adapter, merge_and_cast
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.proof import random_tries
@@ -33,7 +34,7 @@ from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cache_key
 from preference_training.modeling.state import weights_hash
 from preference_training.tracking.tracker import NoTracker, Tracker
-from preference_training.training.optimization import check_optimizer
+from preference_training.training.optimizers.building import check_optimizer
 from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
 from trainers import Trainer

@@ -21,7 +21,7 @@ from preference_training.training.defaults import (
     kept_from,
     unusual_lr,
 )
-from preference_training.training.optimization import schedule, warmup_steps
+from preference_training.training.optimizers.schedules import schedule, warmup_steps
 
 NEW = ("model=pretrained", "model.name_or_path=some/model")
 ORIGINAL = ("gpt2-large", "gpt2-xl", "gptj", "pythia28", "pythia69", "llama7b", "codellama7b")

@@ -29,15 +29,10 @@ from preference_training.distributed.launching import settle_batch_size
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import NoTracker
-from preference_training.training.optimization import (
-    MasterWeights,
-    build_optimizer,
-    check_optimizer,
-    precision_notices,
-    schedule,
-    update_kernels,
-    warmup_steps,
-)
+from preference_training.training.optimizers.building import build_optimizer, check_optimizer, update_kernels
+from preference_training.training.optimizers.master_weights import MasterWeights
+from preference_training.training.optimizers.notices import precision_notices
+from preference_training.training.optimizers.schedules import schedule, warmup_steps
 from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
 from trainers import Trainer

@@ -1,0 +1,160 @@
+"""Add adapters to a model: freeze it, and inject the layers of a `model.lora` configuration."""
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+from torch import nn
+
+from preference_training.configuration.sections import ModelConfig
+from preference_training.core.errors import UserError, first_line
+from preference_training.modeling.adapters.files import (
+    CONFIG_FILE,
+    VALUE_TASK,
+    base_archive,
+    is_adapter,
+    is_value_adapter,
+    read_adapter_config,
+    reference_adapter,
+)
+from preference_training.modeling.adapters.targets import (
+    adapted_modules,
+    fused_experts,
+    linear_layers,
+    shorten_names,
+    unsupported_layers,
+)
+from preference_training.modeling.adapters.weights import INITIAL_ADAPTER, TRAINED_ADAPTER
+from preference_training.modeling.quantization import INSTALL
+from preference_training.modeling.value_head import VALUE_HEAD, has_value_head, is_head_weight, output_head
+
+
+def build_lora_config(model_config: ModelConfig, model: nn.Module, unsupported: Iterable[str]):
+    """peft's LoraConfig for a model, from a `model` configuration or from the adapter that training starts from.
+
+    unsupported: names of layers to exclude where `lora.target_modules` names none.
+    """
+    from peft import LoraConfig
+
+    lora, archive = model_config.lora, model_config.archive
+    targets = lora.target_modules
+    if is_adapter(archive):
+        config = _load_lora_config(archive)
+        config.target_modules = config.target_modules if targets is None else targets
+        config.lora_dropout = lora.dropout
+        return config
+    task = VALUE_TASK if model_config.head == "value" else "CAUSAL_LM"
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type=task)
+    # peft's "all-linear" excludes the head, which many models tie to the embedding.
+    config.target_modules = "all-linear" if targets is None else targets
+    if targets is None:
+        config.exclude_modules = shorten_names(unsupported, model) or None
+    return config
+
+
+def _load_lora_config(archive: str):
+    """peft's LoraConfig of an adapter on disk. Raises UserError for a kind that cannot be trained or merged here."""
+    from peft import LoraConfig
+
+    try:
+        config = LoraConfig.from_peft_type(**read_adapter_config(archive))
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(f"model.archive: {archive}: its {CONFIG_FILE} is damaged: {first_line(error)}.") from error
+    unsupported = [
+        (config.peft_type != "LORA", f"peft_type {config.peft_type}"),
+        (config.modules_to_save and not is_value_adapter(archive), "modules_to_save"),
+        (config.bias != "none", f"bias {config.bias!r}"),
+        (config.layer_replication, "layer_replication"),
+        (not isinstance(config.init_lora_weights, bool) and config.init_lora_weights not in ("gaussian", "orthogonal"),
+         f"init_lora_weights {config.init_lora_weights!r}, which changes the base weights"),
+    ]  # fmt: skip
+    for is_unsupported, feature in unsupported:
+        if is_unsupported:
+            raise UserError(f"model.archive: {archive}: an adapter with {feature} is not supported. Expected plain LoRA.")
+    # The head is trained in place.
+    config.inference_mode, config.modules_to_save = False, None
+    return config
+
+
+def add_adapter(model: nn.Module, model_config: ModelConfig, base: str | None = None) -> None:
+    """Freeze a model and add the adapter of a `model` configuration; a new adapter leaves the model's outputs unchanged.
+
+    Adapter weights are float32 whatever the model's dtype; so is a value head, which is trained itself. Where the reference has
+    an adapter (`reference_adapter`), a frozen one for it is added beside the trained one. base: the location of the base model;
+    None is where it was loaded from. Raises UserError for target modules that the model does not have, or on which an adapter
+    would have no effect.
+    """
+    if find_spec("peft") is None:
+        raise UserError(f"model.lora.r: an adapter needs the package peft. {INSTALL}")
+    model.requires_grad_(False)
+    has_initial = reference_adapter(model_config) is not None
+    base = base or _base_location(model_config)
+    unsupported = unsupported_layers(model)
+    config = build_lora_config(model_config, model, unsupported)
+    for name in (TRAINED_ADAPTER, INITIAL_ADAPTER)[: 1 + has_initial]:
+        own = copy.deepcopy(config)
+        if name == INITIAL_ADAPTER:
+            own.lora_dropout = 0.0
+        try:
+            with warnings.catch_warnings():
+                # Tied heads and transposed Conv1D layers are handled by `merge_adapter`.
+                warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+                warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+                # peft matches its own patterns of fused experts against modules only.
+                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+                model.add_adapter(own, name)
+            own.base_model_name_or_path = base
+        except ValueError as error:
+            raise _target_error(model, model_config, first_line(error)) from error
+    if has_value_head(model) and VALUE_HEAD in adapted_modules(model):
+        raise _target_error(model, model_config, f"{VALUE_HEAD}, the value head, is trained itself")
+    if reasons := sorted({unsupported[name] for name in unsupported.keys() & adapted_modules(model)}):
+        raise _target_error(model, model_config, "; ".join(reasons))
+    model.set_adapter(TRAINED_ADAPTER)
+    for name, weight in model.named_parameters():
+        if ".lora_" in name or (has_value_head(model) and is_head_weight(name)):
+            weight.data = weight.data.float()
+    if has_value_head(model):
+        output_head(model).requires_grad_(True)
+
+
+def _target_error(model: nn.Module, model_config: ModelConfig, reason: str) -> UserError:
+    linear = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+    return UserError(
+        f"model.lora.target_modules: found {model_config.lora.target_modules}: {reason}. Linear layers of "
+        f"{type(model).__name__}: {', '.join(linear)}."
+    )
+
+
+def _base_location(model_config: ModelConfig) -> str | None:
+    """Where the base model is loaded from: an absolute path, a hub id, or None for a model built from scratch."""
+    archive = base_archive(model_config)
+    if archive:
+        return str(archive.resolve())
+    name = model_config.name_or_path
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
+
+
+def describe_frozen_layers(model: nn.Module, model_config: ModelConfig) -> list[str]:
+    """Lines for the user: the layers that an adapter leaves frozen although its configuration seems to include them."""
+    adapted, lines = adapted_modules(model), []
+    if model_config.lora.target_modules is None and not is_adapter(model_config.archive):
+        reasons = unsupported_layers(model)
+        frozen = [name for name in linear_layers(model) if name not in adapted]
+        lines += sorted({f"adapter: some layers stay frozen: {reasons[name]}" for name in frozen if name in reasons})
+        if skipped := sorted({_pattern(name) for name in frozen if name not in reasons}):
+            lines.append(
+                f"adapter: {', '.join(skipped)} stay frozen: for {model.config.model_type} peft adapts the routed experts only"
+            )
+    experts = [name for name in fused_experts(model) if not {name, name.removesuffix(".base_layer")} & adapted]
+    if frozen := sorted({_pattern(name) for name in experts}):
+        lines.append(f"adapter: the routed experts of {type(model).__name__} stay frozen ({', '.join(frozen)})")
+    return lines
+
+
+def _pattern(name: str) -> str:
+    """A module's name with a * for the number of its block."""
+    return re.sub(r"\.\d+\.", ".*.", name)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 
@@ -22,7 +21,7 @@ class OptimizerFacts:
     averages: bool = False
 
 
-_eight_bits = partial(OptimizerFacts, package="bitsandbytes", state_bytes=1, shards=False)
+_EIGHT_BITS: dict[str, Any] = {"package": "bitsandbytes", "state_bytes": 1, "shards": False}
 OPTIMIZERS: dict[str, OptimizerFacts] = {
     "RMSprop": OptimizerFacts(states=1),
     "AdamW": OptimizerFacts(),
@@ -36,11 +35,11 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
     "SGDScheduleFree": OptimizerFacts(package="schedulefree", states=1, averages=True),
     # AdamW's two, of a matrix's projection to a few directions; whole ones for embeddings and head.
     "GaLore": OptimizerFacts(package="pytorch_optimizer", states=0.75, shards=False),
-    "AdamW8bit": _eight_bits(),
-    "RMSprop8bit": _eight_bits(states=1),
-    "Lion8bit": _eight_bits(states=1),
+    "AdamW8bit": OptimizerFacts(**_EIGHT_BITS),
+    "RMSprop8bit": OptimizerFacts(**_EIGHT_BITS, states=1),
+    "Lion8bit": OptimizerFacts(**_EIGHT_BITS, states=1),
     "PagedAdamW": OptimizerFacts(package="bitsandbytes", shards=False),
-    "PagedAdamW8bit": _eight_bits(),
+    "PagedAdamW8bit": OptimizerFacts(**_EIGHT_BITS),
 }
 
 # Those whose updates are not of about lr: they depend on the gradient's size, or on the weights'.

@@ -109,8 +109,8 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("unfrozen_parameters trainable_parameters", "model.trainable={}", "[norm]"),
     **_each("freeze_parameters", "model.freeze={}", "[embed_tokens]"),
     **_each("neftune_noise_alpha noisy_embedding_alpha neftune_alpha", "model.neftune_alpha={}", "5"),
-    **_each("add_tokens new_tokens", "model.add_tokens={}", "['<plan>']"),
-    **_each("add_special_tokens new_special_tokens", "model.add_special_tokens={}", "['<tool>']"),
+    **_each("add_tokens new_tokens", "model.add_tokens={}", "[plan]"),
+    **_each("add_special_tokens new_special_tokens", "model.add_special_tokens={}", "[tool]"),
     **_each(
         "lora_target_modules lora_target lora_target_linear model.lora_attn_modules",
         *("+adapter=lora model.lora.target_modules={}", "[q_proj,v_proj]"),

@@ -5,6 +5,7 @@ python scripts/options_page.py [--check]
 --check writes nothing, and exits with status 1 if the page is out of date.
 """
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -72,7 +73,15 @@ def page() -> str:
     return between.sub(lambda _: f"{BEGIN}\n\n{tables(newest_results())}\n\n{END}", PAGE.read_text())
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the page, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 if the page is out of date")
+    parser.parse_args()
     from generated import write_or_check
 
     write_or_check(PAGE, page())
+
+
+if __name__ == "__main__":
+    main()

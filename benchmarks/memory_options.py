@@ -67,6 +67,11 @@ def against(name: str, settings: dict[str, list[str]]) -> str | None:
     return max(without, key=lambda other: len(settings[other]), default=None)
 
 
+def last_ones(*overrides: str) -> tuple[str, ...]:
+    """Overrides without those whose key has another one behind them."""
+    return tuple({text.lstrip("+").partition("=")[0]: text for text in overrides}.values())
+
+
 def status(name: str) -> int:
     """A field of this process's memory status, in bytes."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
@@ -214,8 +219,7 @@ def measure_all(models: Iterable[str], settings: dict[str, list[str]], args: arg
         for model in models:
             for name, entry in facts["models"][model]["settings"].items():
                 limit = min(args.seconds, ends - time.monotonic())
-                # A model's own overrides come behind what all runs have, and a setting's behind them.
-                overrides = *RUN, *MODELS[model], *entry["overrides"]
+                overrides = last_ones(*RUN, *MODELS[model], *entry["overrides"])
                 found = measure(overrides, limit, log) if limit > 0 else {"error": f"the {args.minutes:g} minutes were over"}
                 entry["runs"].append(found)
                 facts["load_average"].append(os.getloadavg())

@@ -35,6 +35,14 @@ def test_a_setting_is_compared_with_itself_without_its_option(script):
     assert all(script.against(name, script.SETTINGS) in {None, *script.SETTINGS} for name in script.SETTINGS)
 
 
+@pytest.mark.parametrize("model", ["llama-62m", "smollm2"])
+def test_a_settings_overrides_come_last(script, model, compose):
+    given = script.last_ones(*script.RUN, *script.MODELS[model], "loss=sft", "optimizer=AdamW", "+adapter=lora")
+    config = compose(*given)
+    assert (config.loss.name, config.optimizer, config.batch_size, config.lr) == ("sft", "AdamW", 8, 1e-6)
+    assert config.model.lora.r
+
+
 @pytest.mark.long
 def test_every_setting_has_numbers_or_says_why_not_and_the_next_one_runs(tmp_path):
     (tmp_path / "small.py").write_text(
@@ -43,8 +51,9 @@ def test_every_setting_has_numbers_or_says_why_not_and_the_next_one_runs(tmp_pat
         "if __name__ == '__main__':\n    memory_options.main()\n"
     )
     results = tmp_path / "results.json"
-    command = [sys.executable, tmp_path / "small.py", "--model", "llama-62m", "--results", results]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    limits = "--seconds", "300", "--minutes", "30"
+    command = [sys.executable, tmp_path / "small.py", "--model", "llama-62m", "--results", results, *limits]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     found = json.loads(results.read_text())["models"]["llama-62m"]["settings"]
     [whole], [lora], [nothing] = (found[name]["runs"] for name in SETTINGS)

@@ -39,32 +39,58 @@ SETTINGS = {
     "all weights, RMSprop": [],
     "all weights, AdamW": ["optimizer=AdamW"],
     "all weights, AdamW8bit": ["optimizer=AdamW8bit"],
+    "all weights, Muon": ["optimizer=Muon"],
+    "all weights, Adafactor": ["optimizer=Adafactor", "lr=3e-5"],
+    "all weights, AdamWScheduleFree": ["optimizer=AdamWScheduleFree"],
+    "all weights, GaLore of rank 64": ["optimizer=GaLore", "++optimizer_kwargs.rank=64"],
+    "all weights, AdamW, averaged": ["optimizer=AdamW", "ema_decay=0.99"],
     "all weights, RMSprop, activation checkpointing": ["activation_checkpointing=true"],
     "all weights, RMSprop, selective checkpointing": ["activation_checkpointing=selective"],
     "all weights, RMSprop, compiled": ["compile=true"],
     "LoRA, RMSprop": ["+adapter=lora"],
+    "DoRA, RMSprop": ["+adapter=dora"],
+    "rsLoRA of rank 64, RMSprop": ["+adapter=rslora"],
+    "PiSSA, RMSprop": ["+adapter=pissa"],
+    "half of the matrices (Spectrum), RMSprop": ["model.spectrum_share=0.5"],
     "QLoRA, RMSprop": ["+adapter=qlora"],
     "QLoRA, RMSprop, activation checkpointing": ["+adapter=qlora", "activation_checkpointing=true"],
+    "SFT of all weights, RMSprop": ["loss=sft"],
+    "SFT of all weights, RMSprop, NEFTune": ["loss=sft", "model.neftune_alpha=5"],
 }
-# The setting that another one is compared with, where that is not the one whose overrides are its own but for one.
+# The setting that another one is compared with, where that is not the one that has its overrides but for the last.
 AGAINST = {
     "all weights, AdamW8bit": "all weights, AdamW",
+    "all weights, Muon": "all weights, AdamW",
+    "all weights, Adafactor": "all weights, AdamW",
+    "all weights, AdamWScheduleFree": "all weights, AdamW",
+    "all weights, GaLore of rank 64": "all weights, AdamW",
+    "DoRA, RMSprop": "LoRA, RMSprop",
+    "rsLoRA of rank 64, RMSprop": "LoRA, RMSprop",
+    "PiSSA, RMSprop": "LoRA, RMSprop",
     "QLoRA, RMSprop": "LoRA, RMSprop",
+    "SFT of all weights, RMSprop": None,
 }
 # The first one is a warm-up. Slow settings take no more than two.
 STEPS = 3
 SLOW = 20.0
 # What every setting imports; a setting's process is a fork of one that has.
-HEAVY = ("train", "trainers", "preference_training.training.assembly", "peft", "bitsandbytes")
+HEAVY = (
+    "train",
+    "trainers",
+    "preference_training.training.assembly",
+    "peft",
+    "bitsandbytes",
+    "schedulefree",
+    "pytorch_optimizer",
+)
 
 
 def against(name: str, settings: dict[str, list[str]]) -> str | None:
     """The setting that another one is compared with: itself without its option. None for the one that has no option."""
     if name in AGAINST:
         return AGAINST[name]
-    own = settings[name]
-    without = [other for other, overrides in settings.items() if set(overrides) < set(own)]
-    return max(without, key=lambda other: len(settings[other]), default=None)
+    without = settings[name][:-1]
+    return next((other for other, overrides in settings.items() if overrides == without and other != name), None)
 
 
 def last_ones(*overrides: str) -> tuple[str, ...]:

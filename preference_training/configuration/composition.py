@@ -1,7 +1,7 @@
 """The YAML files of config/: which keys exist, and how to explain an override that does not compose."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from preference_training.configuration.keys import NEWER, OPEN, key_names
-from preference_training.configuration.model_names import BASES, CONFIG_DIR, name_models
+from preference_training.configuration.model_names import BASES, CONFIG_DIR, as_override, name_models
 from preference_training.configuration.other_tools import answer, near_name
 from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.core.errors import UserError, nearest
@@ -86,15 +86,17 @@ def _as_sweep(text: str) -> str:
     return f"{key}=choice({value})"
 
 
-def compose_overrides(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
-    """What overrides compose to, and the file that each group was composed from.
+def compose_overrides(*overrides: str, folder: Path | None = None) -> tuple[DictConfig, dict[str, str]]:
+    """What overrides compose to, and the file that each group was composed from. folder: presets of the user's own.
 
     Raises UserError where one names what does not exist.
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    given = force_open_sections(resolve_groups(overrides))
+    given = force_open_sections(resolve_groups(overrides, folder))
+    if folder is not None:
+        given.insert(0, f"hydra.searchpath=[{as_override(f'file://{folder.absolute()}')}]")
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = compose("config", overrides=given, return_hydra_config=True)
@@ -104,6 +106,11 @@ def compose_overrides(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
     return config, choices
+
+
+def own_folder(sources: Iterable[Any]) -> Path | None:
+    """The folder of --config-dir among the places that Hydra has composed from (hydra.runtime.config_sources)."""
+    return next((Path(source.path) for source in sources if source.provider == "command-line"), None)
 
 
 @cache

@@ -15,14 +15,17 @@ from preference_training.configuration.composition import (
     choice_keys,
     compose_overrides,
     default_values,
+    group_choices,
     group_keys,
     loss_keys,
     preset_of,
     unknown_key,
 )
+from preference_training.configuration.config_files import FOLDER_FLAGS, take_flag
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
-from preference_training.configuration.model_names import ADAPTER_CONFIG, is_gguf, local_gguf
-from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, Origin, RunConfig
+from preference_training.configuration.model_checks import check_model_keys
+from preference_training.configuration.model_names import is_gguf, local_gguf
+from preference_training.configuration.schema import Origin, RunConfig
 from preference_training.configuration.sections import BASE_MODEL, EvaluationConfig, LossConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.metric_names import (
@@ -56,11 +59,13 @@ EVALUATION_REQUIREMENTS = "pip install -r requirements/evaluation.txt"
 TRACKING = ("jsonl", "wandb", "tensorboard", "trackio", "mlflow")
 
 
-def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[str, str] | None = None) -> RunConfig:
+def validate(
+    config: DictConfig, overrides: Sequence[str] = (), choices: dict[str, str] | None = None, folder: Path | None = None
+) -> RunConfig:
     """The configuration, typed. Raises UserError, with one message, for the first thing in it that cannot work.
 
     `overrides` are the command line's. `choices` name the file that each group was composed from: with them removed keys and
-    keys of other files are found.
+    keys of other files are found. `folder` has presets of the user's own.
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
@@ -74,7 +79,7 @@ def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[st
     _check_group_names(values["loss"], values["trainer"])
     check_section(RunConfig, values)
     preset = preset_of((choices or {}).get("model", "base_model"))
-    origin = Origin(tuple(overrides), preset, frozenset(key for key, value in dotted(values).items() if value is None))
+    origin = Origin(tuple(overrides), preset, frozenset(key for key, value in dotted(values).items() if value is None), folder)
     typed = replace(RunConfig.of(values, OmegaConf.to_container(config, resolve=False)), origin=origin)
     if typed.max_prompt_length is None:
         typed = typed.changed({"max_prompt_length": typed.max_length // 2})
@@ -94,8 +99,9 @@ def _prefer_given_warmup(config: DictConfig, choices: dict[str, str] | None) -> 
 def _check_together(config: RunConfig) -> None:
     """Raise UserError for values that do not go together, or name what is not there."""
     _check_choices(config)
-    _check_adapter(config)
-    _check_float8(config)
+    _check_optimizer(config)
+    _check_load_best(config)
+    check_model_keys(config)
     _check_sharding(config)
     _check_loss(config)
     if config.per_device_batch_size is None:
@@ -107,9 +113,11 @@ def _check_together(config: RunConfig) -> None:
 
 
 def configured(*overrides: str) -> RunConfig:
-    """The configuration of a command line. Raises UserError for what cannot work."""
-    config, choices = compose_overrides(*overrides)
-    return validate(config, overrides, choices)
+    """The configuration of a command line, which may have --config-dir. Raises UserError for what cannot work."""
+    given, rest = take_flag(list(overrides), FOLDER_FLAGS)
+    folder = None if given is None else Path(given).expanduser()
+    config, choices = compose_overrides(*rest, folder=folder)
+    return validate(config, rest, choices, folder)
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------------
@@ -136,7 +144,8 @@ def _check_keys_of_group(group: str, values: object, choice: str) -> None:
     """Raise UserError where a group has other keys than the file that it was composed from."""
     if not isinstance(values, dict) or group == "model":
         return
-    known = choice_keys(group, choice)
+    # A preset of the user's own has the keys of what it builds on, by whose name they are checked below.
+    known = choice_keys(group, choice) if choice in group_choices(group) else frozenset(values)
     for name in sorted(values.keys() ^ known):
         raise UserError(unknown_key(f"{group}.{name}", choice) if name in values else _removed(f"{group}.{name}"))
 
@@ -160,67 +169,58 @@ def _check_group_names(loss: dict[str, Any], trainer: dict[str, Any]) -> None:
 
 
 def _check_choices(config: RunConfig) -> None:
-    if config.optimizer in BITSANDBYTES_OPTIMIZERS and config.trainer.is_sharded:
-        raise UserError(
-            f"optimizer: found {config.optimizer}, whose kernels do not support sharded weights. Use "
-            "trainer=BasicTrainer, or AdamW, whose states the processes share."
-        )
     if config.weight_decay is not None and "weight_decay" in config.optimizer_kwargs:
         raise UserError("weight_decay: given here and in optimizer_kwargs, which decays all weights. Expected one of them.")
     if config.compile and config.trainer.splits_layers:
         raise UserError("compile: TensorParallelTrainer splits what would be compiled. Use FSDPTrainer or BasicTrainer.")
 
 
-def _check_adapter(config: RunConfig) -> None:
-    model, has_adapter = config.model, config.model.lora.r is not None
-    if model.quantization and not has_adapter:
-        raise UserError("model.quantization: quantized weights cannot be trained themselves. Add +adapter=lora.")
-    if model.quantization and config.trainer.splits_layers:
+def _check_optimizer(config: RunConfig) -> None:
+    name, facts, trainer = config.optimizer, config.optimizer_facts, config.trainer
+    if not facts.shards and trainer.is_sharded:
         raise UserError(
-            "model.quantization: TensorParallelTrainer splits the rows and columns of a layer, and quantized weights share "
-            "scales across both. Use trainer=FSDPTrainer, or leave model.quantization null."
+            f"optimizer: found {name}, whose kernels do not support sharded weights. Use trainer=BasicTrainer, or AdamW, whose "
+            "states the processes share."
         )
-    if model.quantization == "int8" and config.trainer.is_sharded:
+    if name == "Muon" and trainer.splits_layers:
         raise UserError(
-            "model.quantization: FSDPTrainer cannot check int8 layers at load: they round activations to eight bits on a GPU, "
-            "and not on the CPU of rank 0, which it compares with. Use nf4, or trainer=BasicTrainer."
+            "optimizer: found Muon, whose updates are of whole matrices, and TensorParallelTrainer splits them. Use "
+            "FSDPTrainer, or AdamW."
         )
-    if has_adapter and config.trainer.splits_layers:
+    if facts.averages and config.lr_schedule != "constant":
         raise UserError(
-            "model.lora.r: TensorParallelTrainer splits the layers that an adapter changes. Use FSDPTrainer or BasicTrainer."
+            f"lr_schedule: found {config.lr_schedule}, expected constant: {name} averages its weights in place of a schedule. "
+            "Set lr_schedule=constant; warm-up may stay."
         )
-    if has_adapter and config.loss.moves_reference:
+    if facts.averages and config.ema_decay is not None:
+        raise UserError(f"ema_decay: found {config.ema_decay}, expected null: {name} averages its weights itself.")
+    if config.averages_weights and config.master_weights is False and config.model.trains_low_precision:
+        key = "optimizer" if facts.averages else "ema_decay"
         raise UserError(
-            f"model.lora.r: loss={config.loss.name} moves the reference, which with an adapter has no weights of its own. "
-            "Train all weights, or use another loss."
+            f"master_weights: found false, and {key} averages weights, which in {config.model.policy_dtype} would be rounded "
+            "away. Set master_weights to auto or true."
         )
-    reference = model.reference_archive
-    if has_adapter and reference not in (None, BASE_MODEL) and not (Path(reference) / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"model.reference_archive: found {reference}, expected an adapter or base: with an adapter the reference is the "
-            "same model, under another adapter or none."
-        )
-    if has_adapter and model.reference_dtype != model.policy_dtype:
-        raise UserError(
-            f"model.reference_dtype: found {model.reference_dtype}, expected policy_dtype, {model.policy_dtype}: with an "
-            "adapter the reference is the same weights."
-        )
+    if config.lr_restarts and config.lr_schedule != "cosine":
+        raise UserError(f"lr_restarts: found {config.lr_restarts}, and lr_schedule is {config.lr_schedule}. Set it to cosine.")
 
 
-def _check_float8(config: RunConfig) -> None:
-    model = config.model
-    if not model.fp8:
+def _check_load_best(config: RunConfig) -> None:
+    """Raise UserError where load_best could not find the best evaluation's weights on disk."""
+    if not config.load_best:
         return
-    if model.lora.r is not None:
+    every = config.save_every in (None, config.eval_every)
+    if config.save_strategy != "steps" or not every:
+        found = f"save_strategy={config.save_strategy}" if every else f"save_every={config.save_every}"
         raise UserError(
-            "model.fp8: found true with an adapter: FP8 layers compute gradients of the weights under it, which are frozen. "
-            "Train all weights, or set it to false."
+            f"load_best: found true with {found}, expected a checkpoint at each evaluation. Set save_strategy=steps and "
+            "save_every=null."
         )
-    if config.trainer.name != "BasicTrainer":
+    if config.keep_last is not None and config.keep_best is None:
         raise UserError(
-            f"model.fp8: {config.trainer.name} compares its sharded model with the unsharded one, whose products are "
-            "not rounded to FP8. Use trainer=BasicTrainer."
+            f"load_best: found true, and keep_last={config.keep_last} may remove the best checkpoint. Set keep_best=1 too."
         )
+    if config.debug:
+        raise UserError("load_best: found true, and debug=true writes no checkpoints. Set one of them to false.")
 
 
 def _check_sharding(config: RunConfig) -> None:

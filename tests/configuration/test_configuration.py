@@ -26,8 +26,9 @@ from preference_training.configuration.composition import (
 )
 from preference_training.configuration.keys import key_names
 from preference_training.configuration.model_names import OTHERS
+from preference_training.configuration.optimizers import OPTIMIZERS
 from preference_training.configuration.saved import read_config, save_config
-from preference_training.configuration.schema import OPTIMIZERS, RunConfig
+from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.sections import LossConfig
 from preference_training.configuration.validation import (
     OBJECTIVES,

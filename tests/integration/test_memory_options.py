@@ -29,10 +29,12 @@ def test_a_setting_is_compared_with_itself_without_its_option(script):
     }
     found = {name: script.against(name, settings) for name in settings}
     assert found == {
-        "all": None, "AdamW": "all", "LoRA": "all", "LoRA, AdamW": "AdamW", "LoRA, AdamW, checkpointing": "LoRA, AdamW",
+        "all": None, "AdamW": "all", "LoRA": "all", "LoRA, AdamW": "LoRA", "LoRA, AdamW, checkpointing": "LoRA, AdamW",
     }  # fmt: skip
     assert script.against("QLoRA, RMSprop", script.SETTINGS) == "LoRA, RMSprop"
-    assert all(script.against(name, script.SETTINGS) in {None, *script.SETTINGS} for name in script.SETTINGS)
+    alone = [name for name in script.SETTINGS if script.against(name, script.SETTINGS) is None]
+    assert alone == ["all weights, RMSprop", "SFT of all weights, RMSprop"]
+    assert {*script.AGAINST, *filter(None, script.AGAINST.values())} <= script.SETTINGS.keys()
 
 
 @pytest.mark.parametrize("model", ["llama-62m", "smollm2"])

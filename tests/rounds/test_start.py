@@ -25,7 +25,8 @@ LOOP = (*OF_ROUNDS, "model=blank_model", "model.name_or_path=some/model")
     (("loss=dpo", "rounds.temperature=0"), "rounds.temperature: found 0, at which all 8 responses"),
     (("loss=dpo", "eval_only=true"), "eval_only: found true"),
     (("loss=dpo", "debug=true"), "debug: found true"),
-    (("loss=dpo", "rounds.judge=tyo"), "rounds.judge: no judge 'tyo'; did you mean toy"),
+    (("loss=dpo", "rounds.judge=tyo"), "^rounds.judge: no judge 'tyo'; did you mean toy"),
+    (("loss=dpo", "rounds.second_judge=tyo"), "^rounds.second_judge: no judge 'tyo'; did you mean toy"),
 ])  # fmt: skip
 def test_a_loop_that_cannot_work_is_refused(compose, given, words):
     with pytest.raises(UserError, match=words):

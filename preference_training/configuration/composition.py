@@ -228,9 +228,12 @@ def _default_choice(group: str) -> str:
 @cache
 def choice_keys(group: str, choice: str) -> frozenset[str]:
     """The keys that group=CHOICE has, those of the files that it builds on among them."""
-    file = OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml")
-    bases = [base for base in file.get("defaults", ()) if isinstance(base, str) and base != "_self_"]
-    return (frozenset(file) - {"defaults"}).union(*(choice_keys(group, base) for base in bases))
+    path = CONFIG_DIR / group / f"{choice}.yaml"
+    file = OmegaConf.load(path)
+    bases = [base.partition("@")[0] for base in file.get("defaults", ()) if isinstance(base, str) and base != "_self_"]
+    # Of a preset that sets other keys too, those of its group.
+    own = file.get(group, {}) if path.read_text().startswith("# @package _global_") else file
+    return (frozenset(own) - {"defaults"}).union(*(choice_keys(group, base) for base in bases))
 
 
 @cache

@@ -21,7 +21,7 @@ class OptimizerFacts:
     averages: bool = False
 
 
-_EIGHT_BITS = {"package": "bitsandbytes", "state_bytes": 1, "shards": False}
+_EIGHT_BITS: dict[str, Any] = {"package": "bitsandbytes", "state_bytes": 1, "shards": False}
 OPTIMIZERS: dict[str, OptimizerFacts] = {
     "RMSprop": OptimizerFacts(states=1),
     "AdamW": OptimizerFacts(),

@@ -19,9 +19,9 @@ from typing import TypeVar
 
 import xxhash
 
+from preference_training.configuration.checks.evaluation import EVALUATION_REQUIREMENTS, KEY_VARIABLE, RULE
 from preference_training.configuration.composition import CONFIG_DIR
 from preference_training.configuration.sections import EvaluationConfig
-from preference_training.configuration.validation import EVALUATION_REQUIREMENTS, KEY_VARIABLE, RULE
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.files import hash_file, run_file
 from preference_training.core.values import hash_values

@@ -12,10 +12,10 @@ from preference_training.batching.micro_batches import evaluation_prompts
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.resume import check_same_config, checkpoint_to_resume, find_run
+from preference_training.configuration.checks.model import check_noise
+from preference_training.configuration.checks.run import check_objective
 from preference_training.configuration.keys import listed
-from preference_training.configuration.model_checks import check_noise
 from preference_training.configuration.schema import RunConfig
-from preference_training.configuration.validation import check_objective
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.core.machine import allow_tf32, quiet_libraries, tune_malloc

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from preference_training.configuration.checks.evaluation import KEY_VARIABLE, RULE
 from preference_training.configuration.keys import listed
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.sections import JudgingConfig
-from preference_training.configuration.validation import KEY_VARIABLE, RULE
 from preference_training.core.errors import UserError, nearest
 from preference_training.rounds.judges import chat, reward, rules
 from preference_training.rounds.judges.base import Judge, JudgedInput

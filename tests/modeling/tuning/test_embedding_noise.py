@@ -8,7 +8,7 @@ import torch
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import TokenBudget, iterate_examples
 from preference_training.checkpointing.checkpoint import Checkpoint
-from preference_training.configuration.model_checks import check_noise
+from preference_training.configuration.checks.model import check_noise
 from preference_training.core.errors import UserError
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.tuning.embedding_noise import EmbeddingNoise, uniform

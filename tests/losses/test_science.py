@@ -1,0 +1,65 @@
+"""benchmarks/science.py in seconds: what losses converge to, and beta-DPO's copies beside the loss itself."""
+
+import math
+
+import pytest
+import torch
+
+from tests.support.files import ROOT
+
+
+@pytest.fixture
+def closed_form(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from science_parts import closed_form
+
+    return closed_form
+
+
+def test_dpo_and_robust_dpo_reach_the_reference_tilted_by_rewards_and_biased_losses_do_not(closed_form):
+    world = closed_form.make_world(2, 8, seed=3)
+    # pi_ref exp(r / beta) / Z at beta 1/2.
+    tilted = world.reference.exp() * (2 * world.rewards).exp()
+    tilted /= tilted.sum(-1, keepdim=True)
+    flipped = 0.2 + 0.6 * world.preferences
+    at = lambda name, labels, **keys: closed_form.converge(world, name, labels, tilted.log(), 60, beta=0.5, **keys)  # noqa: E731
+    for run in (at("dpo", world.preferences), at("robust", flipped, label_smoothing=0.2)):
+        assert abs(run["kl_from_optimum"][-1]) < 1e-10 < 0.1 < run["kl_from_optimum"][0], run["loss"]
+    # Flips pull DPO back to the reference, smoothing pulls it farther back.
+    biased, twice = at("dpo", flipped), at("dpo", flipped, label_smoothing=0.2)
+    assert 0.01 < biased["kl_from_optimum"][-1] < twice["kl_from_optimum"][-1]
+    assert twice["kl_from_reference"] < biased["kl_from_reference"]
+
+
+def test_ipo_reaches_the_reference_tilted_by_win_rates_and_flips_only_raise_its_beta(closed_form):
+    world = closed_form.make_world(2, 8, seed=3)
+    tilted = (world.reference + 0.6 * world.preferences.mean(-1) / 0.5).log_softmax(-1)
+    run = closed_form.converge(world, "ipo", 0.2 + 0.6 * world.preferences, tilted, 20, beta=0.5)
+    assert abs(run["kl_from_optimum"][-1]) < 1e-14
+    without = closed_form.converge(world, "ipo", world.preferences, tilted, 20, beta=0.5 / 0.6)
+    assert abs(without["kl_from_optimum"][-1]) < 1e-14
+
+
+def test_of_two_responses_every_margin_is_what_the_algebra_says(closed_form):
+    found = closed_form.two_responses(prompts=6, steps=300)
+    # The surest labels need thousands of steps under robust DPO.
+    near = [at for at, difference in enumerate(found["reward_difference"]) if abs(difference) < 3]
+    assert len(near) >= 3
+    for title in closed_form.KINDS:
+        margin, expected = found[title]["margin"], found[title]["expected"]
+        assert [margin[at] for at in near] == pytest.approx([expected[at] for at in near], abs=1e-6), title
+    # With a reward difference of ln 3 p is 3/4, and a fifth of the labels flipped makes it 0.2 + 0.6 * 3/4 = 0.65.
+    expected = {"dpo": math.log(0.65 / 0.35), "robust": math.log(3), "ipo": 0.15}
+    for name, margin in expected.items():
+        found = closed_form.expected_margins(name, torch.tensor(0.75, dtype=torch.float64), 1.0, 0.2 * (name == "robust"), 0.2)
+        assert found.item() == pytest.approx(margin, rel=1e-12)
+
+
+def test_a_pair_that_is_always_labeled_alike_has_a_limit_under_ipo_and_smoothing_only(closed_form):
+    found = closed_form.certain_labels(steps=64, every=32)
+    beta, smoothing = closed_form.BETA, closed_form.FLIPPED
+    assert found["IPO"][-1] == pytest.approx(1 / (2 * beta), rel=1e-9)
+    assert found["conservative"][-1] == pytest.approx(math.log((1 - smoothing) / smoothing) / beta, rel=1e-6)
+    # DPO slows down: e to the margin times beta grows evenly. Robust DPO does not: its gradient has a lower bound.
+    assert found["DPO"][2] - found["DPO"][1] < 0.2 * found["DPO"][1]
+    assert found["robust"][2] - found["robust"][1] > 0.9 * (found["robust"][1] - found["robust"][0])

@@ -25,9 +25,11 @@ SEEDS, PAIRS, EPOCHS, BATCH, RATE = 16, 768, 4, 16, 0.05
 RATIO, SCALING = 0.2, 0.6
 FLIPPED = (0.0, 0.1, 0.2, 0.3, 0.4)
 MIXED = (0.0, 0.2)
+# Of a data set that is small enough to learn its flips by heart, in as many steps.
+FEW, FEW_FLIPPED = 96, (0.0, 0.2)
 # Divergences from the reference at which win rates are compared. Unit: nats.
-LEVELS = (0.1, 0.3, 0.6, 1.0)
-# Which beta's course is kept.
+LEVELS = (0.1, 0.3, 1.0, 2.0)
+# The setting of which the course of beta is kept, in means over ten steps.
 FOLLOWED = 0.1
 
 
@@ -116,7 +118,7 @@ def draw_pairs(worlds: Worlds, count: int, flipped: float, is_mixed: bool, draw:
 
 
 class BatchedBetaDPO:
-    """beta-DPO of many copies at once: what `BetaDPOLoss` does for each, as `tests/losses/test_science.py` shows.
+    """beta-DPO of many copies at once: what `BetaDPOLoss` does for each, as `tests/losses/test_beta_dpo.py` shows.
 
     ratio: one number, scaling: [M, 1, 1] or [M, B, 1], is_trend: [M, 1, 1] bool.
     """
@@ -144,8 +146,8 @@ class BatchedBetaDPO:
         return weights, (self.betas * (1 + self.scaling * (kept - threshold))).clamp(min=MIN_BETA), threshold
 
 
-def losses_of(gaps: Tensor, betas: Tensor, flipped: float, beta_dpo: BatchedBetaDPO, noise: Tensor) -> tuple[Tensor, dict]:
-    """The summed loss of all copies, from gaps [M, B, S, P], and what beta-DPO's did. betas: [B, 1]."""
+def losses_of(gaps: Tensor, betas: Tensor, flipped: float, beta_dpo: BatchedBetaDPO, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss of all copies, from gaps [M, B, S, P], and beta-DPO's betas. betas: [B, 1]."""
     at, total, others = betas[..., None], gaps.new_zeros(()), 0
     none = torch.zeros_like(gaps[0])
     # Both need the share of flipped labels; they are given the true one.
@@ -160,13 +162,13 @@ def losses_of(gaps: Tensor, betas: Tensor, flipped: float, beta_dpo: BatchedBeta
             total = total + formulas[method.kind](gaps[number]).mean(-1).sum()
             others += 1
     own = gaps[others:]
-    weights, used, threshold = beta_dpo.select(own.detach(), noise)
+    weights, used, _ = beta_dpo.select(own.detach(), noise)
     total = total + (weights * dpo_loss(own, torch.zeros_like(own), used[..., None])).mean(-1).sum()
-    return total, {"beta": used, "threshold": threshold, "gap": own.detach().mean(-1)}
+    return total, used
 
 
 def train(pairs: Tensor, flipped: float, draw: torch.Generator, epochs: int) -> tuple[Tensor, Tensor, dict]:
-    """Weights [M, B, S, D] after training; beta in force over the beta asked for, averaged over steps, [M', B, S]; a course."""
+    """Weights [M, B, S, D] after training; beta in force over loss.beta, averaged over steps, [M', B, S]; its course at one."""
     betas = torch.tensor(BETAS, dtype=torch.float64)[:, None]
     dynamic = [method for method in METHODS if method.kind == "beta"]
     scaling = torch.stack([method.scaling * (betas if method.in_rewards else torch.ones_like(betas)) for method in dynamic])
@@ -187,43 +189,46 @@ def train(pairs: Tensor, flipped: float, draw: torch.Generator, epochs: int) -> 
         uniform = torch.rand(seeds, BATCH, generator=draw, dtype=torch.float64).clamp(min=1e-300)
         optimizer.zero_grad()
         gaps = torch.einsum("mbsd,spd->mbsp", weights, pairs[:, place])
-        total, did = losses_of(gaps, betas, flipped, beta_dpo, -(-uniform.log()).log())
+        total, used = losses_of(gaps, betas, flipped, beta_dpo, -(-uniform.log()).log())
         total.backward()
         optimizer.step()
         schedule.step()
-        ratios = ratios + did["beta"] / betas / steps
-        seen = {name: value[:, followed].mean(-1) for name, value in did.items()}
-        course.append([[seen[name][at].item() for name in ("gap", "threshold", "beta")] for at in range(len(dynamic))])
-    followed_by = {method.name: [row[at] for row in course] for at, method in enumerate(dynamic)}
+        ratios = ratios + used / betas / steps
+        course.append(used[:, followed].mean(-1) / FOLLOWED)
+    tens = torch.stack(course)[: steps // 10 * 10].view(-1, 10, len(dynamic)).mean(1)
+    followed_by = {method.name: tens[:, at].tolist() for at, method in enumerate(dynamic)}
     return weights.detach(), ratios, followed_by
 
 
-def condition(flipped: float, is_mixed: bool, seeds: int, epochs: int, pairs: int) -> dict:
+def condition(flipped: float, is_mixed: bool, pairs: int, epochs: int, seeds: int) -> dict:
     """Everything of one share of flipped labels: per method and beta KL and win rate of each seed, [M, B, S]."""
     draw = torch.Generator().manual_seed(round(1000 * flipped) + is_mixed)
     own, other = make_worlds(seeds, torch.Generator().manual_seed(7))
     trained, ratios, course = train(draw_pairs(own, pairs, flipped, is_mixed, draw), flipped, draw, epochs)
     divergence, wins = other.measure(trained)
-    digits = lambda values: [[[float(f"{x:.4g}") for x in row] for row in each] for each in values.tolist()]  # noqa: E731
+    digits = lambda values: [[[round(x, 4) for x in row] for row in each] for each in values.tolist()]  # noqa: E731
     return {
         "flipped": flipped,
         "mixed": is_mixed,
+        "pairs": pairs,
+        "epochs": epochs,
         "kl": digits(divergence),
         "win_rate": digits(wins),
         "beta_in_force": {
             method.name: [float(f"{x:.4g}") for x in ratios.mean(-1)[at].tolist()]
             for at, method in enumerate(m for m in METHODS if m.kind == "beta")
         },
-        "course": {name: [[float(f"{x:.4g}") for x in row] for row in rows] for name, rows in course.items()},
+        "course": {name: [float(f"{x:.4g}") for x in row] for name, row in course.items()},
     }
 
 
 def experiment(short: bool = False) -> dict:
-    """All shares of flipped labels, evenly drawn and mixed pairs. short: one of them, small."""
-    kinds = [(0.2, False)] if short else [*((e, False) for e in FLIPPED), *((e, True) for e in MIXED)]
-    seeds, epochs, pairs = (4, 1, 256) if short else (SEEDS, EPOCHS, PAIRS)
+    """All shares of flipped labels, evenly drawn, mixed and few pairs. short: one of them, small."""
+    kinds = [(share, False, PAIRS, EPOCHS) for share in FLIPPED] + [(share, True, PAIRS, EPOCHS) for share in MIXED]
+    kinds += [(share, False, FEW, EPOCHS * PAIRS // FEW) for share in FEW_FLIPPED]
+    kinds, seeds = ([(0.2, False, 256, 1)], 4) if short else (kinds, SEEDS)
     found = {"methods": [method.name for method in METHODS], "betas": list(BETAS), "seeds": seeds, "followed": FOLLOWED}
-    return found | {"conditions": [condition(*kind, seeds, epochs, pairs) for kind in kinds]}
+    return found | {"conditions": [condition(*kind, seeds) for kind in kinds]}
 
 
 # ---- comparing --------------------------------------------------------------------------------------------------------------

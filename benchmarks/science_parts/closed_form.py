@@ -11,8 +11,8 @@ q A'(h) = (1 - q) A'(-h). With two responses to a prompt every margin is free:
     IPO             h = (2 q - 1) / (2 beta) = (1 - 2 e) (p - 1/2) / beta
 
 With more responses margins are differences of one number per response. DPO without flips, and robust DPO with s = e, still
-reach pi_ref exp(r / beta) / Z, since p is of that form. IPO's squares project on it: pi_ref exp((1 - 2 e) w / beta) / Z, where w is
-the probability of being preferred to a response drawn evenly (Azar et al. 2023, with their mu uniform).
+reach pi_ref exp(r / beta) / Z, since p is of that form. IPO projects its squares on it: pi_ref exp((1 - 2 e) w / beta) / Z, w
+being the probability of being preferred to a response drawn evenly (Azar et al. 2023, with their mu uniform).
 """
 
 from __future__ import annotations

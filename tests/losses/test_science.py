@@ -9,8 +9,12 @@ from tests.support.files import ROOT
 
 
 @pytest.fixture
-def closed_form(monkeypatch):
+def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def closed_form(benchmarks):
     from science_parts import closed_form
 
     return closed_form
@@ -63,3 +67,47 @@ def test_a_pair_that_is_always_labeled_alike_has_a_limit_under_ipo_and_smoothing
     # DPO slows down: e to the margin times beta grows evenly. Robust DPO does not: its gradient has a lower bound.
     assert found["DPO"][2] - found["DPO"][1] < 0.2 * found["DPO"][1]
     assert found["robust"][2] - found["robust"][1] > 0.9 * (found["robust"][1] - found["robust"][0])
+
+
+def test_beta_dpo_goes_farther_than_dpo_at_one_beta_and_is_not_better_at_one_distance(benchmarks):
+    from science_parts import beta_dpo
+
+    found = beta_dpo.experiment(short=True)
+    [share] = found["conditions"]
+    mean = lambda name, key: [sum(row) / len(row) for row in share[key][found["methods"].index(name)]]  # noqa: E731
+    assert all(a > b for a, b in zip(mean("beta-DPO", "kl"), mean("DPO", "kl"), strict=True) if b > 0.05)
+    # Four seeds and one epoch; the whole experiment has 16 and four.
+    _, low, _ = beta_dpo.advantage(found, share, "beta-DPO", 0.3)
+    assert low < 0.005
+    # A gap that grows leaves the running mean behind.
+    assert share["beta_in_force"]["scaling"][0] > 1.04 > share["beta_in_force"]["scaling, trend"][0]
+
+
+def test_win_rates_are_compared_at_one_distance_seed_by_seed(benchmarks):
+    from science_parts.beta_dpo import at_level, interval
+
+    # Over the root of the divergence 0.25 is halfway between 0 and 1.
+    assert at_level([1.0], [0.7], 0.25) == pytest.approx(0.6)
+    assert math.isnan(at_level([1.0], [0.7], 1.5))
+    # Of 1, 2, 3, 4: mean 2.5, deviation 1.291, t of 3 degrees of freedom 3.182: 3.182 * 1.291 / 2 = 2.054.
+    assert interval([1.0, 2.0, 3.0, 4.0, math.nan]) == pytest.approx((2.5, 2.5 - 2.054, 2.5 + 2.054), abs=1e-3)
+    assert math.isnan(interval([1.0])[0])
+
+
+def test_pictures_are_those_of_the_newest_raw_numbers(benchmarks):
+    import science
+
+    for name in science.EXPERIMENTS:
+        for file, drawn in science.pictures(name, science.newest(name)).items():
+            assert (ROOT / "docs" / file).read_text() == drawn, f"python benchmarks/science.py --draw; {file}"
+
+
+def test_an_experiment_leaves_its_raw_numbers_and_what_they_were_computed_on(benchmarks, tmp_path, monkeypatch):
+    import science
+    from science_parts import closed_form
+
+    monkeypatch.setattr(closed_form, "experiment", lambda short: {"short": short, "kl": [1 / 3]})
+    path = science.run("closed_form", tmp_path, short=True)
+    found = science.newest("closed_form", tmp_path)
+    assert path.parent == tmp_path and found["short"] is True and found["kl"] == [0.3333333]
+    assert found["command"] == "benchmarks/science.py closed_form" and found["versions"]["torch"]

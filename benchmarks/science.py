@@ -23,11 +23,9 @@ EXPERIMENTS = ("closed_form", "beta_dpo")
 
 
 def run(name: str, results: Path, short: bool = False) -> Path:
-    """Run an experiment in one thread; returns its file of raw numbers."""
-    import torch
+    """Run an experiment; returns its file of raw numbers."""
     from measure import hardware, versions
 
-    torch.set_num_threads(1)
     started = time.process_time()
     found = importlib.import_module(f"science_parts.{name}").experiment(short)
     facts = {
@@ -71,6 +69,9 @@ def main() -> None:
     if not (options.experiment or options.draw or options.check):
         parser.error("which experiment?")
     if options.experiment:
+        import torch
+
+        torch.set_num_threads(1)
         print(run(options.experiment, RESULTS))
     for name in [options.experiment] if options.experiment else EXPERIMENTS:
         for file, drawn in pictures(name, newest(name)).items():

@@ -226,7 +226,7 @@ def experiment(short: bool = False) -> dict:
     """All shares of flipped labels, evenly drawn, mixed and few pairs. short: one of them, small."""
     kinds = [(share, False, PAIRS, EPOCHS) for share in FLIPPED] + [(share, True, PAIRS, EPOCHS) for share in MIXED]
     kinds += [(share, False, FEW, EPOCHS * PAIRS // FEW) for share in FEW_FLIPPED]
-    kinds, seeds = ([(0.2, False, 256, 1)], 4) if short else (kinds, SEEDS)
+    kinds, seeds = ([(0.2, False, 256, 4)], 6) if short else (kinds, SEEDS)
     found = {"methods": [method.name for method in METHODS], "betas": list(BETAS), "seeds": seeds, "followed": FOLLOWED}
     return found | {"conditions": [condition(*kind, seeds) for kind in kinds]}
 

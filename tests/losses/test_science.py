@@ -75,12 +75,14 @@ def test_beta_dpo_goes_farther_than_dpo_at_one_beta_and_is_not_better_at_one_dis
     found = beta_dpo.experiment(short=True)
     [share] = found["conditions"]
     mean = lambda name, key: [sum(row) / len(row) for row in share[key][found["methods"].index(name)]]  # noqa: E731
-    assert all(a > b for a, b in zip(mean("beta-DPO", "kl"), mean("DPO", "kl"), strict=True) if b > 0.05)
-    # Four seeds and one epoch; the whole experiment has 16 and four.
-    _, low, _ = beta_dpo.advantage(found, share, "beta-DPO", 0.3)
-    assert low < 0.005
+    places = [found["betas"].index(beta) for beta in (0.4, 0.8, 1.6)]
+    assert all(mean("beta-DPO", "kl")[at] > 1.1 * mean("DPO", "kl")[at] for at in places)
+    # Scaling moves along DPO's frontier; filtering needs the sixteen seeds of the whole experiment to be judged.
+    for name in ("scaling", "scaling, trend"):
+        difference, _, _ = beta_dpo.advantage(found, share, name, 0.3)
+        assert abs(difference) < 0.003, name
     # A gap that grows leaves the running mean behind.
-    assert share["beta_in_force"]["scaling"][0] > 1.04 > share["beta_in_force"]["scaling, trend"][0]
+    assert share["beta_in_force"]["scaling"][1] > 1.08 and abs(share["beta_in_force"]["scaling, trend"][1] - 1) < 0.03
 
 
 def test_win_rates_are_compared_at_one_distance_seed_by_seed(benchmarks):

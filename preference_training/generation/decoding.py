@@ -14,7 +14,8 @@ from transformers.cache_utils import DynamicLayer
 from preference_training.modeling.state import compute_device
 
 # By how much scores of a row may differ, relative to their spread, when it is computed in two ways: in float32, and in 16 bits.
-TOLERANCE, TOLERANCE_16_BIT = 1e-4, 0.1
+# Rounding alone makes 2e-4 of a SmolLM2 that DPO has moved far; rows of another prompt differ by about their spread.
+TOLERANCE, TOLERANCE_16_BIT = 1e-2, 0.1
 # Rows that have ended leave the batch once they are this share of it: each time, the cache is copied.
 SHARE_OF_ENDED = 0.25
 # What `generate` prepares for a decoding, but not for the model.

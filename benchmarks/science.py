@@ -2,6 +2,7 @@
 
     python benchmarks/science.py closed_form     what DPO, IPO, conservative and robust DPO converge to
     python benchmarks/science.py beta_dpo        beta-DPO and others on flipped labels: win rate against KL divergence
+    python benchmarks/science.py rates           learning rate, beta, warm-up and schedule of short runs
     python benchmarks/science.py --draw          the pictures again, from the newest raw numbers
     python benchmarks/science.py --check         nothing is written; exit status 1 where a picture is not what would be drawn
 
@@ -19,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-EXPERIMENTS = ("closed_form", "beta_dpo")
+EXPERIMENTS = ("closed_form", "beta_dpo", "rates")
 
 
 def run(name: str, results: Path, short: bool = False) -> Path:

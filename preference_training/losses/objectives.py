@@ -190,7 +190,7 @@ class BetaDPOLoss(Loss):
         return LossOutput(losses, *rewards, statistics=batch_statistics.statistics)
 
     @classmethod
-    def state_shape(cls) -> dict[str, Any]:
+    def state_shape(cls) -> dict[Any, Any]:
         """The running statistics and the state of the random generator."""
         from torch import Tensor
 

@@ -22,11 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import preference_datasets  # noqa: F401  its data sets register themselves
+from preference_training.configuration.checks.run import check_objective
 from preference_training.configuration.command_line import prepare_arguments, refuse
-from preference_training.configuration.composition import CONFIG_DIR, explain_composition_error
+from preference_training.configuration.composition import CONFIG_DIR, explain_composition_error, own_folder
 from preference_training.configuration.run_dirs import check_resume, new_run_dir, not_writable_message, remove_empty
 from preference_training.configuration.schema import RunConfig
-from preference_training.configuration.validation import check_objective, validate
+from preference_training.configuration.validation import validate
 from preference_training.core.errors import UserError
 from preference_training.core.machine import release_memory
 from preference_training.core.processes import in_worker
@@ -74,8 +75,8 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
     composed.local_run_dir = str(run_dir)
     if resume:
         composed.resume = resume
-    settings = HydraConfig.get()
-    config = validate(composed, list(settings.overrides.task), dict(settings.runtime.choices))
+    settings, runtime = HydraConfig.get(), HydraConfig.get().runtime
+    config = validate(composed, list(settings.overrides.task), dict(runtime.choices), own_folder(runtime.config_sources))
     name = config.loss.name
     check_objective(config.objective, name, example_kind(name), model_head(name), config.rounds is not None)
     read_entries(config)

@@ -38,6 +38,7 @@ class Trainer:
         self.state = RunState()
         self.step = TrainingStep(placement, models, self.state, batches.train.schedule.total_steps)
         self.evaluator = Evaluator(placement, models, batches, self.state, observers)
+        self.evaluator.averages_in_place = self.step.updater.averages_in_place
         utilization = Utilization.of(self.config, models.policy, models.reference, self.step.device)
         self.pace = Pace(self.state, utilization)
         self.monitor = TrainingMonitor(self.tracker, self.config.loss_spike)
@@ -174,12 +175,16 @@ class Trainer:
             return
         self.tracker.flush()
         progress.at("a checkpoint")
-        if not self.placement.ranks.broadcast(writer.checked):
-            writer.check = checkpoint_check(self.models.policy, self.config, self.step.device)
-        writer.write(self.snapshot(), with_policy_pt=finished and self.config.save_policy_pt)
+        with self.step.updater.averages_in_place():
+            if not self.placement.ranks.broadcast(writer.checked):
+                writer.check = checkpoint_check(self.models.policy, self.config, self.step.device)
+            with_policy_pt = finished and self.config.save_policy_pt and not self.config.load_best
+            writer.write(self.snapshot(), with_policy_pt)
         self.saved_at = self.state.examples
         if finished or self.stopping:
             writer.wait()
+            if finished:
+                self.observers.load_best(self.config, self.placement.ranks)
             self.observers.tell_checkpoints()
             # The launcher would end rank 0, which may still be writing, when another process ends.
             self.placement.ranks.barrier()

@@ -35,7 +35,8 @@ def compose(*overrides: str) -> RunConfig:
 class TrainedRun:
     """What a run has left. metrics: those of its last evaluation and its last step. stopped: why it ended early, if it did.
 
-    findings: what to know first; none of a sound run. `run_dir / "LATEST"` loads with transformers.
+    findings: what to know first; none of a sound run. `run_dir / "LATEST"` loads with transformers. Of a loop of rounds the
+    metrics are of its last policy, `run_dir / "round-K" / "policy"`.
     """
 
     run_dir: Path
@@ -53,6 +54,15 @@ class TrainedRun:
         last_step = run.steps[-1] if run.steps else {}
         return cls(run_dir, last_step | run.last_evaluation, findings(run), stopped or ended_early(run))
 
+    @classmethod
+    def of_loop(cls, directory: Path, stopped: str | None = None) -> "TrainedRun":
+        """Read the directory of a loop of rounds."""
+        from preference_training.reporting.loops.findings import loop_findings
+        from preference_training.reporting.loops.record import LoopRecord
+
+        loop = LoopRecord.read(directory)
+        return cls(directory, loop.rows[-1] if loop.rows else {}, loop_findings(loop), stopped)
+
     def history(self) -> list[dict[str, float]]:
         """The rows of metrics.jsonl: of every step and evaluation, in their order; `pandas.DataFrame` takes them."""
         from preference_training.tracking.run_files import METRICS, metric_rows
@@ -65,6 +75,7 @@ def train(config: RunConfig, callbacks: Sequence[object] = (), quiet: bool | Non
 
     callbacks: objects with any of the methods of `Callback`; with several processes they are pickled. quiet: print nothing
     but what callbacks print; None is quiet in notebooks. Raises UserError for a mistake; what a callback raises passes through.
+    A loop of rounds trains in processes of its own, and takes no callbacks.
     """
     from preference_training.checkpointing.resume import checkpoint_to_resume
 
@@ -76,12 +87,35 @@ def train(config: RunConfig, callbacks: Sequence[object] = (), quiet: bool | Non
         if quiet or (quiet is None and "ipykernel" in sys.modules):
             callbacks = [_Printing(callback, sys.stdout) for callback in callbacks]
             opened.enter_context(redirect_stdout(opened.enter_context(Path(os.devnull).open("w"))))
+        if config.rounds is not None:
+            return _train_loop(config, run_dir, callbacks)
         found = checkpoint_to_resume(config.resume, run_dir, config.exp_name) if config.resume else None
         try:
             command_line.start(config, run_dir, in_sweep=False, callbacks=tuple(callbacks))
         except StoppedError as error:
             stopped = str(error)
     return TrainedRun.read(found.path.parent if found else run_dir, stopped)
+
+
+def _train_loop(config: RunConfig, run_dir: Path, callbacks: Sequence[object]) -> TrainedRun:
+    """Run a loop of rounds. Raises UserError, and StepFailedError where a step has failed for another reason."""
+    from preference_training.reporting.loops.page import write_loop_report
+    from preference_training.rounds.processes import StepFailedError
+    from preference_training.rounds.start import MISTAKE, as_mistake, check_not_changed, find_loop, run_found_loop
+
+    if callbacks:
+        raise UserError("callbacks: found some, and a loop of rounds trains in processes of its own. Expected none.")
+    check_not_changed(config)
+    directory, stopped = find_loop(config, run_dir), None
+    try:
+        run_found_loop(config, directory, write_loop_report)
+    except StoppedError as error:
+        stopped = str(error)
+    except StepFailedError as failed:
+        if failed.status != MISTAKE:
+            raise
+        raise as_mistake(failed) from failed
+    return TrainedRun.of_loop(directory, stopped)
 
 
 class _Printing:

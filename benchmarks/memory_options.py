@@ -10,6 +10,7 @@ Prints a JSON object with raw values, and writes it to benchmarks/results/.
 import argparse
 import contextlib
 import datetime
+import importlib
 import json
 import os
 import statistics
@@ -33,10 +34,19 @@ SETTINGS = {
     "all weights, RMSprop": [],
     "all weights, AdamW": ["optimizer=AdamW"],
     "all weights, AdamW8bit": ["optimizer=AdamW8bit"],
+    "all weights, Muon": ["optimizer=Muon"],
+    "all weights, Adafactor": ["optimizer=Adafactor", "lr=3e-5"],
+    "all weights, AdamWScheduleFree": ["optimizer=AdamWScheduleFree"],
+    "all weights, GaLore of rank 64": ["optimizer=GaLore", "++optimizer_kwargs.rank=64"],
+    "all weights, AdamW, averaged": ["optimizer=AdamW", "ema_decay=0.99"],
     "all weights, RMSprop, activation checkpointing": ["activation_checkpointing=true"],
     "all weights, RMSprop, selective checkpointing": ["activation_checkpointing=selective"],
     "all weights, RMSprop, compiled": ["compile=true"],
     "LoRA, RMSprop": ["+adapter=lora"],
+    "DoRA, RMSprop": ["+adapter=dora"],
+    "rsLoRA of rank 64, RMSprop": ["+adapter=rslora"],
+    "PiSSA, RMSprop": ["+adapter=pissa"],
+    "half of the matrices (Spectrum), RMSprop": ["model.spectrum_share=0.5"],
     "QLoRA, RMSprop": ["+adapter=qlora"],
     "QLoRA, RMSprop, activation checkpointing": ["+adapter=qlora", "activation_checkpointing=true"],
 }
@@ -142,8 +152,8 @@ def import_libraries(config) -> None:
 
     if config.model.lora.r is not None:
         import peft  # noqa: F401
-    if config.model.quantization or config.optimizer.endswith("8bit"):
-        import bitsandbytes  # noqa: F401
+    package = config.optimizer_facts.package
+    importlib.import_module("bitsandbytes" if config.model.quantization else package)
 
 
 def main() -> None:

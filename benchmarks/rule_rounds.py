@@ -25,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 # Two sentences, the last of which ends, and no list.
 RULES = r"['sentences<=2','sentences>=2','matches [.!?]\W*$','not matches (?m)^\s*([-*]|\d+[.])\s']"
 COMMON = (
-    "+rounds=default", "model=smollm2-135m", "+adapter=lora", "loss=dpo", "lr=3e-4", "n_epochs=2", "batch_size=16", "warmup_share=0.1",
+    "+rounds=default", "model=smollm2-135m", "+adapter=lora", "loss=dpo", "lr=3e-4", "n_epochs=2", "batch_size=16",
+    "warmup_share=0.1",
     "rounds.prompts=examples/short_answers.jsonl", "rounds.judge=rules", f"rounds.judging.rules={RULES}",
     "rounds.max_new_tokens=96", "rounds.held_out=0.15", "rounds.n_held_out_samples=1", "rounds.pairs=all", "resume=auto",
     "wandb.enabled=false", "sample_during_eval=false", "do_first_eval=false", "n_eval_examples=1", "save_policy_pt=false",

@@ -1,7 +1,7 @@
 """Export the model of a run or a checkpoint as a directory to serve from, with a model card.
 
 python scripts/export.py RUN_OR_CHECKPOINT --to DIRECTORY [--dtype bfloat16] [--merge] [--push ORGANIZATION/NAME [--private]]
-    [--gguf [q8_0]] [--ollama NAME [--template hh]] [--quantize int8]
+    [--gguf [q8_0]] [--ollama NAME [--template hh]] [--quantize int4]
 """
 
 import argparse
@@ -21,15 +21,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--to", type=Path, required=True, help="the directory to create; it must not exist, or be empty")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: unchanged)")
     parser.add_argument("--merge", action="store_true", help="merge the adapter into its base model")
-    parser.add_argument("--quantize", metavar="FORMAT", help="quantize the weights of linear layers: int8 (torchao)")
+    parser.add_argument("--quantize", metavar="FORMAT", help="quantize the weights of linear layers: int8, int4")
     parser.add_argument(
         "--gguf",
         nargs="?",
         const="auto",
-        choices=("auto", "f16", "bf16", "f32", "q8_0"),
         metavar="TYPE",
-        help="also write a GGUF file, for llama.cpp, Ollama, LM Studio: f16, bf16, f32 or q8_0 (default: bf16 for weights in "
-        "bfloat16, f16 for others)",
+        help="also write a GGUF file, for llama.cpp, Ollama, LM Studio: f16, bf16, f32, q8_0, q5_1, q5_0, q4_1, q4_0 "
+        "(default: bf16 for weights in bfloat16, f16 for others)",
     )
     parser.add_argument("--ollama", metavar="NAME", help="also write a Modelfile for `ollama create NAME`")
     parser.add_argument("--template", choices=TEMPLATES, help="format of the prompts, if the run does not record it")

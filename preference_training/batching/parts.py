@@ -240,13 +240,15 @@ class SlicedLayout(TrieLayout):
 class PackPart:
     """What one process of a context group computes of a pack.
 
-    input_ids, position_ids: [C]. scored_ids, predicted_at: [K], its scored tokens, padded with a token that counts for nothing,
+    input_ids, position_ids: [C]. index: [C], the packed index of each token; padding has indices from the pack's tokens on.
+    scored_ids, predicted_at: [K], its scored tokens, padded with a token that counts for nothing,
     and the index among its tokens whose output predicts each. scored_places: [S], the place of each of the pack's scored
     tokens among those of all processes, process by process. last_tokens, last_places: the same of the responses' last tokens.
     """
 
     input_ids: Tensor
     position_ids: Tensor
+    index: Tensor
     scored_ids: Tensor
     predicted_at: Tensor
     scored_places: Tensor
@@ -276,6 +278,7 @@ def part_of_pack(pack: Any, part: int, parts: int, unit: int) -> PackPart:
     return PackPart(
         input_ids=_chosen(pack.input_ids[:total], cut.index[part]),
         position_ids=_chosen(pack.position_ids[:total], cut.index[part]),
+        index=torch.from_numpy(cut.index[part]),
         scored_ids=pack.scored_ids[torch.from_numpy(scored.chosen)],
         predicted_at=torch.from_numpy(scored.inner),
         scored_places=torch.from_numpy(scored.places),

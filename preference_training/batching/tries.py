@@ -91,6 +91,11 @@ class Trie:
         """Tokens of the longest sequence."""
         return max(branch.length for branch in self.branches)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence, padding aside."""
+        return max(length for _, length in self.ends)
+
     @cached_property
     def depths(self) -> list[int]:
         """How many branches are above each branch."""

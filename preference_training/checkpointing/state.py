@@ -83,7 +83,7 @@ STATE_SHAPE = {
     # Of each rank.
     "random": [STREAMS],
     "optimizer_numbers": {...: {...: (_number, bool, None)}},
-    "optimizer_groups": [{"params": [str], "lr": _number, ...: SETTING}],
+    "optimizer_groups": [{"params": [str], "lr": _number, ...: (*SETTING, str, [(_number, None)])}],
     "run": {"config": dict, "data": [str], "began_with": (str, None), "wandb_id": _run_id},
 }
 # Parts that older versions did not write.

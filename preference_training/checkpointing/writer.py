@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 
+from preference_training.checkpointing.best import add_policy_pt, point_at_best
 from preference_training.checkpointing.checkpoint import best_first, list_checkpoints
 from preference_training.checkpointing.model_files import (
     file_numbers,
@@ -22,14 +23,14 @@ from preference_training.checkpointing.model_files import (
     write_policy_pt,
     write_scalars,
 )
-from preference_training.checkpointing.snapshot import Snapshot
+from preference_training.checkpointing.snapshot import Snapshot, distinct
 from preference_training.checkpointing.state import to_json
 from preference_training.core.errors import UserError
 from preference_training.core.files import PARTIAL, hash_file, replace_symlink, sync, sync_directory
 from preference_training.core.metric_names import EVAL_LOSS
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, is_distributed
 from preference_training.modeling.adapters.files import WEIGHTS_FILE, save_adapter_config
-from preference_training.modeling.adapters.weights import has_adapter
+from preference_training.modeling.adapters.weights import has_adapter, weights_to_save
 from preference_training.modeling.archives import SAFETENSORS_INDEX, WHOLE_WEIGHTS
 from preference_training.tracking.run_files import CHECKPOINT, CHECKSUMS, LATEST, OPTIMIZER_DIR, REFERENCE_DIR, STATE
 
@@ -94,6 +95,17 @@ class CheckpointWriter:
             self._write(snapshot, with_policy_pt)
         else:
             self.pending_write = self.thread.submit(self._write, snapshot.copied(), with_policy_pt)
+
+    def point_at_best(self, with_policy_pt: bool) -> str:
+        """On rank 0, point LATEST at the best checkpoint, which may get a policy.pt; returns what was done as a line of text.
+
+        All is written by then.
+        """
+        said = point_at_best(self.run_dir, self.options.metric)
+        if with_policy_pt and not has_adapter(self.policy):
+            tied = distinct(weights_to_save(self.policy.state_dict(keep_vars=True)))[1]
+            add_policy_pt((self.run_dir / LATEST).resolve(), tied)
+        return said
 
     def wait(self) -> None:
         """Return when nothing is being written any more. Raises what went wrong, unless it was the disk."""

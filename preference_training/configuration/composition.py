@@ -1,7 +1,7 @@
 """The YAML files of config/: which keys exist, and how to explain an override that does not compose."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from preference_training.configuration.keys import NEWER, OPEN, key_names
-from preference_training.configuration.model_names import BASES, CONFIG_DIR, name_models
+from preference_training.configuration.model_names import BASES, CONFIG_DIR, as_override, name_models
 from preference_training.configuration.other_tools import answer, near_name
 from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.core.errors import UserError, nearest
@@ -86,15 +86,17 @@ def _as_sweep(text: str) -> str:
     return f"{key}=choice({value})"
 
 
-def compose_overrides(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
-    """What overrides compose to, and the file that each group was composed from.
+def compose_overrides(*overrides: str, folder: Path | None = None) -> tuple[DictConfig, dict[str, str]]:
+    """What overrides compose to, and the file that each group was composed from. folder: presets of the user's own.
 
     Raises UserError where one names what does not exist.
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    given = force_open_sections(resolve_groups(overrides))
+    given = force_open_sections(resolve_groups(overrides, folder))
+    if folder is not None:
+        given.insert(0, f"hydra.searchpath=[{as_override(f'file://{folder.absolute()}')}]")
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = compose("config", overrides=given, return_hydra_config=True)
@@ -104,6 +106,11 @@ def compose_overrides(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
     return config, choices
+
+
+def own_folder(sources: Iterable[Any]) -> Path | None:
+    """The folder of --config-dir among the places that Hydra has composed from (hydra.runtime.config_sources)."""
+    return next((Path(source.path) for source in sources if source.provider == "command-line"), None)
 
 
 @cache
@@ -221,9 +228,12 @@ def _default_choice(group: str) -> str:
 @cache
 def choice_keys(group: str, choice: str) -> frozenset[str]:
     """The keys that group=CHOICE has, those of the files that it builds on among them."""
-    file = OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml")
-    bases = [base for base in file.get("defaults", ()) if isinstance(base, str) and base != "_self_"]
-    return (frozenset(file) - {"defaults"}).union(*(choice_keys(group, base) for base in bases))
+    path = CONFIG_DIR / group / f"{choice}.yaml"
+    file = OmegaConf.load(path)
+    bases = [base.partition("@")[0] for base in file.get("defaults", ()) if isinstance(base, str) and base != "_self_"]
+    # Of a preset that sets other keys too, those of its group.
+    own = file.get(group, {}) if path.read_text().startswith("# @package _global_") else file
+    return (frozenset(own) - {"defaults"}).union(*(choice_keys(group, base) for base in bases))
 
 
 @cache

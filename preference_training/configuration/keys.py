@@ -7,6 +7,7 @@ A kind is a function from a value to what is wrong with it, None where nothing i
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
@@ -175,6 +176,23 @@ def _unknown_name(noun: str, known: tuple[str, ...], null: bool, value: Any) -> 
 def plain_section(value: Any) -> str | None:
     """Keys with values."""
     return None if isinstance(value, dict) else f"found {value!r}, expected a section: keys with values, or {{}}."
+
+
+def factors(value: Any) -> str | None:
+    """Numbers above 0 by regular expressions, or None."""
+    if value is None:
+        return None
+    words = "patterns of names with numbers above 0, as in {embed: 0.1}"
+    if not isinstance(value, dict):
+        return f"found {value!r}, expected {words}."
+    for pattern, factor in value.items():
+        if not is_number(factor) or factor <= 0:
+            return f"{pattern}: found {factor!r}, expected {words}."
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            return f"{pattern}: no regular expression ({error}), expected {words}."
+    return None
 
 
 def texts(words: str, null: bool = False) -> Kind:

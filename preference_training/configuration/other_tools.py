@@ -44,9 +44,14 @@ _LOSSES = {
 _OPTIMIZERS = {
     "adamw": "AdamW", "adamw_torch": "AdamW", "adamw_torch_fused": "AdamW", "sgd": "SGD", "rmsprop": "RMSprop",
     "adamw_hf": "AdamW", "adamw_8bit": "AdamW8bit", "adamw_bnb_8bit": "AdamW8bit", "lion_8bit": "Lion8bit",
-    "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_32bit": "PagedAdamW",
+    "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_32bit": "PagedAdamW", "muon": "Muon",
+    "adafactor": "Adafactor", "schedule_free_adamw": "AdamWScheduleFree", "schedule_free_sgd": "SGDScheduleFree",
+    "galore_adamw": "GaLore",
 }  # fmt: skip
-_SCHEDULES = {"constant_with_warmup": "constant", "rex": "linear", "cosine_with_restarts": "cosine", "polynomial": "linear"}
+_SCHEDULES = {
+    "constant_with_warmup": "constant", "rex": "linear", "cosine_with_restarts": "cosine lr_restarts=1", "polynomial": "linear",
+    "warmup_stable_decay": "wsd",
+}  # fmt: skip
 _DTYPES = {"auto": "bfloat16", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _ATTENTIONS = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "true": "flash_attention_2", "disabled": "eager"}
 _IN_EXAMPLES = "it counts examples, not steps: steps times batch_size"
@@ -70,6 +75,7 @@ OTHER_NAMES: dict[str, Answer] = {
         *("model.tokenizer_name_or_path={}", "Qwen/Qwen3-0.6B"),
     ),
     **_each("torch_dtype dtype model_dtype", "model.policy_dtype={}", "bfloat16", _DTYPES),
+    **_each("router_aux_loss_coef output_router_logits", "model.router_aux_loss={}", "0.001", {"true": "0.001"}),
     **_each("trust_remote_code", "model.trust_remote_code={}", "true"),
     **_each("attn_implementation", "model.attn_implementation={}", "flash_attention_2", _ATTENTIONS),
     **_each("flash_attention flash_attn use_flash_attention_2 use_flash_attn", "model.attn_implementation=flash_attention_2"),
@@ -85,6 +91,26 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("lora_r lora_rank lora_config_r model.lora_rank", "+adapter=lora model.lora.r={}", "16"),
     **_each("lora_alpha model.lora_alpha", "+adapter=lora model.lora.alpha={}", "32"),
     **_each("lora_dropout model.lora_dropout", "+adapter=lora model.lora.dropout={}", "0.05"),
+    **_each("use_dora lora_use_dora peft_use_dora", "+adapter=lora model.lora.use_dora={}", "true"),
+    **_each("use_rslora lora_use_rslora peft_use_rslora", "+adapter=lora model.lora.use_rslora={}", "true"),
+    **_each("loraplus_lr_ratio lora_plus_lr_ratio", "+adapter=lora model.lora.loraplus_lr_ratio={}", "16"),
+    **_each("init_lora_weights peft_init_lora_weights init_weights", "+adapter=lora model.lora.init={}", "pissa_niter_16"),
+    **_each("pissa_init", "+adapter=pissa"),
+    **_each(
+        "layers_to_transform lora_layers_to_transform peft_layers_to_transform", "+adapter=lora model.lora.layers={}", "[0,1]"
+    ),
+    **_each(
+        "lora_target_parameters target_parameters", "+adapter=lora model.lora.target_parameters={}", "[mlp.experts.down_proj]"
+    ),
+    **_each(
+        "modules_to_save lora_modules_to_save additional_target",
+        note="embedding and head get adapters where model.lora.target_modules names them; without one all weights are trained",
+    ),
+    **_each("unfrozen_parameters trainable_parameters", "model.trainable={}", "[norm]"),
+    **_each("freeze_parameters", "model.freeze={}", "[embed_tokens]"),
+    **_each("neftune_noise_alpha noisy_embedding_alpha neftune_alpha", "model.neftune_alpha={}", "5"),
+    **_each("add_tokens new_tokens", "model.add_tokens={}", "['<plan>']"),
+    **_each("add_special_tokens new_special_tokens", "model.add_special_tokens={}", "['<tool>']"),
     **_each(
         "lora_target_modules lora_target lora_target_linear model.lora_attn_modules",
         *("+adapter=lora model.lora.target_modules={}", "[q_proj,v_proj]"),
@@ -187,7 +213,11 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("eval_on_start", "do_first_eval={}", "true"),
     **_each("save_steps save_interval checkpoint_every saves_per_epoch", "save_every={}", "2000", note=_IN_EXAMPLES),
     **_each("save_total_limit max_checkpoints", "keep_last={}", "2"),
-    **_each("load_best_model_at_end save_best", "keep_best=1"),
+    **_each("load_best_model_at_end", "load_best={}", "true"),
+    **_each("save_best", "keep_best=1"),
+    **_each("ema_alpha ema_rate use_ema model_ema", "ema_decay={}", "0.99", {"true": "0.99"}),
+    **_each("embedding_lr_scale", "lr_groups={{embed: {}}}", "0.1"),
+    **_each("embedding_lr embedding_learning_rate", "lr_groups={{embed: 0.1}}", note="in multiples of lr"),
     **_each("metric_for_best_model", "objective={}", "loss/eval"),
     **_each("generate_during_eval", "sample_during_eval={}", "true"),
     **_each(

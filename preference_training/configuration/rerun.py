@@ -2,17 +2,19 @@
 
     python train.py --config-name rerun --config-dir RUN
 
-Its keys are those of the command line (`model`, `loss.beta`, `adapter`); its paths are absolute.
+Its keys are those of the command line (`model`, `loss.beta`, `adapter`); its paths are absolute. Presets of the user's own
+(--config-dir) are copied beside it, each in the folder of its group, where --config-dir finds them.
 """
 
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from preference_training.configuration.composition import group_choices
+from preference_training.configuration.composition import GROUPS, OPTIONAL_GROUPS, group_choices
 from preference_training.configuration.schema import RunConfig
 
 RERUN = "rerun.yaml"
@@ -36,9 +38,20 @@ MODEL_JUDGE = "reward_model:"
 
 
 def write_rerun(config: RunConfig, run_dir: Path) -> None:
-    """Write rerun.yaml. Raises OSError."""
+    """Write rerun.yaml, and the presets of the user's own beside it. Raises OSError."""
+    keep_presets(config.origin.folder, run_dir)
     values = OmegaConf.to_yaml(OmegaConf.create(rerun_values(config.origin.overrides)))
     (run_dir / RERUN).write_text(HEAD.format(directory=normal(run_dir)) + values, encoding="utf-8")
+
+
+def keep_presets(folder: Path | None, place: Path) -> None:
+    """Copy the presets of a folder to another place, those of each group into a folder of its name. Raises OSError."""
+    if folder is None or folder.absolute() == place.absolute():
+        return
+    for group in (*GROUPS, *OPTIONAL_GROUPS):
+        for file in sorted((folder / group).glob("*.yaml")):
+            (place / group).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place / group / file.name)
 
 
 def rerun_values(overrides: Iterable[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import copy
 import math
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from preference_training.configuration.keys import (
@@ -19,6 +20,7 @@ from preference_training.configuration.keys import (
     Section,
     anything,
     expected,
+    factors,
     is_number,
     key,
     key_names,
@@ -36,6 +38,7 @@ from preference_training.configuration.keys import (
     texts,
     whole,
 )
+from preference_training.configuration.optimizers import OPTIMIZERS, UNKNOWN_UPDATES, OptimizerFacts, states_kept
 from preference_training.configuration.sections import (
     EvaluationConfig,
     LossConfig,
@@ -46,11 +49,9 @@ from preference_training.configuration.sections import (
     WandbConfig,
 )
 
-BITSANDBYTES_OPTIMIZERS = ("AdamW8bit", "RMSprop8bit", "Lion8bit", "PagedAdamW", "PagedAdamW8bit")
-OPTIMIZERS = ("RMSprop", "AdamW", "Adam", "SGD", *BITSANDBYTES_OPTIMIZERS)
 # Of Optuna's those that judge by the values of runs alone.
 PRUNERS = ("MedianPruner", "PercentilePruner", "ThresholdPruner")
-SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
 # Keys of a run that an entry of `datasets` may override, and the values that some of them may have, besides null.
 GENERAL_KEYS = ("template", "system_prompt", "train_on", "truncation_mode", "on_bad_row", "weight")
 TEMPLATES = ("raw", "hh", "chatml", "chat")
@@ -76,11 +77,15 @@ def _directory_name(value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a configuration was composed from: the command line, the model preset, and the keys that were null."""
+    """What a configuration was composed from: the command line, the model preset, and the keys that were null.
+
+    folder: presets of the user's own, None without any (--config-dir).
+    """
 
     overrides: tuple[str, ...] = ()
     preset: str = "base_model"
     nulls: frozenset[str] = frozenset()
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +137,9 @@ class RunConfig(Section):
     lr: float | None = key(positive(null=True))
     lr_schedule: str = key(one_of(SCHEDULES))
     final_lr_share: float = key(share())
+    decay_share: float = key(expected("a share above 0, at most 1", lambda value: is_number(value) and 0 < value <= 1), NEWER)
+    lr_restarts: int = key(whole(0), NEWER)
+    lr_groups: dict[str, float] | None = key(factors, NEWER)
     weight_decay: float | None = key(not_negative(null=True))
     gradient_accumulation_steps: int = key(whole(1))
     max_tokens_per_microbatch: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
@@ -158,8 +166,12 @@ class RunConfig(Section):
     n_steps: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     early_stopping_patience: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     n_eval_examples: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
-    optimizer: str = key(known_name("optimizer", OPTIMIZERS))
+    optimizer: str = key(known_name("optimizer", tuple(OPTIMIZERS)))
     optimizer_kwargs: dict[str, Any] = key(plain_section, OPEN)
+    ema_decay: float | None = key(
+        expected("a number above 0 and below 1, or null", lambda value: value is None or (is_number(value) and 0 < value < 1)),
+        *(NEWER,),
+    )
     master_weights: bool | str = key(
         expected("auto, true or false", lambda value: value == "auto" or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
     )
@@ -180,6 +192,7 @@ class RunConfig(Section):
     max_wall_time: float | None = key(positive(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     max_bad_steps: int = key(whole(1), MAY_CHANGE_ON_RESUME)
     loss_spike: float | None = key(positive(null=True), MAY_CHANGE_ON_RESUME)
+    load_best: bool = key(switch, MAY_CHANGE_ON_RESUME, NEWER)
     save_policy_pt: bool = key(switch, MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     ledger: bool = key(switch, MAY_CHANGE_ON_RESUME)
     minimum_log_interval_secs: float = key(not_negative(" of seconds"), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
@@ -231,22 +244,38 @@ class RunConfig(Section):
         return [] if self.debug else [name for name in listed(self.tracking) if name not in switched_off]
 
     @property
+    def optimizer_facts(self) -> OptimizerFacts:
+        """What is known of the optimizer."""
+        return OPTIMIZERS[self.optimizer]
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether the weights that are evaluated and saved are an average of those that are trained."""
+        return self.ema_decay is not None or self.optimizer_facts.averages
+
+    @property
     def keeps_master_weights(self) -> bool:
         """Whether low-precision weights have float32 master weights in the optimizer, from which they are rounded.
 
-        auto has them where updates would be rounded away. RMSprop, AdamW and the like take steps of about lr; of SGD's nothing
-        is known before.
+        auto has them where updates would be rounded away, or an average of weights. RMSprop, AdamW and the like take steps of
+        about lr; of SGD's nothing is known before, and Adafactor's are a share of the weights.
         """
         trained = self.model.trains_low_precision
         if self.master_weights != "auto":
             return bool(self.master_weights) and trained
-        return trained and (self.optimizer == "SGD" or (self.lr or 0.0) < self.model.smallest_kept_lr)
+        unknown = self.optimizer in UNKNOWN_UPDATES or self.averages_weights
+        return trained and (unknown or (self.lr or 0.0) < self.model.smallest_kept_lr)
 
     @property
-    def weight_copies(self) -> int:
-        """How many times the memory of the trained weights gradients and optimizer take, at most."""
-        # A gradient and two states of the weights' dtype; or a summed gradient and copies with two states, all in float32.
-        return 4 * 2 if self.keeps_master_weights else 1 + 2
+    def weight_copies(self) -> float:
+        """How many times the memory of the trained weights gradients, optimizer and averages take, about."""
+        facts, masters = self.optimizer_facts, self.keeps_master_weights
+        weight = 2 if self.model.trains_low_precision else 4
+        updated = 4 if masters else weight
+        # A gradient of the weights' dtype; or a summed one and a copy, both in float32.
+        gradient = 4 + 4 if masters else weight
+        states = states_kept(self.optimizer, self.optimizer_kwargs) * (facts.state_bytes or updated)
+        return (gradient + states + updated * (self.ema_decay is not None)) / weight
 
     def caches_reference(self, read_again: bool) -> bool:
         """Whether the reference's log-probs are computed before training: if asked for, or left open and read more than once.

@@ -47,6 +47,25 @@ SPACINGS = {"bfloat16": 2**-7, "float16": 2**-10}
 ORDINARY_WEIGHT = 0.05
 
 
+# How an adapter starts: as no change of any output, or (pissa, olora) as directions of the weights themselves.
+LORA_INITS = ("default", "gaussian", "orthogonal", "pissa", "olora")
+
+
+def is_block_number(value: Any) -> bool:
+    """Whether a value can be the number of a block."""
+    return type(value) is int and value >= 0
+
+
+def _init_problem(value: Any) -> str | None:
+    if value == "loftq":
+        return (
+            "found 'loftq', which corrects weights that were quantized: its checkpoints would be wrong on the original base "
+            "model, where other libraries load them. Expected default, or pissa."
+        )
+    is_iterated = isinstance(value, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", value)
+    return None if is_iterated else known_name("initialization", (*LORA_INITS, "pissa_niter_16"))(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(Section):
     """model.lora"""
@@ -60,6 +79,48 @@ class LoraConfig(Section):
             lambda value: value is None or (value != [] and all(isinstance(name, str) for name in listed(value))),
         )
     )
+    target_parameters: list[str] | None = key(
+        expected(
+            "ends of names of weights, as in [mlp.experts.down_proj], or null",
+            lambda value: (
+                value is None or (isinstance(value, list) and value != [] and all(isinstance(each, str) for each in value))
+            ),
+        ),
+        NEWER,
+    )
+    layers: list[int] | None = key(
+        expected(
+            "numbers of blocks from 0, as in [0,1,2], or null",
+            lambda value: value is None or (isinstance(value, list) and value != [] and all(map(is_block_number, value))),
+        ),
+        NEWER,
+    )
+    use_dora: bool = key(switch, NEWER)
+    use_rslora: bool = key(switch, NEWER)
+    init: str = key(_init_problem, NEWER)
+    loraplus_lr_ratio: float | None = key(positive(null=True), NEWER)
+
+    @property
+    def subtracts_start(self) -> bool:
+        """Whether the adapter starts as a change of outputs, or one that only rounding leaves, so that it is subtracted."""
+        return self.init.startswith(("pissa", "olora", "orthogonal"))
+
+
+def _patterns_problem(value: Any) -> str | None:
+    """Regular expressions, or None."""
+    for pattern in [] if value is None else listed(value):
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            return f"found {pattern!r}, expected a regular expression for names of weights, or a list of them: {error}."
+    return "found [], expected names of weights, or null." if value == [] else None
+
+
+def _tokens_problem(value: Any) -> str | None:
+    if not isinstance(value, list) or not all(isinstance(token, str) and token for token in value):
+        return f"found {value!r}, expected a list of texts, as in ['<tool>','</tool>']."
+    twice = next((token for token in value if value.count(token) > 1), None)
+    return None if twice is None else f"found {twice!r} twice, expected each token once."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +143,30 @@ class ModelConfig(Section):
     double_quantization: bool = key(switch)
     quantized_compute_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
     fp8: bool = key(switch, NEWER)
+    router_aux_loss: float | None = key(not_negative(null=True), NEWER)
+    trainable: list[str] | str | None = key(_patterns_problem, NEWER)
+    freeze: list[str] | str | None = key(_patterns_problem, NEWER)
+    spectrum_share: float | None = key(
+        expected("a share above 0 and below 1", lambda value: is_number(value) and 0 < value < 1, null=True), NEWER
+    )
+    neftune_alpha: float | None = key(positive(null=True), NEWER)
+    add_tokens: list[str] = key(_tokens_problem, NEWER)
+    add_special_tokens: list[str] = key(_tokens_problem, NEWER)
     attn_implementation: str = key(one_of(ATTENTIONS))
     liger_kernels: bool = key(switch)
     trust_remote_code: bool = key(switch)
     # No key: the loss says what head its models have, lm or value.
     head: str = "lm"
+
+    @property
+    def chooses_weights(self) -> bool:
+        """Whether some weights are frozen without an adapter."""
+        return not (self.trainable is None and self.freeze is None and self.spectrum_share is None)
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """The tokens that are added to the vocabulary."""
+        return [*self.add_tokens, *self.add_special_tokens]
 
     @property
     def trains_low_precision(self) -> bool:
@@ -227,6 +307,8 @@ class QualityConfig(Section):
 
 
 PAIRINGS = ("best_worst", "all", "top_k", "ranking", "unpaired", "best_of_n")
+# What becomes of responses that were cut at max_new_tokens.
+TRUNCATED = ("keep", "skip", "worst")
 REFERENCES = ("previous", "first", "moving")
 NORMALIZATIONS = ("z_score", "none")
 
@@ -296,10 +378,12 @@ class RoundsConfig(Section):
     top_p: float = key(expected("a number above 0 and up to 1", lambda value: is_number(value) and 0 < value <= 1))
     max_new_tokens: int = key(whole(1))
     sampler: str = key(_sampler_problem, MAY_CHANGE_ON_RESUME)
+    sampler_processes: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     sampler_model: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME)
     sampler_weights: str = key(one_of(SAMPLER_WEIGHTS))
     sampler_workers: int = key(whole(1), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     sampler_timeout: float = key(positive(" of seconds"), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    truncated: str = key(one_of(TRUNCATED))
     pairs: str | None = key(known_name("way to pair responses", PAIRINGS, null=True))
     margin: float = key(not_negative())
     top_k: int = key(whole(1))

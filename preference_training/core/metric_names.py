@@ -46,6 +46,13 @@ MFU = "mfu"
 # Measured by a clock or the machine: differs between runs that are otherwise the same.
 MEASURED = (EXAMPLES_PER_SECOND, TOKENS_PER_SECOND, MFU, MEMORY, TIME)
 
+# Of the routers of a mixture of experts, over a batch: the load-balancing loss; the tokens of the busiest expert as a
+# multiple of the mean, in the worst layer; the entropy of a token's routing as a share of its maximum, a mean over layers; the
+# experts of all layers that no token was sent to. Of single layers: NAME/LAYER.
+EXPERTS = "experts/"
+AUX_LOSS, MAX_LOAD = f"{EXPERTS}aux_loss", f"{EXPERTS}max_load"
+ROUTING_ENTROPY, DEAD_EXPERTS = f"{EXPERTS}entropy", f"{EXPERTS}dead"
+
 # Of beta-DPO's steps.
 BETA_USED, KEPT_FRACTION = "beta_DPO/beta_used", "beta_DPO/kept_fraction"
 GAP_MEAN, GAP_STD = "beta_DPO/gap_mean", "beta_DPO/gap_std"

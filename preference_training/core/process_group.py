@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 
 class Progress:
@@ -147,6 +147,14 @@ def local_bytes(tensor: Tensor):
 def full_tensor(tensor: Tensor) -> Tensor:
     """All of a DTensor, gathered; every process has to call it. Any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def set_whole(tensor: Tensor, values: Tensor) -> None:
+    """Set a tensor, or this process's shard of a DTensor, from all of its values; nothing is communicated."""
+    if isinstance(tensor, DTensor):
+        whole = DTensor.from_local(values, tensor.device_mesh, [Replicate()] * tensor.device_mesh.ndim, run_check=False)
+        values = whole.redistribute(placements=tensor.placements).to_local()
+    to_local(tensor).copy_(values)
 
 
 def reshard(model: nn.Module) -> None:

@@ -24,8 +24,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from preference_training.configuration.checks.run import check_sizes
 from preference_training.configuration.schema import RunConfig
-from preference_training.configuration.validation import check_sizes
 from preference_training.core.errors import UserError
 from preference_training.core.labeled_output import label_output
 from preference_training.core.process_group import local_rank, local_world_size

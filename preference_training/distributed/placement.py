@@ -36,7 +36,7 @@ from preference_training.distributed.sharding import (
     make_mesh,
     reference_beside,
 )
-from preference_training.modeling.adapters.weights import has_adapter, weights_to_save
+from preference_training.modeling.adapters.weights import has_adapter, set_joined_adapter, weights_to_save
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
 from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference
@@ -93,6 +93,7 @@ class Placement:
             return LiveReference(self.frozen_copy(policy))
         archive = None if model.reference_archive == BASE_MODEL else model.reference_archive
         values = {"archive": archive, "reference_archive": None, "policy_dtype": model.reference_dtype}
+        values |= {"trainable": None, "freeze": None, "spectrum_share": None}
         other = same_devices(self, self.config.changed({f"model.{key}": value for key, value in values.items()}))
         return LiveReference(other.load_policy().eval().requires_grad_(False))
 
@@ -124,7 +125,8 @@ class Placement:
         return weights_to_save(model.state_dict(keep_vars=True))
 
     def set_weights(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        """Take over values that were written into what `weights` returned: here they are the model's own tensors."""
+        """Take over values that were written into what `weights` returned: the model's own tensors, or copies of adapters."""
+        set_joined_adapter(model, weights)
 
     def optimizer_state(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
         """The optimizer's state by the weights' names, initialized where it is not yet. Not copies."""

@@ -55,6 +55,7 @@ from preference_training.modeling.prefix_sharing.sharing import attend_over_trie
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
 from preference_training.modeling.quantization import PackedLinear, packed_state
 from preference_training.modeling.state import compute_device, free_memory, print_loaded, set_buffers, weights_hash
+from preference_training.modeling.tuning.chosen_weights import train_only, trained_names
 
 # ---- the mesh -----------------------------------------------------------------------------------------------------------
 
@@ -255,7 +256,9 @@ def load_sharded(
     if source is not None and share_prefixes(source, config.prefix_sharing, config.prefix_attention):
         proved = Sharing(scores_in_head(source))
     sharing = ranks.broadcast(proved)
-    model = empty_model(layout, tokenizer, config.model.policy_dtype, sharing, device)
+    # Rank 0 has the values that Spectrum chooses weights by.
+    chosen = ranks.broadcast(source and trained_names(source))
+    model = empty_model(layout, tokenizer, config.model.policy_dtype, sharing, device, chosen)
     check_cuttable(model, layout.context)
     # Offloaded weights are brought to the device for each forward.
     model.compute_device = device
@@ -310,14 +313,18 @@ class Sharing(NamedTuple):
     scores_in_head: bool
 
 
-def empty_model(layout: Layout, tokenizer, dtype: str, sharing: Sharing | None, device: torch.device) -> nn.Module:
+def empty_model(
+    layout: Layout, tokenizer, dtype: str, sharing: Sharing | None, device: torch.device, trained: frozenset | None = None
+) -> nn.Module:
     """The model of a layout's configuration, sharded, with memory for this process's shard of the weights but no values.
 
-    dtype is a name such as bfloat16; sharing says how the model attends over tries, None where it does not.
+    dtype: such as bfloat16. sharing: how the model attends over tries, None where it does not. trained: names of weights.
     """
     config = layout.config
     with torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
+    if trained is not None:
+        train_only(model, trained)
     if sharing is not None:
         # A head that is split over processes gives logits, which its plan gathers.
         attend_over_tries(model, scoring_head=sharing.scores_in_head and layout.mesh["tensor"].size() == 1)

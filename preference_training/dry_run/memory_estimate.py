@@ -31,6 +31,7 @@ from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.sharing import attend_over_tries
 from preference_training.modeling.prefix_sharing.tree_attention import clear_mask_cache
+from preference_training.training.optimizers.averages import AVERAGE
 from preference_training.training.parts import Models, RunState
 from preference_training.training.step import TrainingStep
 
@@ -92,6 +93,9 @@ class StorageCounter(TorchDispatchMode):
         if func is torch.ops._c10d_functional.wait_tensor.default and isinstance(args[0], FakeTensor):
             # As with real tensors, waiting makes no copy.
             return args[0]
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            # Some optimizers look at a number, which a fake tensor lacks; what they keep does not depend on it.
+            return 1.0 if args[0].is_floating_point() else 1
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         for tensor in tree_iter(output):
@@ -270,9 +274,9 @@ def peak_memory(step: TrainingStep, counter: StorageCounter, packs: Sequence[Pac
     )
     take_unchecked(step, batch)
     for state in updater.optimizer.state.values():
-        for value in state.values():
+        for name, value in state.items():
             if isinstance(value, Tensor):
-                counter.recount(to_local(value), "optimizer")
+                counter.recount(to_local(value), "averaged weights" if name == AVERAGE else "optimizer")
     name_weights(counter, models.policy, "parameters")
     if isinstance(models.reference, LiveReference) and models.reference.model is not models.policy:
         name_weights(counter, models.reference.model, "reference")

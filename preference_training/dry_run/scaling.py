@@ -208,7 +208,7 @@ def attributed(reference: Callable | None, traffic: Traffic) -> Callable | None:
 
 def in_device_memory(config, memory: dict[str, int]) -> int:
     """The bytes of a step's memory on the device, without the kinds that `trainer.cpu_offload` keeps in CPU memory."""
-    offloaded = ("parameters", "reference", "gradients", "optimizer") if config.trainer.cpu_offload else ()
+    offloaded = ("parameters", "reference", "gradients", "optimizer", "averaged weights") if config.trainer.cpu_offload else ()
     return sum(size for kind, size in memory.items() if kind not in offloaded)
 
 

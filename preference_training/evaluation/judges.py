@@ -19,9 +19,9 @@ from typing import TypeVar
 
 import xxhash
 
+from preference_training.configuration.checks.evaluation import EVALUATION_REQUIREMENTS, KEY_VARIABLE, RULE
 from preference_training.configuration.composition import CONFIG_DIR
 from preference_training.configuration.sections import EvaluationConfig
-from preference_training.configuration.validation import EVALUATION_REQUIREMENTS, KEY_VARIABLE, RULE
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.files import hash_file, run_file
 from preference_training.core.values import hash_values
@@ -30,6 +30,8 @@ from preference_training.generation.servers import ChatServer, OllamaServer, Ope
 
 T = TypeVar("T")
 VERDICTS = ("first", "second", "tie")
+# Those of a judge that also says how much better a response is.
+GRADED_VERDICTS = (*VERDICTS, "first much", "second much")
 
 
 class NoVerdictError(Exception):
@@ -137,6 +139,23 @@ class RewardModelJudge(Judge):
         return verdict_by_score(one, other)
 
 
+class ScoreJudge(Judge):
+    """A judge that scores each response alone: the higher score is better, None is none. identity: what scores depend on."""
+
+    def __init__(self, identity: str, score: Callable[[str, str], float | None]):
+        super().__init__(identity)
+        self.score = score
+        self.thread = threading.Lock()
+
+    def better(self, prompt: str, first: str, second: str) -> str:
+        """One of VERDICTS."""
+        with self.thread:
+            one, other = self.score(prompt, first), self.score(prompt, second)
+        if one is None or other is None:
+            raise NoVerdictError("the judge cannot score a response", is_retryable=False)
+        return verdict_by_score(one, other)
+
+
 def verdict_by_score(first: float, second: float) -> str:
     """The verdict for two scores: the higher one is better."""
     return "tie" if first == second else "first" if first > second else "second"
@@ -154,11 +173,13 @@ class ChatJudge(Judge):
     both_orders = True
     server_class: type[ChatServer]
     keys = ("evaluation.judge", "evaluation.judge_url")
+    # The file of its instruction.
+    prompt_file = "judge_prompt.txt"
 
     def __init__(self, kind: str, model: str, settings):
         if find_spec("tenacity") is None:
             raise UserError(f"evaluation.judge: {kind} needs the package tenacity. Run: {EVALUATION_REQUIREMENTS}")
-        self.template = Template((CONFIG_DIR / "judge_prompt.txt").read_text())
+        self.template = Template((CONFIG_DIR / self.prompt_file).read_text())
         self.server = self.server_class(model, settings.judge_url, settings.judge_timeout)
         super().__init__(f"{kind}:{model} {self.server.base}")
         self.attempts, self.first_pause = settings.judge_attempts, settings.judge_pause

@@ -17,6 +17,8 @@ def format_results(results: dict) -> list[str]:
         lines.append(f"KL to the reference, from {kl['answers']:,} sampled responses: {estimates}")
     if "win_rate" in results:
         lines += format_win_rate(results["win_rate"])
+    for lines_of_benchmark in results.get("benchmarks", {}).values():
+        lines += lines_of_benchmark
     for name, task in results.get("tasks", {}).items():
         lines.append(f"{name}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in task.items() if value is not None))
     return lines + warnings(results)

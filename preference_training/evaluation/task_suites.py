@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from torch import nn
 
-from preference_training.configuration.validation import EVALUATION_REQUIREMENTS
+from preference_training.configuration.checks.evaluation import EVALUATION_REQUIREMENTS
 from preference_training.core.errors import UserError, first_line, nearest
 
 SUITES: dict[str, list[tuple[str, int | None]]] = {

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import xxhash
 
 from preference_training.core.errors import UserError
 from preference_training.evaluation.intervals import share_interval
-from preference_training.evaluation.judges import VERDICTS, Judge, NoVerdictError
+from preference_training.evaluation.judges import GRADED_VERDICTS, Judge, NoVerdictError
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class VerdictStore:
         for line in content.splitlines():
             try:
                 row = json.loads(line)
-                if row["verdict"] in VERDICTS:
+                if row["verdict"] in GRADED_VERDICTS:
                     self.known[row["key"]] = row["verdict"]
             except (ValueError, LookupError, TypeError, RecursionError):
                 # An incomplete line of a process that was killed.
@@ -119,18 +120,25 @@ def outcome(comparison: Comparison, judge: Judge, store: VerdictStore) -> float 
     verdicts = [store.known.get(VerdictStore.key(judge, question)) for question in comparison.questions(judge)]
     if None in verdicts:
         return None
-    values = {"first": 1.0, "second": 0.0, "tie": 0.5}
+    # How much better does not matter here.
+    values = {"first": 1.0, "second": 0.0, "tie": 0.5, "first much": 1.0, "second much": 0.0}
     # In the second order the policy's response comes second.
     found = {abs(number - values[verdict]) for number, verdict in enumerate(verdicts)}
     return found.pop() if len(found) == 1 else 0.5
 
 
-def win_rate(judge: Judge, comparisons: Sequence[Comparison], path: Path, settings) -> dict:
-    """Judge all comparisons; returns the counts and the win rate, which is wins plus half the ties over all that were judged.
+class Judged(NamedTuple):
+    """What a judge said of comparisons. outcomes: of each, as `outcome` has them. rest: reasons for missing verdicts, notes."""
 
-    path: the file of verdicts, from which earlier ones are reused. settings: the section `evaluation`. The rate is None where
-    more than `max_missing` of the comparisons have no verdict.
-    """
+    outcomes: list[float | None]
+    store: VerdictStore
+    reasons: Counter
+    note: str | None
+    is_enough: bool
+
+
+def judge_all(judge: Judge, comparisons: Sequence[Comparison], path: Path, settings) -> Judged:
+    """Judge all comparisons; the parameters are those of `win_rate`."""
     note = judge.identify()
     store = VerdictStore(path)
     max_unjudged = int(settings.max_missing * len(comparisons))
@@ -142,22 +150,36 @@ def win_rate(judge: Judge, comparisons: Sequence[Comparison], path: Path, settin
         print(f"judge: {earlier:,} of {len(questions):,} verdicts reused from earlier evaluations, {path}", flush=True)
     reasons = ask_all(judge, comparisons, store, settings.judge_workers, max_missing)
     outcomes = [outcome(comparison, judge, store) for comparison in comparisons]
-    judged = numpy.array([value for value in outcomes if value is not None])
-    unanswered = len(outcomes) - len(judged)
+    unanswered = outcomes.count(None)
+    return Judged(outcomes, store, reasons, note, unanswered < len(outcomes) and unanswered <= max_unjudged)
+
+
+def win_rate(judge: Judge, comparisons: Sequence[Comparison], path: Path, settings) -> dict:
+    """Judge all comparisons; returns the counts and the win rate, which is wins plus half the ties over all that were judged.
+
+    path: the file of verdicts, from which earlier ones are reused. settings: the section `evaluation`. The rate is None where
+    more than `max_missing` of the comparisons have no verdict.
+    """
+    return summary(judge, judge_all(judge, comparisons, path, settings), settings)
+
+
+def summary(judge: Judge, found: Judged, settings) -> dict:
+    """The counts and the win rate of what was judged, in plain values."""
+    judged = numpy.array([value for value in found.outcomes if value is not None])
     rate = None
-    if len(judged) and unanswered <= max_unjudged:
+    if found.is_enough:
         low, high = share_interval(judged)
         rate = {"mean": float(judged.mean()), "low": low, "high": high}
     return {
         "judge": settings.judge,
         "against": settings.against,
-        "comparisons": len(outcomes),
+        "comparisons": len(found.outcomes),
         "wins": int((judged == 1).sum()),
         "ties": int((judged == 0.5).sum()),
         "losses": int((judged == 0).sum()),
-        "unanswered": unanswered,
-        "reasons": dict(reasons.most_common()),
+        "unanswered": len(found.outcomes) - len(judged),
+        "reasons": dict(found.reasons.most_common()),
         "retried": dict(judge.retries.most_common()),
-        "note": note,
+        "note": found.note,
         "rate": rate,
     }

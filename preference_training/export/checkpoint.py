@@ -12,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from preference_training.checkpointing.model_files import save_tokenizer
-from preference_training.checkpointing.saved_models import compare_parts
+from preference_training.checkpointing.saved_models import compare_parts, load_plain
 from preference_training.configuration.schema import TEMPLATES
 from preference_training.core.errors import UserError
 from preference_training.data.chat_templates import end_tokens, run_format, serve_as_trained
@@ -23,12 +25,13 @@ from preference_training.export.gguf_model import GgufFile
 from preference_training.export.gguf_tokenizer import Vocabulary
 from preference_training.export.modelfile import OllamaFiles
 from preference_training.export.options import ExportOptions, check_options
-from preference_training.export.quantization import quantize_weights
+from preference_training.export.quality import RunRows, describe_quality, missing_rows, readable_rows
+from preference_training.export.quantization import WINDOW, WINDOWS, quantize_weights
 from preference_training.export.serving import Served
 from preference_training.export.source import Source, base_license
 from preference_training.modeling import loading
 from preference_training.modeling.adapters.files import BASE_DIR, CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
-from preference_training.reporting.model_card import CardFacts, model_card
+from preference_training.reporting.model_card import CardFacts, Quality, Quantized, model_card
 
 GENERATION = "generation_config.json"
 
@@ -52,7 +55,11 @@ def export(path: Path, options: ExportOptions) -> list[str]:
     if options.push:
         hub.reserve(options.push, options.private)
     dtype = options.dtype or source.dtype
-    task = _Export(source, options, tokenizer, dtype, end_tokens(prompt_format, tokenizer), kind)
+    rows = None
+    if options.quantize or kind in gguf_model.QUANTIZED:
+        rows, why = readable_rows(source)
+        notes += [] if rows else missing_rows(options.quantize, why)
+    task = _Export(source, options, tokenizer, dtype, end_tokens(prompt_format, tokenizer), kind, rows)
     with new_directory(options.to) as partial:
         with verification.refuse_other_model(options.to):
             facts, verify = task.write(partial)
@@ -60,12 +67,14 @@ def export(path: Path, options: ExportOptions) -> list[str]:
         if ollama:
             ollama.write(partial, tokenizer)
         with verification.refuse_other_model(options.to):
-            notes += verify()
-        facts = replace(facts, name=options.push or options.to.resolve().name, prompt=prompt)
+            found, costs = verify()
+        notes += found
+        facts = replace(facts, costs=costs, name=options.push or options.to.resolve().name, prompt=prompt)
         (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
     served = Served(options.to, dtype, facts, options.ollama, kind and _gguf_name(options, kind))
     uploaded = [f"on the hub: {hub.upload(options.to, options.push)}"] if options.push else []
-    return [facts.summary(options.to), *(f"note: {note}" for note in notes + served.notes()), *served.lines(), *uploaded]
+    said = [note if note.startswith("warning: ") else f"note: {note}" for note in notes + served.notes()]
+    return [facts.summary(options.to), *said, *served.lines(), *uploaded]
 
 
 def _prompt_format(source: Source, template: str | None) -> str | None:
@@ -112,13 +121,16 @@ def _gguf_name(options: ExportOptions, kind: str) -> str:
 
 # ---- weights ----------------------------------------------------------------------------------------------------------------
 
-# Compares a directory once all of it is written; returns notes. Raises DifferentModelError.
-Verify = Callable[[], list[str]]
+# Compares a directory once all of it is written; returns notes, and what quantization costs. Raises DifferentModelError.
+Verify = Callable[[], tuple[list[str], tuple[Quantized, ...]]]
 
 
 @dataclass(frozen=True)
 class _Export:
-    """What an export writes: the source's model in a dtype, with the tokenizer and the end tokens of training."""
+    """What an export writes: the source's model in a dtype, with the tokenizer and the end tokens of training.
+
+    rows: of the run, for quantized weights; None for others, or where they are gone.
+    """
 
     source: Source
     options: ExportOptions
@@ -126,6 +138,7 @@ class _Export:
     dtype: str
     end_tokens: list
     gguf_type: str | None
+    rows: RunRows | None
 
     def write(self, directory: Path) -> tuple[CardFacts, Verify]:
         """Write the weights or the adapter; returns what the model card needs, and the comparison to run at the end."""
@@ -138,25 +151,42 @@ class _Export:
         model = source.load_model()
         architecture = type(model).__name__
         expected, notes = verification.merge_and_round(model, source, dtype)
+        before = self.rows.quality(model) if self.rows and expected is not None else None
         parameters = save_weights(model, directory, self.tokenizer, self.end_tokens)
-        if self.gguf_type:
-            notes += self._write_gguf(model, directory)
-        if quantize:
-            quantize_weights(directory, quantize, dtype)
-        facts = replace(_card_facts(source), architecture=architecture, dtype=dtype, parameters=parameters, quantized=quantize)
         if expected is None:
             # Now, because there will be no model to compare with later.
             compare_parts(directory, model, trust)
-            return facts, lambda: notes
+        if self.gguf_type:
+            notes += self._write_gguf(model, directory)
+        if quantize:
+            windows = self.rows.windows(WINDOWS, WINDOW) if self.rows and quantize == "int4" else ()
+            quantize_weights(directory, quantize, dtype, self.tokenizer, windows)
+        facts = replace(_card_facts(source), architecture=architecture, dtype=dtype, parameters=parameters, quantized=quantize)
+        if expected is None:
+            return facts, lambda: (notes, ())
 
-        def verify() -> list[str]:
+        def verify() -> tuple[list[str], tuple[Quantized, ...]]:
             if quantize:
                 error = verification.quantization_error(directory, expected, dtype, trust)
-                return [*notes, f"{quantize} changes log-probs by up to {error:.2g} nats per token"]
-            verification.compare_exported(directory, expected, dtype, trust)
-            return notes
+                notes.append(f"{quantize} changes log-probs by up to {error:.2g} nats per token")
+            else:
+                verification.compare_exported(directory, expected, dtype, trust)
+            costs = self._costs(directory, before)
+            return [*notes, *(line for cost in costs for line in describe_quality(cost))], costs
 
         return facts, verify
+
+    def _costs(self, directory: Path, before: Quality | None) -> tuple[Quantized, ...]:
+        """What the quantized weights of a directory cost, where that can be measured."""
+        if before is None or self.rows is None:
+            return ()
+        kind, dtype = self.options.quantize, getattr(torch, self.dtype)
+        if kind:
+            model = load_plain(directory, dtype, self.options.trust_remote_code)
+        else:
+            kind = str(self.gguf_type)
+            model = gguf_model.load(directory, _gguf_name(self.options, kind), dtype)
+        return (Quantized(kind, before, self.rows.quality(model)),)
 
     def _write_gguf(self, model, directory: Path) -> list[str]:
         """Write the model as a GGUF file too; returns notes."""
@@ -180,7 +210,10 @@ class _Export:
         parameters = sum(math.prod(shape) for shape in shapes)
         facts = replace(_card_facts(source), base=base, architecture="adapter", dtype=self.dtype, parameters=parameters)
         notes = self._write_base(directory)
-        return replace(facts, adapter=True), lambda: notes + verification.compare_adapter(source, directory, self.dtype)
+        return replace(facts, adapter=True), lambda: (
+            notes + verification.compare_adapter(source, directory, self.dtype),
+            (),
+        )
 
     def _write_base(self, directory: Path) -> list[str]:
         """Include the adapter's base model unless it is available elsewhere, and point the adapter to it; returns notes."""

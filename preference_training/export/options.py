@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preference_training.core.errors import UserError
-from preference_training.export.quantization import quantization_config
+from preference_training.export.gguf_model import check_type
+from preference_training.export.quantization import check_quantization
 
 OLLAMA_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)*(:[\w.-]+)?")
 
@@ -48,7 +49,9 @@ def check_options(options: ExportOptions, is_adapter: bool, head: str = "lm") ->
     if options.ollama and not OLLAMA_NAME.fullmatch(options.ollama):
         raise UserError(f"--ollama: found {options.ollama!r}, expected a name such as my-model or NAMESPACE/MODEL:TAG.")
     if options.quantize:
-        quantization_config(options.quantize)
+        check_quantization(options.quantize)
+    if options.gguf:
+        check_type(options.gguf)
     check_destination(options.to)
 
 

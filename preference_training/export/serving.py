@@ -38,6 +38,10 @@ class Served:
         """What servers do to the weights that was not asked for."""
         if self.facts.head == "value":
             return []
+        if self.facts.quantized == "int4":
+            return [
+                "vLLM reads int4 weights as they are; transformers needs compressed-tensors: pip install compressed-tensors"
+            ]
         if self.facts.quantized:
             return [f"vLLM needs the package torchao for {self.facts.quantized} weights: pip install torchao"]
         if self.dtype == "float32" and not self.facts.adapter:
@@ -49,14 +53,16 @@ class Served:
 
     def _vllm(self) -> str:
         if self.facts.adapter:
-            return shlex.join(self._vllm_adapter())
+            settings = json.loads((self.directory / CONFIG_FILE).read_text(encoding="utf-8"))
+            if settings.get("use_dora"):
+                return "it serves no DoRA adapters: export with --merge"
+            return shlex.join(self._vllm_adapter(settings))
         # Without it, vLLM casts float32 to bfloat16.
         dtype = ["--dtype", "float32"] if self.dtype == "float32" else []
         return shlex.join(["vllm", "serve", str(self.directory), *dtype])
 
-    def _vllm_adapter(self) -> list[str]:
+    def _vllm_adapter(self, settings: dict) -> list[str]:
         """vLLM reads chat template and end tokens from the base model, unless it is told otherwise."""
-        settings = json.loads((self.directory / CONFIG_FILE).read_text(encoding="utf-8"))
         ranks = [settings["r"], *(settings.get("rank_pattern") or {}).values()]
         rank = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks)), max(ranks))
         name = self.directory.resolve().name

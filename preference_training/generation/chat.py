@@ -113,7 +113,7 @@ class ChatModel:
         stream = TextStream(self.tokenizer, say, (*self.format.stops, *stops), self.format.response)
         noise = choice_of_tokens([(prompt, 0)], settings.seed, self.stream, settings)
         decoding = StreamedDecoding(noise, limit, self.ends, stream.add)
-        with torch.no_grad(), as_trained(self.model), self._weights():
+        with torch.no_grad(), as_trained(self.model), self.weights():
             try:
                 arguments = settings.arguments() | self.cache.take(prompt)
                 [(ids, _)] = generate(self.model, [prompt], self.ends, limit, decoding, **arguments)
@@ -132,7 +132,7 @@ class ChatModel:
         ids = [self.prompt_ids(prompt) for prompt in prompts]
         longest = min(self.context, max(map(len, ids), default=0) + settings.max_new_tokens)
         sampler = Sampler(self.tokenizer, longest, settings.seed, settings=settings, ends=self.ends.tokens)
-        with self._weights():
+        with self.weights():
             return [self._text(found) for found in sampler.responses(self.model, ids, self.stream)]
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
@@ -153,7 +153,7 @@ class ChatModel:
                 break
         return stream.end()
 
-    def _weights(self):
+    def weights(self):
         """Context in which the model computes as it did before training, or as it does now."""
         return reference_mode(self.model) if self.is_before_training else nullcontext()
 

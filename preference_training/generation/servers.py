@@ -16,7 +16,7 @@ from pathlib import Path
 from time import time
 from typing import Any, ClassVar
 
-from preference_training.configuration.validation import KEY_VARIABLE
+from preference_training.configuration.checks.evaluation import KEY_VARIABLE
 from preference_training.core.errors import UserError, nearest
 from preference_training.data.rows.records import Prompt, Turn, message_of
 from preference_training.data.rows.templates import turns_of

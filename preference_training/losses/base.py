@@ -124,7 +124,8 @@ class LossOutput:
     losses: [E], with gradient; their mean is the loss. chosen_rewards, rejected_rewards: [E] without gradient, NaN where an
     example has no such response, or None where examples are single responses. statistics: numbers to log under their own
     names; of a step those of its last micro-batch. accuracies: [E], of a loss for which they are not whether the chosen reward
-    is above the rejected one.
+    is above the rejected one. auxiliary: a scalar with gradient that is added to the batch's loss and is of no single example;
+    no loss sets it.
     """
 
     losses: Tensor
@@ -132,6 +133,7 @@ class LossOutput:
     rejected_rewards: Tensor | None = None
     statistics: dict[str, float | Tensor] = field(default_factory=dict)
     accuracies: Tensor | None = None
+    auxiliary: Tensor | None = None
 
     def weighted(self, weights: Tensor | None) -> LossOutput:
         """Each loss times the weight of its example, [E]; unchanged without weights."""

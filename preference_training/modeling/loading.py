@@ -46,9 +46,12 @@ from preference_training.modeling.archives import (
     model_from_archive,
     read_archive,
 )
+from preference_training.modeling.experts.options import describe_balancing
 from preference_training.modeling.kernels import choose_attention, refuse_kernels, use_liger_kernels
 from preference_training.modeling.quantization import dequantize, quantize
 from preference_training.modeling.state import weights_hash
+from preference_training.modeling.tuning.added_tokens import add_rows, fit_vocabulary
+from preference_training.modeling.tuning.chosen_weights import choose_weights, describe_choice
 from preference_training.modeling.value_head import ROW_END, add_values, auto_class, check_head, is_classifier
 from preference_training.tracking.run_files import CHECKSUMS, STATE, read_run_info
 
@@ -93,7 +96,7 @@ def load_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = Non
         elif _belongs_to_run(archive := base_archive(model_config) or _local_directory(model_config)):
             _write_base(base_dir, lambda folder: _link_model(archive, folder))
     base = str(base_dir.resolve()) if base_dir is not None and base_dir.is_dir() else None
-    model = _configure(model, model_config, base)
+    model = _configure(model, model_config, base, base_dir and base_dir.parent)
     if is_adapter(model_config.archive):
         check_base_weights(model_config.archive, weights_hash(model))
         load_adapter(model_config.archive, model)
@@ -110,14 +113,18 @@ def load_base(model_config: ModelConfig, tokenizer, cache_dir: str | None = None
     remote = {"trust_remote_code": model_config.trust_remote_code}
     archive = base_dir if base_dir is not None and base_dir.is_dir() else base_archive(model_config)
     if archive:
-        return model_from_archive(config, read_archive(archive), archive, dtype, **_kind(model_config))
-    if not model_config.name_or_path:
-        return auto.from_config(config, dtype=dtype, **remote)
-    name = model_config.name_or_path
-    with loading_errors("model.name_or_path", name), _size_errors(model_config):
-        for index in (SAFETENSORS_INDEX, "pytorch_model.bin.index.json"):
-            indexed_files(Path(name) / index)
-        return auto.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
+        fit_vocabulary(config, model_config, archive)
+        model = model_from_archive(config, read_archive(archive), archive, dtype, **_kind(model_config))
+    elif not model_config.name_or_path:
+        model = auto.from_config(config, dtype=dtype, **remote)
+    else:
+        name = model_config.name_or_path
+        with loading_errors("model.name_or_path", name), _size_errors(model_config):
+            for index in (SAFETENSORS_INDEX, "pytorch_model.bin.index.json"):
+                indexed_files(Path(name) / index)
+            model = auto.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
+    add_rows(model, model_config, tokenizer, archive or _local_directory(model_config))
+    return model
 
 
 def _kind(model_config: ModelConfig) -> dict:
@@ -142,6 +149,8 @@ def _is_loadable_elsewhere(config, model_config: ModelConfig) -> bool:
     They cannot where it was built from scratch, comes from a single file, or has another configuration than lies with it.
     """
     archive = base_archive(model_config)
+    if model_config.added_tokens:
+        return False
     if archive is None:
         return model_config.name_or_path is not None and not model_config.from_config
     if not (archive / MODEL_CONFIG).is_file():
@@ -289,11 +298,13 @@ def build_untrained(model_config: ModelConfig, tokenizer, cache_dir: str | None 
     """
     config = model_configuration(model_config, tokenizer, cache_dir)
     options = {"dtype": getattr(torch, dtype or model_config.policy_dtype), "trust_remote_code": model_config.trust_remote_code}
-    return _configure(auto_class(model_config.head).from_config(config, **options), model_config)
+    model = auto_class(model_config.head).from_config(config, **options)
+    add_rows(model, model_config, tokenizer)
+    return _configure(model, model_config)
 
 
-def _configure(model: nn.Module, model_config: ModelConfig, base: str | None = None) -> nn.Module:
-    """Apply what a `model` configuration says of computing, quantization and adapter to a model that transformers has built."""
+def _configure(model: nn.Module, model_config: ModelConfig, base: str | None = None, run_dir: Path | None = None) -> nn.Module:
+    """Apply what a `model` configuration says of computing, quantization and what is trained to a model of transformers."""
     if model_config.head == "value":
         add_values(model)
     disable_dropout(model)
@@ -305,6 +316,7 @@ def _configure(model: nn.Module, model_config: ModelConfig, base: str | None = N
         quantize(model, model_config)
     if model_config.lora.r is not None:
         add_adapter(model, model_config, base)
+    choose_weights(model, model_config, run_dir)
     return model.train()
 
 
@@ -388,20 +400,21 @@ def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = No
     """
     path = base_archive(model_config)
     config = model_configuration(model_config, tokenizer, cache_dir)
-    lines = describe_unused_options(config)
+    lines = describe_balancing(config, model_config.router_aux_loss)
     if path:
+        fit_vocabulary(config, model_config, path)
         shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(path).items()}
         model_from_archive(config, shapes, path, torch.float32, device_map={"": "meta"}, **_kind(model_config))
     elif model_config.from_config and (directory := _local_directory(model_config)):
         _check_sizes(config, directory)
-    if model_config.lora.r is not None or model_config.head == "value":
+    if model_config.lora.r is not None or model_config.head == "value" or model_config.chooses_weights:
         with torch.device("meta"):
             model = build_untrained(model_config, tokenizer, cache_dir)
     for adapter in filter(is_adapter, dict.fromkeys((model_config.archive, reference_adapter(model_config)))):
         check_adapter_shapes(adapter, model)
     if model_config.lora.r is not None:
         lines += describe_frozen_layers(model, model_config)
-    return lines
+    return lines + (describe_choice(model, model_config) if model_config.chooses_weights else [])
 
 
 def _check_sizes(config, directory: Path) -> None:
@@ -417,10 +430,3 @@ def _check_sizes(config, directory: Path) -> None:
                 f"model.from_config.{key}: found {expected}, and the weights of {directory} are of {found}. Name the model by "
                 f"model={directory}, which sets none."
             )
-
-
-def describe_unused_options(config) -> list[str]:
-    """Lines for the user: options of a model's configuration that have no effect in training here."""
-    text = config.get_text_config()
-    keys = [key for key in ("router_aux_loss_coef", "aux_loss_alpha") if getattr(text, key, None)]
-    return [f"model: {key} ({getattr(text, key)}) has no effect: the loss alone is trained, routers included" for key in keys]

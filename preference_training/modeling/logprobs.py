@@ -124,17 +124,26 @@ def _computed(model: nn.Module, batch: PackedBatch, by_trie: ByTrie, by_rows: By
     embeddings would let longer rows affect shorter ones, in several forwards. A model with an attribute `autocast_dtype` runs
     under autocast in that dtype.
     """
-    groups = frequency_groups(model, batch.trie)
+    groups = rows_of_forwards(model, batch)
     dtype = getattr(model, "autocast_dtype", None)
     with torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype is not None):
-        if len(groups) == 1 and shares_prefixes(model):
+        if groups is None:
             forget_longest_row(model)
             result = by_trie(model, batch)
         else:
             result = _in_groups(model, batch, by_rows, groups)
         if isinstance(model, FSDPModule) and frequency_limits(model):
-            result = result + _zero_of_missing_forwards(model, batch, by_rows, len(groups))
+            result = result + _zero_of_missing_forwards(model, batch, by_rows, len(groups or [0]))
     return result
+
+
+def rows_of_forwards(model: nn.Module, batch: PackedBatch) -> list[list[int]] | None:
+    """The numbers of the responses whose padded rows each forward computes; None where one forward computes the trie.
+
+    Forwards beyond these, which keep ranks in lockstep, count for nothing.
+    """
+    groups = frequency_groups(model, batch.trie)
+    return None if len(groups) == 1 and shares_prefixes(model) else groups
 
 
 def _in_groups(model: nn.Module, batch: PackedBatch, by_rows: ByRows, groups: Iterable[Sequence[int]]) -> Tensor:

@@ -161,6 +161,20 @@ class PackedLinear(nn.Linear):
         state = self._nf4_state(parts, bitsandbytes.functional.QuantState)
         return bitsandbytes.matmul_4bit(x.to(self.compute_dtype), parts["weight"], quant_state=state, bias=bias).to(x.dtype)
 
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802  peft's name
+        """The packed weight, by whose name peft recognizes layers that it may ask to dequantize their weight."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """The weight that the layer multiplies by, [out, in]; values are undefined on meta and with fake tensors."""
+        if self.weight.is_meta or isinstance(self.weight, FakeTensor):
+            return self.weight.new_empty((self.out_features, self.in_features), dtype=self.weight_dtype)
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        parts = _parts(self.weight, self.sections)
+        return dequantize_4bit(parts["weight"], self._nf4_state(parts, QuantState))
+
     def _nf4_state(self, parts: dict[str, Tensor], state_of):
         """bitsandbytes' QuantState, the class `state_of`, of the gathered parts."""
         nested = None

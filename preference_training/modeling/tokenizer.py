@@ -6,6 +6,7 @@ from preference_training.configuration.sections import ModelConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.toy_preferences import toy_records
 from preference_training.modeling.loading import loading_errors
+from preference_training.modeling.tuning.added_tokens import add_to_tokenizer
 from preference_training.modeling.value_head import pad_beside_end
 
 # The value of `model.tokenizer_name_or_path` for the tokenizer that is built in code.
@@ -20,6 +21,7 @@ def load_tokenizer(model_config: ModelConfig, cache_dir: str | None = None):
     """
     name = model_config.tokenizer_name_or_path or model_config.name_or_path
     tokenizer = byte_level_tokenizer() if name == BYTE_LEVEL else _pretrained(model_config, name, cache_dir)
+    add_to_tokenizer(tokenizer, model_config)
     if model_config.chat_template:
         tokenizer.chat_template = _read_chat_template(model_config.chat_template)
     return tokenizer

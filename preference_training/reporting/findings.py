@@ -26,9 +26,10 @@ from preference_training.data.tokenization import RESPONSE_CUT
 from preference_training.evaluation.improvement import Improvement, held_out_improvement, training_improvement
 from preference_training.evaluation.phrasing import MIN_PROMPTS, MORE_HELD_OUT, too_few, with_interval
 from preference_training.losses.registry import evaluation_depends_on_run
+from preference_training.reporting.experts.balance import balance_findings
 from preference_training.reporting.observations import finite_values
 from preference_training.reporting.run_record import RunRecord
-from preference_training.training.defaults import FAR, far_from_usual
+from preference_training.training.defaults import FAR, UNUSUAL, far_from_usual
 from preference_training.training.monitors import warmup_warning
 
 Severity = Literal["error", "warning", "note"]
@@ -40,6 +41,7 @@ SEEN_BY_RUN = {
     "accuracy": "warning",
     "samples repeat": "warning",
     "samples improbable": "warning",
+    "best checkpoint": "note",
 }
 # The kind of what a run has said before its first step.
 FEW_PROMPTS = "few prompts"
@@ -148,7 +150,7 @@ def _what_to_do(run: RunRecord) -> str:
         return "Its learning rate never rose to lr: set warmup_share=0.1."
     lr, usual = run.settings.get("lr"), run.about.get("usual_lr")
     # Steps of SGD are not of the size of lr.
-    if isinstance(lr, float) and isinstance(usual, float) and lr < usual / FAR and run.settings.get("optimizer") != "SGD":
+    if isinstance(lr, float) and isinstance(usual, float) and lr < usual / FAR and run.settings.get("optimizer") not in UNUSUAL:
         return f"lr={lr:g} is far below what is usual for such a loss and model, {usual:g} (docs/defaults.md): raise it."
     return f"Is lr={lr} too low, the run too short, or do the examples say nothing to learn?"
 
@@ -157,7 +159,7 @@ def _high_lr(run: RunRecord) -> Iterator[Finding]:
     """A learning rate far above what is usual, in a run of which other findings say that it went badly."""
     settings, lr, usual = run.settings, run.settings["lr"], run.about["usual_lr"]
     from_scratch = settings.get("model.name_or_path") is None and settings.get("model.archive") is None
-    if lr > usual and (far := far_from_usual(lr, usual)) and not from_scratch and settings.get("optimizer") != "SGD":
+    if lr > usual and (far := far_from_usual(lr, usual)) and not from_scratch and settings.get("optimizer") not in UNUSUAL:
         yield Finding(
             "learning rate",
             "warning",
@@ -237,6 +239,11 @@ def _filtered(run: RunRecord) -> Iterator[Finding]:
             f"the filter of beta-DPO kept {sum(kept) / len(kept):.0%} of the pairs of each batch: the others were computed for "
             "nothing. Lower loss.mode_weight.",
         )
+
+
+def _experts(run: RunRecord) -> Iterator[Finding]:
+    for kind, text in balance_findings(run):
+        yield Finding(kind, "warning", text)
 
 
 # ---- held-out examples ------------------------------------------------------------------------------------------------------
@@ -336,6 +343,6 @@ def _same_measure(held_out: Improvement, training: Improvement) -> bool:
 
 
 CHECKS = (
-    _warmup, _nothing_learned, _no_gradient, _truncated, _skipped, _filtered, _worse_than_before, _below_chance,
-    _overfitting, _few_prompts,
+    _warmup, _nothing_learned, _no_gradient, _truncated, _skipped, _filtered, _experts, _worse_than_before,
+    _below_chance, _overfitting, _few_prompts,
 )  # fmt: skip

@@ -23,6 +23,27 @@ from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, datase
 from preference_training.evaluation.phrasing import too_few
 from preference_training.losses.registry import Registration, find_loss
 
+# What loads weights of a kind, besides transformers.
+PACKAGES = {"int8": "torchao", "int4": "compressed-tensors"}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A model on held-out examples: perplexity of a token of the preferred responses, and reward accuracy, None without one."""
+
+    perplexity: float
+    accuracy: float | None
+    examples: int
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a kind of quantized weights costs: the quality of the full weights, and theirs."""
+
+    kind: str
+    before: Quality
+    after: Quality
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -33,7 +54,8 @@ class CardFacts:
     numbers of examples and prompts, if it was evaluated. rows: metrics.jsonl up to this checkpoint. overrides: those of the
     run's command line. sample: a prompt of the data and the response to it. prompt: an example in the format of training.
     notes: sentences about this export. adapter: it holds an adapter, not full weights. head: lm, or value for a reward model.
-    usual: `usual_values` of the run.
+    usual: `usual_values` of the run. is_merged: it was computed from the weights of others, whose hub ids are in merged_from.
+    costs: of each kind of quantized weights in the directory.
     """
 
     name: str
@@ -57,6 +79,9 @@ class CardFacts:
     head: str = "lm"
     quantized: str | None = None
     usual: object = None
+    is_merged: bool = False
+    merged_from: list[str] = field(default_factory=list)
+    costs: tuple[Quantized, ...] = ()
 
     def summary(self, directory: Path) -> str:
         """One line on the model in a directory."""
@@ -68,7 +93,7 @@ def model_card(facts: CardFacts) -> str:
     sections = [f"---\n{metadata(facts)}\n---", f"# {facts.name.rsplit('/', 1)[-1]}", _introduction(facts), _loading(facts)]
     if facts.config is not None:
         sections += [_data(facts.config), _sample(facts), _command(facts), _configuration(facts.config, facts.usual)]
-    sections += [_metrics(facts), _curves(facts.rows), _versions(facts)]
+    sections += [_costs(facts.costs), _metrics(facts), _curves(facts.rows), _versions(facts)]
     return without_secrets("\n\n".join(section for section in sections if section) + "\n")
 
 
@@ -87,7 +112,10 @@ def metadata(facts: CardFacts) -> str:
         "datasets": sorted(set(hub_datasets(facts.config))) or None,
         "tags": [*method, *(["lora"] if facts.adapter else [])] or None,
     }
-    if base:
+    if facts.is_merged:
+        relation = "merge" if facts.merged_from else None
+        values |= {"base_model": facts.merged_from, "base_model_relation": relation, "tags": ["merge"]}
+    elif base:
         values["base_model_relation"] = "adapter" if facts.adapter else "quantized" if facts.quantized else "finetune"
     return ModelCardData(**{name: value for name, value in values.items() if value}).to_yaml()
 
@@ -149,7 +177,9 @@ def _loss_values(keys: dict, loss: Registration) -> dict:
 
 def _loading(facts: CardFacts) -> str:
     lines = _value_lines(facts) if facts.head == "value" else _text_lines(facts)
-    needed = [package for package, used in (("peft", facts.adapter), ("torchao", facts.quantized)) if used]
+    needed = [
+        package for package, used in (("peft", facts.adapter), (PACKAGES.get(str(facts.quantized)), facts.quantized)) if used
+    ]
     also = f"Requires {needed[0]} in addition to transformers.\n\n" if needed else ""
     snippet = "\n".join(lines)
     if facts.prompt == PLAIN_PROMPT:
@@ -289,6 +319,19 @@ def _cell(value) -> str:
     """A value as code in a table cell, on one line."""
     shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(value))
     return "" if value is None else "`" + shown.replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _costs(costs: Iterable[Quantized]) -> str:
+    """What quantization costs, as a table."""
+    rows = [
+        f"| {name} | {each.perplexity:.4g} | {'' if each.accuracy is None else f'{each.accuracy:.3g}'} |"
+        for cost in costs
+        for name, each in (("full", cost.before), (cost.kind, cost.after))
+    ]
+    number = next((cost.after.examples for cost in costs), 0)
+    head = "| weights | perplexity | reward accuracy |\n|---|---|---|\n"
+    lines = list(dict.fromkeys(rows))
+    return f"## Quantization\n\nOver {number:,} held-out examples:\n\n{head}" + "\n".join(lines) if lines else ""
 
 
 def _metrics(facts: CardFacts) -> str:

@@ -18,6 +18,7 @@ from preference_training.core.metric_names import (
     EVAL_REJECTED_LOGPS,
     EVAL_REJECTED_REWARD,
     EXAMPLES_PER_SECOND,
+    EXPERTS,
     GAP_MEAN,
     GAP_STD,
     GRAD_NORM,
@@ -110,8 +111,8 @@ TRAINING = (
     ChartSpec("Memory", "GiB on rank 0; on a GPU, the peak so far", {MEMORY: "GiB"}, FROM_ZERO),
 )  # fmt: skip
 CHARTS = (*LEARNED, *TRAINING)
-# Metrics without a chart.
-NOT_CHARTED = (COUNTERS, EPOCH, TIME)
+# Metrics without a chart here: experts have a section of their own.
+NOT_CHARTED = (COUNTERS, EPOCH, TIME, EXPERTS)
 # The ends of more epochs than these are not marked.
 MAX_EPOCHS = 12
 

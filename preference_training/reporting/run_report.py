@@ -33,6 +33,7 @@ from preference_training.data.rows.records import DataReport
 from preference_training.evaluation.phrasing import with_interval
 from preference_training.reporting.charts import format_number
 from preference_training.reporting.examples import Samples, flagged_by_kind
+from preference_training.reporting.experts.balance import expert_section
 from preference_training.reporting.findings import Finding, findings
 from preference_training.reporting.flagged_pairs import KINDS, PairFinder
 from preference_training.reporting.model_card import changed_settings
@@ -115,6 +116,7 @@ def report_page(run: RunRecord) -> str:
         command=command(run),
         links=[name for name in LINKED if (run.directory / name).is_file()],
         charts=run_charts(run),
+        experts=expert_section(run),
         held_out=held_out_table(run),
         results=evaluation_lines(run),
         samples=Samples.select(run.samples),
@@ -171,7 +173,8 @@ def run_facts(run: RunRecord) -> dict[str, str]:
     """What the run did, in words: name → value."""
     settings, updates = run.settings, run.rows[-1].get(UPDATES) if run.rows else None
     rate, warm_up = settings.get("lr"), settings.get("warmup_steps")
-    schedule = {"linear": "linear to", "cosine": "cosine to"}.get(settings.get("lr_schedule"), "")
+    shapes = {"linear": "linear to", "cosine": "cosine to", "wsd": "at the end linear to"}
+    schedule = shapes.get(settings.get("lr_schedule"), "")
     last = settings.get("final_lr_share")
     end = f", {schedule} {format_number(rate * last)}" if schedule and _are_numbers(rate, last) else ""
     share = settings.get("warmup_share")

@@ -4,6 +4,7 @@ python -m preference_training.rounds status DIRECTORY              # what is don
 python -m preference_training.rounds run DIRECTORY                 # all that is missing
 python -m preference_training.rounds sample DIRECTORY --round 2    # one step: sample, judge, pair, summarize, train
 python -m preference_training.rounds report DIRECTORY              # report.html again
+python -m preference_training.rounds judge DIRECTORY --round 2 --again    # ask again where the judge could not judge
 """
 
 import argparse
@@ -13,9 +14,20 @@ from pathlib import Path
 from preference_training.core.errors import UserError
 from preference_training.core.signals import STOPPED, StoppedError
 from preference_training.reporting.loops.page import rebuild_loop_report, write_loop_report
-from preference_training.rounds.driver import APART, check_can_begin, run_loop, run_one, table, work
+from preference_training.rounds.driver import (
+    APART,
+    REPORTED,
+    check_can_begin,
+    refresh,
+    run_loop,
+    run_one,
+    table,
+    work,
+    write_page,
+)
 from preference_training.rounds.loop import Loop
 from preference_training.rounds.processes import StepFailedError, locked_loop
+from preference_training.rounds.summary import track
 
 STEPS = ("sample", "judge", "pair", "summarize", "train")
 
@@ -35,12 +47,18 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         " in which the step is missing",
     )
     parser.add_argument("--again", action="store_true", help="judge: ask again where the judge could not judge")
+    # Of sampling in several processes, which one of them has.
+    parser.add_argument("--share", help=argparse.SUPPRESS)
     return parser.parse_args(given)
 
 
 def main(options: argparse.Namespace) -> None:
     """Do what was asked. Raises UserError."""
     directory = options.directory.absolute()
+    if options.again and options.step != "judge":
+        raise UserError(f"--again: {options.step} does not read it. Expected the step judge.")
+    if options.round is not None and options.step not in STEPS:
+        raise UserError(f"--round: {options.step} is of the whole loop. Expected one of {', '.join(STEPS)}, or no --round.")
     if options.step == "report":
         print(f"report: {rebuild_loop_report(directory)}")
         return
@@ -51,12 +69,17 @@ def main(options: argparse.Namespace) -> None:
         run_loop(loop, report=write_loop_report)
     else:
         with locked_loop(directory):
-            number = options.round or _missing(loop, options.step)
+            number = _missing(loop, options.step) if options.round is None else options.round
             check_round(loop, number, options.step)
             if options.step in APART:
-                work(loop, number, options.step, options.again)
+                work(loop, number, options.step, options.again, options.share)
             else:
                 run_one(loop, number, options.step)
+            if options.again:
+                refresh(loop, number)
+            if options.again or options.step in REPORTED:
+                write_page(loop, write_loop_report)
+                track(loop)
 
 
 def _missing(loop: Loop, step: str) -> int:
@@ -83,8 +106,9 @@ def command_line() -> None:
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(2)
-    except StoppedError as stopped:
-        print(stopped, flush=True)
+    except (StoppedError, KeyboardInterrupt) as stopped:
+        # Ctrl-C comes from the terminal and from the loop: once more when a step has stopped handling it.
+        print(str(stopped) or "stopped: SIGINT", flush=True)
         sys.exit(STOPPED)
     except StepFailedError as failed:
         sys.exit(failed.told())

@@ -10,8 +10,8 @@ from preference_training.rounds.judges.base import PendingError
 from preference_training.rounds.loop import Loop, RoundFiles
 from preference_training.rounds.processes import handling, locked_loop, run_step, stop_at_signal
 from preference_training.rounds.records import make_pairs
-from preference_training.rounds.summary import held_out_line, read_summary, summarize, write_metrics
-from preference_training.rounds.training import finish_training, write_training
+from preference_training.rounds.summary import held_out_line, read_summary, summarize, track, write_metrics
+from preference_training.rounds.training import finish_training, reference_moves, write_training
 from preference_training.tracking.run_files import REPORT
 
 MODULE = "preference_training.rounds"
@@ -32,17 +32,40 @@ def run_loop(loop: Loop, run: Run = run_step, report: Callable[[Path], object] |
         for number, files in enumerate(loop.rounds(), start=1):
             while (step := files.next_step) is not None:
                 run_one(loop, number, step, run)
-                if report and step in REPORTED and files.number is not None:
-                    _write_page(loop, report)
+                if files.number is None or step not in REPORTED:
+                    continue
+                if report:
+                    write_page(loop, report)
+                track(loop)
         # Also where a kill has fallen between a summary and these.
         write_metrics(loop)
         if report:
-            _write_page(loop, report)
+            write_page(loop, report)
+        track(loop)
     pages = [f"report: {loop.directory / REPORT}"] if (loop.directory / REPORT).is_file() else []
     print(*table(loop), f"loop: {loop.directory}", *pages, sep="\n", flush=True)
 
 
-def _write_page(loop: Loop, report: Callable[[Path], object]) -> None:
+def refresh(loop: Loop, number: int) -> None:
+    """Make again what was made of a round's scores, which have changed: pairs that were not trained on, and summaries.
+
+    Later policies are compared with the responses of the first one: their summaries are made again too. Raises UserError.
+    """
+    files = loop.round(number)
+    if files.number is not None and files.is_done("pair"):
+        if files.run.exists():
+            print(f"{files.name}: its training has had the pairs of the scores before, which stay", flush=True)
+        else:
+            files.pairs.unlink()
+            make_pairs(loop, number)
+    for later in range(number, loop.config.rounds.rounds + 2):
+        if loop.round(later).is_done("summarize"):
+            summarize(loop, later)
+    print(*write_metrics(loop), sep="\n", flush=True)
+
+
+def write_page(loop: Loop, report: Callable[[Path], object]) -> None:
+    """Write the page of a loop; where that fails, say so."""
     try:
         report(loop.directory)
     except StoppedError:
@@ -62,6 +85,8 @@ def run_one(loop: Loop, number: int, step: str, run: Run = run_step) -> None:
         print(f"{loop.round(number).name}: training, {_reference(loop, number)}", flush=True)
         run(write_training(loop, number), name)
         finish_training(loop.round(number))
+        if every := loop.config.loss.reference_update_every:
+            print(f"{loop.round(number).name}: {reference_moves(loop.round(number), every)}", flush=True)
     else:
         (make_pairs if step == "pair" else summarize)(loop, number)
         if step == "summarize":
@@ -74,11 +99,14 @@ def _reference(loop: Loop, number: int) -> str:
         "first": "compared with the model before the first round",
     }
     policy = "from the first model" if number == 1 else f"from the policy of round {number - 1}"
-    return f"{policy}, {words.get(loop.config.rounds.reference, 'compared with a reference that follows it')}"
+    return f"{policy}, {words.get(loop.config.rounds.reference, 'compared with a reference that begins as it and follows it')}"
 
 
-def work(loop: Loop, number: int, step: str, again: bool = False) -> None:
-    """Do one step in this process, which it may fill. Raises StoppedError at a signal, and where verdicts are still to come."""
+def work(loop: Loop, number: int, step: str, again: bool = False, share: str | None = None) -> None:
+    """Do one step in this process, which it may fill. Raises StoppedError at a signal, and where verdicts are still to come.
+
+    share: of sampling, the NUMBER/SIZE of one of several processes.
+    """
     from preference_training.rounds.judging import judge
 
     with handling(stop_at_signal):
@@ -89,9 +117,9 @@ def work(loop: Loop, number: int, step: str, again: bool = False) -> None:
                 raise StoppedError(str(error)) from error
         else:
             # torch and transformers.
-            from preference_training.rounds.sampling import sample
+            from preference_training.rounds.sampling import Share, sample
 
-            sample(loop, number)
+            sample(loop, number, share and Share(*map(int, share.split("/"))))
 
 
 def check_can_begin(loop: Loop, number: int, step: str) -> None:

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from preference_training.core.files import write_atomically
 from preference_training.core.machine import said_while_slow
 from preference_training.rounds.judges.base import Judge, JudgedInput, PendingError
 from preference_training.rounds.judges.choice import build_judge, build_second_judge
 from preference_training.rounds.judges.verdicts import Verdicts
 from preference_training.rounds.loop import JUDGED, Loop, RoundFiles, counted
-from preference_training.rounds.tables import SCORES, read_table, write_table
+from preference_training.rounds.tables import SCORES, read_table, save_text, write_table
 from preference_training.tracking.run_files import json_object
 
 
@@ -97,9 +96,7 @@ class Judging:
     def _keep_facts(self, facts: dict[str, Any]) -> None:
         """Write what the judges say of their own scores, before the scores: it is there whenever they are."""
         known = json_object(self.files.directory / JUDGED) | facts
-        write_atomically(
-            self.files.directory / JUDGED, json.dumps({name: known[name] for name in sorted(known)}, indent=1) + "\n"
-        )
+        save_text(self.files.directory / JUDGED, json.dumps({name: known[name] for name in sorted(known)}, indent=1) + "\n")
 
     def _scores(
         self, rows: Sequence[dict], inputs: Sequence[JudgedInput], chosen: Judge, second: Judge | None

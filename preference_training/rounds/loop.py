@@ -12,7 +12,7 @@ round-1/           samples.parquet, held_out_samples.parquet: responses of the p
                    train.yaml, run/: the training, as a configuration and as a run; policy: a link to its checkpoint
                    summary.json: the round in numbers
 final/             held-out responses of the last policy, their scores, and a summary
-metrics.jsonl      the summaries as metrics, a row for each policy
+metrics.jsonl      the summaries as metrics, a row for each policy; tracked.json: what dashboards have of it
 report.html        all of it as a page
 """
 
@@ -162,10 +162,8 @@ class Loop:
                 f"{directory}: no loop of rounds: it has no {ROUNDS}. Expected the run directory of train.py +rounds=default."
             )
         overrides = insert_config_file(["--config-name", "rerun", "--config-dir", str(directory)])
-        folder = [text for text in overrides if text.startswith("--")]
-        overrides = [text for text in overrides if text not in folder]
         config = configured(*overrides, f"rounds.rounds={started['rounds']}", f"local_run_dir={json.dumps(str(directory))}")
-        return cls(directory, config, rerun_values(overrides))
+        return cls(directory, config, rerun_values(text for text in overrides if not text.startswith("--")))
 
     @classmethod
     def start(cls, directory: Path, config: RunConfig) -> "Loop":
@@ -191,7 +189,7 @@ class Loop:
         """How responses are paired."""
         rounds = self.config.rounds
         pairs = rounds.pairs or USUAL_PAIRS[example_kind(self.config.loss.name)]
-        return Rule(pairs, rounds.margin, rounds.top_k, rounds.threshold, rounds.length_matched)
+        return Rule(pairs, rounds.margin, rounds.top_k, rounds.threshold, rounds.length_matched, rounds.truncated)
 
     @cached_property
     def prompts(self) -> list[LoopPrompt]:

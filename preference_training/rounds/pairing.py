@@ -13,6 +13,8 @@ from typing import NamedTuple
 # Why a response or a pair is excluded.
 UNJUDGED = "responses that the judge could not judge"
 EMPTY = "responses without text"
+TRUNCATED = "responses that were cut (truncated)"
+NOT_ENDED = "responses that were cut, to prompts of which no response has ended"
 DUPLICATE = "responses that repeat another one to their prompt"
 TIE = "pairs of responses with equal scores"
 CLOSE = "pairs whose scores differ by less than margin"
@@ -30,11 +32,12 @@ Pair = tuple[int, int]
 
 
 class Candidate(NamedTuple):
-    """A response to a prompt, with its score (None: not judged) and its length in tokens."""
+    """A response to a prompt, with its score (None: not judged) and its length in tokens. ended: it was not truncated."""
 
     text: str
     score: float | None
     n_tokens: int
+    ended: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Rule:
     top_k: int = 2
     threshold: float | None = None
     length_matched: float | None = None
+    truncated: str = "keep"
 
 
 @dataclass
@@ -63,7 +67,7 @@ class Paired:
 def pair(candidates: Sequence[Candidate], rule: Rule) -> Paired:
     """Pair the scored responses to one prompt."""
     paired = Paired()
-    kept = _usable(candidates, paired.excluded)
+    kept = _usable(_ended(candidates, rule, paired.excluded), paired.excluded)
     if rule.pairs == "best_of_n":
         paired.record = _best(kept, rule, paired.excluded)
     elif rule.pairs == "unpaired":
@@ -83,6 +87,20 @@ def pair(candidates: Sequence[Candidate], rule: Rule) -> Paired:
     # Without the reasons that have excluded nothing.
     paired.excluded = +paired.excluded
     return paired
+
+
+def _ended(candidates: Sequence[Candidate], rule: Rule, excluded: Counter) -> Sequence[Candidate]:
+    """The responses, of which the truncated ones are what the rule makes of them."""
+    if rule.truncated == "keep" or all(each.ended for each in candidates):
+        return candidates
+    whole = [each for each in candidates if each.ended]
+    scores = [each.score for each in whole if each.score is not None]
+    if rule.truncated == "skip" or not scores:
+        excluded[TRUNCATED if rule.truncated == "skip" else NOT_ENDED] += len(candidates) - len(whole)
+        return whole
+    # By as much as the others differ, and at least by the margin.
+    worst = min(scores) - (max(max(scores) - min(scores), rule.margin) or 1.0)
+    return [each if each.ended else each._replace(score=worst) for each in candidates]
 
 
 def _usable(candidates: Sequence[Candidate], excluded: Counter) -> list[Candidate]:
@@ -193,7 +211,7 @@ def _ranking(kept: Sequence[Candidate], rule: Rule, excluded: Counter) -> dict |
 def _labeled(kept: Sequence[Candidate], rule: Rule, excluded: Counter) -> dict | None:
     """A label for each response: at or above the threshold, or above the median of them, which itself has no label."""
     if rule.threshold is not None:
-        labels = [each.score >= rule.threshold for each in kept]
+        labels = [each.score >= rule.threshold and (each.ended or rule.truncated == "keep") for each in kept]
     elif len(kept) < 2:
         excluded[ONE] += 1
         return None

@@ -11,17 +11,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from preference_training.configuration.run_dirs import writable
+from preference_training.core.errors import UserError
 from preference_training.core.signals import ENDED_AT_ONCE, SAME_SIGNAL, SIGNALS, STOPPED, StoppedError
 
 LOCK = ".loop.lock"
 # The number of the inherited file that is locked.
 LOCKED = "PREFERENCE_TRAINING_LOOP_LOCK"
+# How long a directory in which another process works is waited for: for a step to stop whose loop was killed. Unit: seconds.
+PATIENCE = 120.0
+# How often processes that work together are looked at. Unit: seconds.
+POLL = 0.1
 # Linux: which signal a process gets when its parent dies.
 PR_SET_PDEATHSIG = 1
 
@@ -41,7 +47,10 @@ class StepFailedError(Exception):
 
 @contextmanager
 def locked_loop(directory: Path) -> Iterator[None]:
-    """Inside, no other loop works in a directory; waits for one that does. A step of this loop is inside already."""
+    """Inside, no other loop works in a directory. A step of this loop is inside already.
+
+    A step whose loop was killed is waited for until it has stopped; raises UserError where another loop goes on working.
+    """
     if LOCKED in os.environ:
         yield
         return
@@ -52,7 +61,7 @@ def locked_loop(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"waiting for another process that works in {directory}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _wait_for(file, directory)
         os.set_inheritable(file.fileno(), True)
         os.environ[LOCKED] = str(file.fileno())
         try:
@@ -61,10 +70,29 @@ def locked_loop(directory: Path) -> Iterator[None]:
             del os.environ[LOCKED]
 
 
-def run_step(command: Sequence[str], name: str) -> None:
-    """Run a step in a process of its own, forwarding the signals that stop it.
+def _wait_for(file: IO, directory: Path) -> None:
+    until = time.monotonic() + PATIENCE
+    while True:
+        with suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if time.monotonic() > until:
+            raise UserError(
+                f"local_run_dir: another loop has worked in {directory} for {PATIENCE:g} s now. Wait for it, stop it, or name "
+                "another directory."
+            )
+        time.sleep(POLL)
 
-    Raises StoppedError where it was stopped, and StepFailedError for any other end but a good one.
+
+def run_step(command: Sequence[str], name: str) -> None:
+    """Run a step in a process of its own; see `run_together`."""
+    run_together([(command, {})], name)
+
+
+def run_together(commands: Sequence[tuple[Sequence[str], dict[str, str]]], name: str) -> None:
+    """Run a step in processes of its own: each a command and changes of the environment. Signals that stop it are forwarded.
+
+    When one fails, the others are asked to stop. Raises StoppedError where they were stopped, and StepFailedError for any
+    other end but a good one.
     """
     received: list[tuple[int, float]] = []
     children: list[subprocess.Popen] = []
@@ -79,10 +107,11 @@ def run_step(command: Sequence[str], name: str) -> None:
             os._exit(ENDED_AT_ONCE)
 
     with handling(forward):
-        children.append(_started(command))
+        for command, environment in commands:
+            children.append(_started(command, environment))
         if received:
-            children[0].send_signal(received[0][0])
-        status = children[0].wait()
+            forward(received.pop()[0], None)
+        status = _first_failure(children)
     if received or status == STOPPED:
         said = signal.Signals(received[0][0]).name if received else "its process was stopped"
         raise StoppedError(f"stopped during {name}: {said}")
@@ -91,11 +120,33 @@ def run_step(command: Sequence[str], name: str) -> None:
         raise StepFailedError(f"{name} has ended with {end}", status)
 
 
-def _started(command: Sequence[str]) -> subprocess.Popen:
+def _first_failure(children: Sequence[subprocess.Popen]) -> int:
+    """Wait for processes; the exit status of the first that fails, which ends the others, or 0."""
+    while len(children) > 1 and None in (statuses := [child.poll() for child in children]) and not any(statuses):
+        time.sleep(POLL)
+    failed = next((child for child in children if child.poll()), children[0])
+    for child in children if failed.poll() else ():
+        with suppress(ProcessLookupError):
+            child.terminate()
+    ends = [child.wait() for child in children]
+    return failed.returncode or max(ends, key=abs)
+
+
+def _started(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen:
     files = [int(os.environ[LOCKED])] if LOCKED in os.environ else []
     # A step whose loop was killed stops, as if it were asked to.
     first = partial(_end_with_parent, os.getpid()) if sys.platform == "linux" else None
-    return subprocess.Popen(list(command), pass_fds=files, preexec_fn=first)
+    return subprocess.Popen(
+        list(command), pass_fds=files, preexec_fn=first, env=os.environ | (environment or {}), stdout=_stdout()
+    )
+
+
+def _stdout() -> int | None:
+    """Where steps print: where this process prints to, which may be redirected."""
+    try:
+        return sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _end_with_parent(parent: int) -> None:

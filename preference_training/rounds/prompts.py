@@ -72,7 +72,7 @@ def _read(path: str, key: str, said: Counter) -> Iterator[tuple[Prompt, dict]]:
     if not is_data_file(path) or not (is_remote(path) or Path(path).expanduser().is_file()):
         raise UserError(f"{key}: {path}: no such data file. Expected one of {EXPECTED}; paths are relative to {Path.cwd()}.")
     empty = True
-    for number, row in read_rows(path):
+    for number, row in _rows(path, key):
         column = next((name for name in COLUMNS if not is_empty(row.get(name))), None)
         try:
             if column is None:
@@ -85,6 +85,16 @@ def _read(path: str, key: str, said: Counter) -> Iterator[tuple[Prompt, dict]]:
         empty = False
     if empty:
         raise UserError(f"{key}: {path} has no rows. Expected rows with prompt or messages.")
+
+
+def _rows(path: str, key: str) -> Iterator[tuple[int, dict]]:
+    """The rows of a file, whose faults are those of the key that names it. Raises UserError."""
+    try:
+        yield from read_rows(path)
+    except UserError as error:
+        # Of rows with prompts none is skipped.
+        text = str(error).removeprefix("datasets: ").replace(", or skip such rows with on_bad_row=skip", "")
+        raise UserError(f"{key}: {text}") from error
 
 
 def _prompt(row: dict, column: str, said: Counter) -> tuple[Prompt, dict]:

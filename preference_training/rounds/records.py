@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import pyarrow
 
 from preference_training.core.errors import UserError
-from preference_training.core.files import write_atomically
 from preference_training.rounds.loop import Loop, RoundFiles, counted
 from preference_training.rounds.pairing import Candidate, pair
 from preference_training.rounds.prompts import LoopPrompt, as_json
 from preference_training.rounds.served.notes import count_unanswered
-from preference_training.rounds.tables import read_table, save_table
+from preference_training.rounds.tables import read_table, save_table, save_text
 
 MESSAGES = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
 
@@ -33,7 +32,9 @@ def make_pairs(loop: Loop, number: int) -> None:
             found.append((prompts[prompt_id], paired.record))
     counts = {"prompts": len(by_prompt), "responses": sum(map(len, by_prompt.values())), "records": len(found)}
     counts["pairs"] = sum(len(record["pairs"]) for _, record in found)
-    print(f"{files.name}: {_words(counts, loop.rule.pairs)}", *_lines(excluded), sep="\n", flush=True)
+    counts["truncated"] = sum(not each.ended for candidates in by_prompt.values() for each in candidates)
+    cut = _cut(counts["truncated"], loop.rule.truncated)
+    print(f"{files.name}: {_words(counts, loop.rule.pairs)}", *cut, *_lines(excluded), sep="\n", flush=True)
     if not found:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in excluded.most_common())
         raise UserError(
@@ -41,22 +42,20 @@ def make_pairs(loop: Loop, number: int) -> None:
             f"{files.name}: {reasons}. Look at {files.scores}. More samples (rounds.n_samples), a higher rounds.temperature, "
             "or a judge that tells responses apart would give some."
         )
-    write_atomically(
-        files.excluded, json.dumps({"counts": counts, "excluded": dict(sorted(excluded.items()))}, indent=1) + "\n"
-    )
+    save_text(files.excluded, json.dumps({"counts": counts, "excluded": dict(sorted(excluded.items()))}, indent=1) + "\n")
     save_table(files.pairs, _table(found))
 
 
 def scored_responses(files: RoundFiles) -> dict[int, list[Candidate]]:
     """The scored responses of a round by their prompts. Raises UserError where scores are not those of the samples."""
-    samples = read_table(files.samples, ["prompt_id", "number", "text", "n_tokens"])
+    samples = read_table(files.samples, ["prompt_id", "number", "text", "n_tokens", "ended"])
     scores = {(row["prompt_id"], row["number"]): row["score"] for row in read_table(files.scores)}
     if scores.keys() != {(row["prompt_id"], row["number"]) for row in samples}:
         raise UserError(f"{files.scores}: not the scores of {files.samples.name}. Remove it, and its step runs again.")
     found: dict[int, list[Candidate]] = defaultdict(list)
     for row in samples:
         score = scores[row["prompt_id"], row["number"]]
-        found[row["prompt_id"]].append(Candidate(row["text"], score, row["n_tokens"]))
+        found[row["prompt_id"]].append(Candidate(row["text"], score, row["n_tokens"], row["ended"]))
     return dict(found)
 
 
@@ -68,6 +67,12 @@ def _words(counts: dict, way: str) -> str:
         else f"{counted(counts['pairs'], 'pair')} of {counted(counts['records'], 'prompt')}"
     )
     return f"{made}, of {counted(counts['responses'], 'response')} to {counted(counts['prompts'], 'prompt')}"
+
+
+def _cut(truncated: int, rule: str) -> list[str]:
+    """What is said of truncated responses; of those that are excluded the reasons speak."""
+    words = {"keep": "count as whole ones", "worst": "are worse than those to their prompt that have ended"}.get(rule)
+    return [f"  {counted(truncated, 'response')} cut: they {words} (rounds.truncated={rule})"] * bool(truncated and words)
 
 
 def _lines(excluded: Counter) -> list[str]:

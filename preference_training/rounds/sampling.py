@@ -5,12 +5,14 @@ its last part, with the same responses.
 """
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,8 +21,8 @@ from preference_training.batching.micro_batches import split_into_batches
 from preference_training.batching.packing import iterate_examples
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
-from preference_training.core.files import write_atomically
 from preference_training.core.machine import pick_device, quiet_libraries, release_memory, said_while_slow
+from preference_training.core.processes import usable_cores
 from preference_training.data.rows.records import Prompt
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.generation.chat_format import ChatFormat, with_system
@@ -34,9 +36,10 @@ from preference_training.modeling.state import compute_device, move_to_devices, 
 from preference_training.modeling.token_budget import token_budget
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.rounds.loop import Loop, RoundFiles, counted
+from preference_training.rounds.processes import run_together
 from preference_training.rounds.prompts import LoopPrompt, prompts_of_round
 from preference_training.rounds.served.choice import is_policy_served, is_served, served_source
-from preference_training.rounds.tables import SAMPLES, join_tables, save_table, write_table
+from preference_training.rounds.tables import SAMPLES, join_tables, save_table, save_text, write_table
 from preference_training.tracking.run_files import STATE, read_run_info
 from preference_training.training.defaults import fit_dtypes
 
@@ -44,6 +47,16 @@ from preference_training.training.defaults import fit_dtypes
 PROMPTS_PER_PART = 32
 # Gives the rows of so many responses to each prompt; of a round by its name, for a table of samples.
 Source = Callable[[Sequence[LoopPrompt], int, str, Path], Iterable[dict]]
+
+
+class Share(NamedTuple):
+    """The share of one of several processes: its number from 0, and how many there are."""
+
+    number: int
+    size: int
+
+
+ALL_PARTS = Share(0, 1)
 
 
 @dataclass(frozen=True)
@@ -77,17 +90,7 @@ class Policy:
 
     def prompt_ids(self, prompt: LoopPrompt) -> list[int]:
         """The token ids of a prompt as training renders it. Raises UserError where it leaves no room for a response."""
-        given: Prompt = prompt.prompt
-        if not (isinstance(given, str) and self.format.name == "raw"):
-            given = with_system(given, self.config.system_prompt)
-        ids = self.format.prompt_ids(given)
-        longest = min(self.context or self.config.max_length, self.config.max_length)
-        if len(ids) >= longest:
-            raise UserError(
-                f"rounds.prompts: prompt {prompt.prompt_id} has {len(ids):,} tokens, and max_length leaves no room for a "
-                f"response behind {longest - 1:,}. Remove it, or raise max_length."
-            )
-        return ids
+        return prompt_ids(prompt, self.format, self.config, self.context)
 
     def text(self, ids: list[int]) -> tuple[str, bool]:
         """The text of a response, without what stands behind its end; and whether it has ended by itself."""
@@ -98,6 +101,33 @@ class Policy:
         """A text up to the first one that ends a response, and whether there is one."""
         ends = [place for stop in self.format.stops if (place := text.find(stop)) >= 0]
         return (text[: min(ends)], True) if ends else (text, False)
+
+
+def prompt_ids(prompt: LoopPrompt, chat_format: ChatFormat, config: RunConfig, context: int | None = None) -> list[int]:
+    """The token ids of a prompt. context: how many the model can read. Raises UserError where a response has no room."""
+    given: Prompt = prompt.prompt
+    if not (isinstance(given, str) and chat_format.name == "raw"):
+        given = with_system(given, config.system_prompt)
+    ids = chat_format.prompt_ids(given)
+    longest = min(context or config.max_length, config.max_length)
+    if len(ids) >= longest:
+        limit, remedy = "max_length", "Remove it, or raise max_length."
+        if longest < config.max_length:
+            limit, remedy = "the model's context", "Remove it."
+        raise UserError(
+            f"rounds.prompts: prompt {prompt.prompt_id} has {len(ids):,} tokens, and {limit} leaves no room for a response "
+            f"behind {longest - 1:,}. {remedy}"
+        )
+    return ids
+
+
+def check_room(config: RunConfig, prompts: Sequence[LoopPrompt]) -> None:
+    """Raise UserError for a prompt that leaves no room for a response; loads the tokenizer alone."""
+    config = with_converted_model(fit_dtypes(config))
+    tokenizer = load_tokenizer(config.model, config.cache_dir)
+    chat_format = ChatFormat(find_template(config, tokenizer, prompts), tokenizer)
+    for prompt in prompts:
+        prompt_ids(prompt, chat_format, config)
 
 
 def find_template(config: RunConfig, tokenizer, prompts: Sequence[LoopPrompt]) -> str:
@@ -111,43 +141,44 @@ def find_template(config: RunConfig, tokenizer, prompts: Sequence[LoopPrompt]) -
 # ---- the step -----------------------------------------------------------------------------------------------------------
 
 
-def sample(loop: Loop, number: int) -> None:
-    """Sample what a round needs: responses to its prompts, and to those held out. Raises UserError."""
-    files, rounds = loop.round(number), loop.config.rounds
+def sample(loop: Loop, number: int, share: Share | None = None) -> None:
+    """Sample what a round needs: responses to its prompts, and to those held out. Raises UserError.
+
+    share: only that of the parts, as one of several processes; those that are missing are otherwise sampled by as many as the
+    configuration says.
+    """
+    files = loop.round(number)
     if files.is_done("sample"):
         return
     quiet_libraries()
     config = loop.config_before(number)
+    if share is None and number == 1:
+        check_room(config, loop.prompts)
+    if share is None and not is_served(config):
+        _sample_in_processes(loop, number)
     policy = Policy.of(config, loop.prompts)
     if number == 1:
-        # Before the first response is sampled: that each prompt leaves room for one.
+        # The context of a model may be shorter.
         for prompt in loop.prompts:
             policy.prompt_ids(prompt)
     files.directory.mkdir(parents=True, exist_ok=True)
+    if share is not None:
+        for path, prompts, count in _tables(loop, number):
+            _sample_parts(partial(_responses, policy), prompts, count, files, path, share)
+        return
     local = partial(_responses, policy)
     source, facts = served_source(loop, number, policy) if is_served(config) else (local, {})
     known = {"template": policy.format.name, "model": policy.identity, "archive": config.model.archive} | facts
-    write_atomically(files.sampling, json.dumps(known, indent=1) + "\n")
-    if files.number is not None and not files.samples.is_file():
-        chosen = prompts_of_round(loop.prompts, number, rounds.prompts_per_round, config.seed)
-        print(
-            f"{files.name}: sampling {counted(rounds.n_samples, 'response')} to each of {counted(len(chosen), 'prompt')}",
-            flush=True,
-        )
-        parts = _sample_parts(source, chosen, rounds.n_samples, files, files.samples)
-        _finish(files.samples, join_tables(parts, SAMPLES))
+    save_text(files.sampling, json.dumps(known, indent=1) + "\n")
+    for path, prompts, count in _tables(loop, number):
+        if path == files.samples:
+            _finish(path, join_tables(_sample_parts(source, prompts, count, files, path), SAMPLES))
     if files.held_out_samples.is_file():
         return
-    held_out, count = loop.held_out, rounds.n_held_out_samples
-    if held_out:
-        print(
-            f"{files.name}: sampling {counted(count, 'response')} to each of {counted(len(held_out), 'held-out prompt')}",
-            flush=True,
-        )
+    [(path, held_out, count)] = _tables(loop, number)
     # Where another model samples, it is still the policy that is compared from round to round.
     source = source if is_policy_served(config) else local
-    parts = _sample_parts(source, held_out, count, files, files.held_out_samples)
-    rows = join_tables(parts, SAMPLES).to_pylist()
+    rows = join_tables(_sample_parts(source, held_out, count, files, path), SAMPLES).to_pylist()
     own = first = _logps(policy, rows, held_out)
     if rows and number > 1:
         # Its memory is free before the other model takes its own.
@@ -159,6 +190,33 @@ def sample(loop: Loop, number: int) -> None:
     shutil.rmtree(_parts_of(files.held_out_samples), ignore_errors=True)
 
 
+def _tables(loop: Loop, number: int) -> Iterator[tuple[Path, list[LoopPrompt], int]]:
+    """The tables of samples that a round lacks: path, prompts, and responses to each."""
+    files, rounds = loop.round(number), loop.config.rounds
+    if files.number is not None and not files.samples.is_file():
+        chosen = prompts_of_round(loop.prompts, number, rounds.prompts_per_round, loop.config.seed)
+        yield files.samples, chosen, rounds.n_samples
+    if not files.held_out_samples.is_file():
+        yield files.held_out_samples, loop.held_out, rounds.n_held_out_samples
+
+
+def _sample_in_processes(loop: Loop, number: int) -> None:
+    """Have the missing parts sampled by several processes, if they are to be. Raises StoppedError, StepFailedError."""
+    gpus = torch.cuda.device_count()
+    wanted = loop.config.rounds.sampler_processes or gpus or 1
+    missing = [part for path, prompts, _ in _tables(loop, number) for part, _ in _parts(path, prompts) if not part.is_file()]
+    size = min(wanted, len(missing))
+    if size <= 1:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    environments = [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // size)))}] * size
+    if gpus:
+        environments = [{"CUDA_VISIBLE_DEVICES": visible.split(",")[each % gpus]} for each in range(size)]
+    print(f"{loop.round(number).name}: sampling in {size} processes", flush=True)
+    command = [sys.executable, "-m", "preference_training.rounds", "sample", str(loop.directory), "--round", str(number)]
+    run_together([([*command, "--share", f"{each}/{size}"], environments[each]) for each in range(size)], "sampling")
+
+
 def _finish(path: Path, table) -> None:
     save_table(path, table)
     shutil.rmtree(_parts_of(path), ignore_errors=True)
@@ -168,19 +226,30 @@ def _parts_of(path: Path) -> Path:
     return path.with_suffix(".parts")
 
 
-def _sample_parts(source: Source, prompts: Sequence[LoopPrompt], count: int, files: RoundFiles, path: Path) -> list[Path]:
-    """Sample the parts of a table that are not there yet; the paths of all."""
-    folder, paths = _parts_of(path), []
-    for start in range(0, len(prompts), PROMPTS_PER_PART):
-        part = folder / f"{start // PROMPTS_PER_PART:06d}.parquet"
-        paths.append(part)
+def _parts(path: Path, prompts: Sequence[LoopPrompt]) -> list[tuple[Path, Sequence[LoopPrompt]]]:
+    """The parts of a table, each with its prompts: the same whoever samples them."""
+    starts = range(0, len(prompts), PROMPTS_PER_PART)
+    return [
+        (_parts_of(path) / f"{number:06d}.parquet", prompts[start : start + PROMPTS_PER_PART])
+        for number, start in enumerate(starts)
+    ]
+
+
+def _sample_parts(
+    source: Source, prompts: Sequence[LoopPrompt], count: int, files: RoundFiles, path: Path, share: Share = ALL_PARTS
+) -> list[Path]:
+    """Sample the parts of a table that are not there yet, or a share of them; the paths of all."""
+    parts, what = _parts(path, prompts), "held-out prompt" if path == files.held_out_samples else "prompt"
+    if share.number == 0 and not all(part.is_file() for part, _ in parts):
+        print(f"{files.name}: sampling {counted(count, 'response')} to each of {counted(len(prompts), what)}", flush=True)
+    for part, some in parts[share.number :: share.size]:
         if part.is_file():
             continue
-        some = prompts[start : start + PROMPTS_PER_PART]
         with said_while_slow("still sampling"):
             write_table(part, source(some, count, files.name, path), SAMPLES)
-        print(f"{files.name}: {min(start + PROMPTS_PER_PART, len(prompts)):,} of {len(prompts):,} prompts sampled", flush=True)
-    return paths
+        done = sum(len(others) for other, others in parts if other.is_file())
+        print(f"{files.name}: {done:,} of {len(prompts):,} prompts sampled", flush=True)
+    return [part for part, _ in parts]
 
 
 def _responses(policy: Policy, prompts: Sequence[LoopPrompt], count: int, stream: str, _table: Path) -> Iterator[dict]:

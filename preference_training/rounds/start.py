@@ -5,10 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from preference_training.configuration.rerun import OF_THE_START
 from preference_training.configuration.schema import RunConfig
+from preference_training.configuration.validation import configured
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import ROUNDS as ROUNDS_METRICS
 from preference_training.core.processes import in_worker
+from preference_training.core.values import dotted
 from preference_training.losses.registry import example_kind, find_loss, model_head
 from preference_training.rounds.driver import run_loop
 from preference_training.rounds.judges.choice import check_judge, check_rows
@@ -35,7 +38,8 @@ READ_BY = {
     "threshold": ("best_worst", "all", "top_k", "unpaired", "best_of_n"),
 }
 
-# The keys of servers that sample.
+# The keys of servers that sample, and those of sampling here.
+OF_LOCAL = ("sampler_processes",)
 OF_SERVERS = ("sampler_model", "sampler_weights", "sampler_workers", "sampler_timeout")
 
 
@@ -45,7 +49,24 @@ def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False, report:
     Exits as a step does that fails in its process; as a job of a sweep, raises StepFailedError or UserError in place of it.
     Raises UserError, and StoppedError.
     """
-    directory = find_loop(config, run_dir, in_sweep)
+    try:
+        return run_found_loop(config, find_loop(config, run_dir, in_sweep), report)
+    except StepFailedError as failed:
+        if in_sweep and failed.status == MISTAKE:
+            raise as_mistake(failed) from failed
+        if in_sweep:
+            # The other jobs go on.
+            raise
+        sys.exit(failed.told())
+
+
+def as_mistake(failed: StepFailedError) -> UserError:
+    """A step that a mistake of the user's has ended, as this mistake."""
+    return UserError(f"rounds: {failed}; what it said is above")
+
+
+def run_found_loop(config: RunConfig, directory: Path, report: Callable | None = None) -> float | None:
+    """Run a loop in a directory of `find_loop`; returns its `objective`. Raises UserError, StoppedError, StepFailedError."""
     for line in check(config):
         print(line, flush=True)
     stored = directory / PROMPTS
@@ -66,20 +87,24 @@ def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False, report:
         raise UserError(f"objective: {config.objective} is of held-out prompts, and there are none. Raise rounds.held_out.")
     if config.dry_run:
         return None
-    try:
-        with locked_loop(directory):
-            loop = Loop.start(directory, config)
-            if not stored.is_file():
-                store(prompts, stored)
-            run_loop(loop, report=report)
-            return objective_of(loop)
-    except StepFailedError as failed:
-        if in_sweep and failed.status == MISTAKE:
-            raise UserError(f"rounds: {failed}; what it said is above") from failed
-        if in_sweep:
-            # The other jobs go on.
-            raise
-        sys.exit(failed.told())
+    with locked_loop(directory):
+        loop = Loop.start(directory, config)
+        if not stored.is_file():
+            store(prompts, stored)
+        run_loop(loop, report=report)
+        return objective_of(loop)
+
+
+def check_not_changed(config: RunConfig) -> None:
+    """Raise UserError where a configuration has other values than its command line, of which each step is composed anew."""
+    folder = [f"--config-dir={config.origin.folder}"] if config.origin.folder else []
+    before, now = (dotted(each.as_dict()) for each in (configured(*folder, *config.origin.overrides), config))
+    changed = [key for key in now if key not in OF_THE_START and now[key] != before.get(key)]
+    if changed:
+        raise UserError(
+            f"{changed[0]}: changed to {now[changed[0]]!r} after compose(), of whose overrides the steps of a "
+            f"loop are composed. Expected compose(..., '{changed[0]}=...')."
+        )
 
 
 def find_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Path:
@@ -139,8 +164,8 @@ def check(config: RunConfig) -> list[str]:
     given = _given(config)
     unread = [key for key, ways in READ_BY.items() if f"rounds.{key}" in given and pairs not in ways]
     unused = [f"rounds.{key}: without effect, since pairs is {pairs}" for key in unread]
-    if not is_served(config):
-        unused += [f"rounds.{key}: without effect, since sampler is local" for key in OF_SERVERS if f"rounds.{key}" in given]
+    others, why = (OF_LOCAL, "a server") if is_served(config) else (OF_SERVERS, "local")
+    unused += [f"rounds.{key}: without effect, since sampler is {why}" for key in others if f"rounds.{key}" in given]
     return unused + check_sampler(config)
 
 

@@ -2,13 +2,13 @@
 
 import json
 import math
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import combinations, pairwise
 from statistics import mean
 from typing import Any
 
-from preference_training.core.files import write_atomically
 from preference_training.core.metric_names import (
     DISTINCT,
     EXAMPLES,
@@ -34,9 +34,13 @@ from preference_training.evaluation.phrasing import with_interval
 from preference_training.generation.repetition import repeated_share
 from preference_training.rounds.judges.findings import facts_of_scores, findings
 from preference_training.rounds.loop import JUDGED, Loop, RoundFiles, counted
-from preference_training.rounds.tables import read_table
-from preference_training.tracking.run_files import METRICS, json_object, metric_rows, split_rows
+from preference_training.rounds.tables import read_table, save_text
+from preference_training.tracking.dashboards.base import RunStart
+from preference_training.tracking.dashboards.starting import start_dashboards
+from preference_training.tracking.run_files import METRICS, REPORT, json_object, metric_rows, split_rows
 
+# What dashboards have got of a loop: its id there, and the rows.
+TRACKED = "tracked.json"
 # A loop's metrics: of the held-out part of a summary, with intervals; of its samples; of what was made of them.
 HELD_OUT_METRICS = {
     HELD_OUT_REWARD: "score", HELD_OUT_WIN_RATE: "win_rate", HELD_OUT_SECOND_WIN_RATE: "second_win_rate",
@@ -64,7 +68,7 @@ def summarize(loop: Loop, number: int) -> dict[str, Any]:
     summary["judges"] = json_object(files.directory / JUDGED)
     earlier = [read_summary(loop.round(each)) for each in range(1, number)]
     summary["findings"] = findings([*filter(None, earlier), summary])
-    write_atomically(files.summary, json.dumps(summary, indent=1) + "\n")
+    save_text(files.summary, json.dumps(summary, indent=1) + "\n")
     found = [f"  {each['text']}" for each in summary["findings"]]
     print(f"{files.name}: {held_out_line(summary['held_out'], number)}", *found, sep="\n", flush=True)
     return summary
@@ -236,8 +240,33 @@ def _metrics(summary: dict[str, Any]) -> dict[str, float]:
 def write_metrics(loop: Loop) -> list[str]:
     """Write metrics.jsonl of a loop; returns its table as lines."""
     rows = loop_metrics(list(loop.rounds()))
-    write_atomically(loop.directory / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+    save_text(loop.directory / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
     return metrics_table(rows)
+
+
+def track(loop: Loop) -> None:
+    """Give new rows of metrics.jsonl to the dashboards of `tracking`, as a run of the loop's own beside those of its trainings.
+
+    Where an earlier row has changed, it is given again, with those after it. The page goes with the last policy's row.
+    """
+    names, rows = loop.config.dashboard_names, loop_metrics(list(loop.rounds()))
+    noted = json_object(loop.directory / TRACKED)
+    before = noted.get("rows", [])
+    known = next(
+        (k for k, (row, given) in enumerate(zip(rows, before, strict=False)) if row != given), min(len(rows), len(before))
+    )
+    if not names or known == len(rows):
+        return
+    noted = {"id": noted.get("id") or uuid.uuid4().hex, "rows": rows}
+    examples = rows[known - 1][EXAMPLES] if known else 0
+    dashboards = start_dashboards(names, RunStart(loop.config.as_dict(), loop.directory, noted["id"], int(examples)))
+    for dashboard in dashboards:
+        for row in rows[known:]:
+            dashboard.log(row)
+        if len(rows) > loop.config.rounds.rounds and (loop.directory / REPORT).is_file():
+            dashboard.log_page(loop.directory / REPORT)
+        dashboard.finish()
+    save_text(loop.directory / TRACKED, json.dumps(noted) + "\n")
 
 
 def metrics_table(rows: Sequence[dict[str, float]]) -> list[str]:

@@ -1,6 +1,7 @@
-"""The tables of a round, as Parquet files that other tools read: samples, scores, pairs."""
+"""The tables of a round, as Parquet files that other tools read: samples, scores, pairs; and its small files."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 
 from preference_training.core.errors import UserError, first_line
-from preference_training.core.files import atomic_path
+from preference_training.core.files import atomic_path, write_atomically
 
 # prompt: JSON, a text or a list of messages. row: JSON, the other columns of its row.
 PROMPTS = pyarrow.schema([
@@ -36,13 +37,26 @@ def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pyarrow.Sche
 
 def save_table(path: Path, table: pyarrow.Table) -> None:
     """Write a table of pyarrow's atomically. Raises UserError where it cannot be written."""
+    with can_be_written(path), atomic_path(path) as partial:
+        pyarrow.parquet.write_table(table, partial)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a small file atomically. Raises UserError where it cannot be written."""
+    with can_be_written(path):
+        write_atomically(path, text)
+
+
+@contextmanager
+def can_be_written(path: Path) -> Iterator[None]:
+    """Inside, a file of the loop that cannot be written is the user's mistake: UserError. Its folder is made first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as partial:
-            pyarrow.parquet.write_table(table, partial)
+        yield
     except OSError as error:
         raise UserError(
-            f"local_run_dir: {path} cannot be written: {first_line(error)}. Expected a folder with room."
+            f"local_run_dir: {path} cannot be written: {first_line(error)}. Expected a folder with room; the loop goes on from "
+            "here with resume=auto."
         ) from error
 
 

@@ -8,12 +8,13 @@ from omegaconf import OmegaConf
 
 from preference_training.configuration.keys import listed
 from preference_training.configuration.model_names import ADAPTER_CONFIG
+from preference_training.configuration.rerun import keep_presets
 from preference_training.core.errors import UserError
-from preference_training.core.files import replace_symlink, write_atomically
-from preference_training.core.metric_names import ROUNDS
-from preference_training.rounds.loop import Loop, RoundFiles
-from preference_training.rounds.tables import read_table
-from preference_training.tracking.run_files import LATEST, json_object
+from preference_training.core.files import replace_symlink
+from preference_training.core.metric_names import ROUNDS, UPDATES
+from preference_training.rounds.loop import Loop, RoundFiles, counted
+from preference_training.rounds.tables import can_be_written, read_table, save_text
+from preference_training.tracking.run_files import LATEST, METRICS, json_object, metric_rows
 
 # The program that trains, beside the package.
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -71,9 +72,22 @@ def _datasets(loop: Loop, number: int) -> list[Any]:
 def write_training(loop: Loop, number: int) -> list[str]:
     """Write the configuration of a round's training; the command that trains."""
     files = loop.round(number)
+    with can_be_written(files.training):
+        keep_presets(loop.directory, files.directory)
     text = OmegaConf.to_yaml(OmegaConf.create(training_values(loop, number)))
-    write_atomically(files.training, HEAD.format(name=files.name, directory=files.directory) + text)
+    save_text(files.training, HEAD.format(name=files.name, directory=files.directory) + text)
     return [sys.executable, str(TRAIN), "--config-name", files.training.stem, "--config-dir", str(files.directory)]
+
+
+def reference_moves(files: RoundFiles, every: int) -> str:
+    """How often the reference of a round's training has moved towards the policy, every so many updates, in words."""
+    updates = int(next(reversed(metric_rows(files.run / METRICS)), {}).get(UPDATES, 0))
+    if updates < every:
+        return (
+            f"its reference never moved: the training took {counted(updates, 'update')}, and loss.reference_update_every is "
+            f"{every}. Lower it"
+        )
+    return f"its reference moved {counted(updates // every, 'time')} towards the policy, every {counted(every, 'update')}"
 
 
 def finish_training(files: RoundFiles) -> None:
@@ -83,4 +97,5 @@ def finish_training(files: RoundFiles) -> None:
         raise UserError(
             f"{files.run}: its training has left no checkpoint. Expected debug=false and a save_strategy that writes one."
         )
-    replace_symlink(files.policy, str(newest.resolve().relative_to(files.directory.resolve())))
+    with can_be_written(files.policy):
+        replace_symlink(files.policy, str(newest.resolve().relative_to(files.directory.resolve())))

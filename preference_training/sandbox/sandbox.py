@@ -7,6 +7,7 @@ machine can isolate code like this. The labeling app otherwise runs nothing unle
 """
 
 import json
+import marshal
 import math
 import os
 import selectors
@@ -238,12 +239,17 @@ def _call(wrap: Callable, limits: Limits, work_of: Callable[[int], tuple[str, st
             work = {"code": code, "name": name, "calls": calls, "limits": limits.of_process()}
             started = time.monotonic()
             deadline = started + limits.wall_seconds
-            output, exceeded = _exchange(process, json.dumps(work).encode(), deadline, limits.output_kb * 1024)
+            output, exceeded = _exchange(process, _as_work(work), deadline, limits.output_kb * 1024)
         finally:
             _end(process)
         answers = _answers(output["stdout"], exceeded, len(calls))
         reason = _unanswered(output, exceeded, process.returncode, time.monotonic() - started, limits)
         return [*map(Ended, answers), *[reason] * (len(calls) - len(answers))]
+
+
+def _as_work(work: dict) -> bytes:
+    """What a process is told: plain JSON, in the interpreter's own format, which is read without importing anything."""
+    return marshal.dumps(json.loads(json.dumps(work)))
 
 
 def _exchange(process: subprocess.Popen, work: bytes, deadline: float, max_bytes: int) -> tuple[dict[str, bytes], str]:

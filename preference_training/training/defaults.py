@@ -124,11 +124,19 @@ RATES: dict[Learns, Rates] = {
 }
 
 
-def usual_lr(learns: Learns, parameters: int, has_adapter: bool) -> float:
+# In multiples of AdamW's. Adafactor's updates are lr times the root mean square of a weight's values, 0.02 to 0.05 in matrices
+# of language models.
+RATE_FACTORS = {"Adafactor": 30.0}
+# Of these nothing is usual: their updates are as large as the gradient.
+UNUSUAL = ("SGD", "SGDScheduleFree")
+
+
+def usual_lr(learns: Learns, parameters: int, has_adapter: bool, optimizer: str = "AdamW") -> float:
     """What is usual for a loss that learns from this, on a model with so many parameters."""
     rates = RATES[learns]
     full, lora = (rates.full_small, rates.lora_small) if parameters < SMALL else (rates.full, rates.lora)
-    return lora if has_adapter else full
+    # Rounded, so that 30 times 5e-6 is 1.5e-4.
+    return float(f"{(lora if has_adapter else full) * RATE_FACTORS.get(optimizer, 1.0):.6g}")
 
 
 def fit_lr(config: RunConfig, learns: Learns, count_parameters: Callable[[], int]) -> RunConfig:
@@ -139,7 +147,7 @@ def fit_lr(config: RunConfig, learns: Learns, count_parameters: Callable[[], int
     if config.lr is not None:
         return config
     parameters = count_parameters()
-    lr = usual_lr(learns, parameters, config.model.lora.r is not None)
+    lr = usual_lr(learns, parameters, config.model.lora.r is not None, config.optimizer)
     line = f"lr: {lr:g}, usual for {_kind_of_training(config, parameters)} (docs/defaults.md)"
     return _chosen(config.changed({"lr": lr}), "lr", line)
 
@@ -147,14 +155,16 @@ def fit_lr(config: RunConfig, learns: Learns, count_parameters: Callable[[], int
 def unusual_lr(config: RunConfig, learns: Learns, count_parameters: Callable[[], int]) -> str | None:
     """The warning for a learning rate of the user's that is FAR from what is usual; None for any other.
 
-    None also where nothing is usual: for a model from scratch, and for SGD, whose steps are not of the size of lr.
+    None also where nothing is usual: for a model from scratch, for SGD, whose steps are not of the size of lr, and for Muon
+    whose updates are not of the size of AdamW's.
     """
     is_given = any(text.lstrip("+").startswith("lr=") for text in config.origin.overrides)
     from_scratch = config.model.name_or_path is None and config.model.archive is None
-    if not is_given or from_scratch or config.optimizer == "SGD":
+    other_size = config.optimizer in UNUSUAL or config.optimizer_kwargs.get("adjust_lr_fn") == "original"
+    if not is_given or from_scratch or other_size:
         return None
     parameters = count_parameters()
-    usual = usual_lr(learns, parameters, config.model.lora.r is not None)
+    usual = usual_lr(learns, parameters, config.model.lora.r is not None, config.optimizer)
     if (far := far_from_usual(config.lr, usual)) is None:
         return None
     what = _kind_of_training(config, parameters)
@@ -176,7 +186,8 @@ def far_from_usual(lr: float, usual: float) -> str | None:
 def _kind_of_training(config: RunConfig, parameters: int) -> str:
     what = "a LoRA adapter" if config.model.lora.r is not None else "all weights"
     size = f"{parameters / 1e9:.1f}B" if parameters >= SMALL else f"{parameters / 1e6:.0f}M"
-    return f"loss={config.loss.name} on {what} of a model of {size} parameters"
+    by = f" with {config.optimizer}" if config.optimizer in RATE_FACTORS else ""
+    return f"loss={config.loss.name} on {what} of a model of {size} parameters{by}"
 
 
 # ---- what depends on the number of steps ------------------------------------------------------------------------------------

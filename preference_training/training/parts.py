@@ -30,6 +30,9 @@ from preference_training.tracking.ledger import Ledger
 from preference_training.tracking.tracker import Metrics, Tracker, as_numbers
 from preference_training.training.start_check import StartCheck
 
+# The kind of the finding that says which checkpoint is a run's result.
+BEST = "best checkpoint"
+
 
 @dataclass
 class Models:
@@ -80,6 +83,11 @@ class Observers:
         self.tracker.log_evaluation(metrics)
         if self.callbacks.read("on_evaluation"):
             self._tell("on_evaluation", as_numbers(metrics))
+
+    def load_best(self, config, ranks: Ranks) -> None:
+        """Where `load_best` is set, make LATEST the best checkpoint of a run that has ended, and log which it is."""
+        if config.load_best and self.writer is not None and not self.writer.failed and ranks.is_rank_zero:
+            self.tracker.log_finding(BEST, self.writer.point_at_best(config.save_policy_pt))
 
     def tell_checkpoints(self) -> None:
         """Tell callbacks of the checkpoints that are complete now."""

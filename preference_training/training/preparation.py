@@ -12,9 +12,10 @@ from preference_training.batching.micro_batches import evaluation_prompts
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.resume import check_same_config, checkpoint_to_resume, find_run
+from preference_training.configuration.checks.model import check_noise
+from preference_training.configuration.checks.run import check_objective
 from preference_training.configuration.keys import listed
 from preference_training.configuration.schema import RunConfig
-from preference_training.configuration.validation import check_objective
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.core.machine import allow_tf32, quiet_libraries, tune_malloc
@@ -37,7 +38,8 @@ from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.training.defaults import fit_lr, fit_steps, settle_dtypes, unusual_lr
 from preference_training.training.optimizers.building import check_optimizer
-from preference_training.training.optimizers.notices import precision_notices
+from preference_training.training.optimizers.groups import lr_group_lines
+from preference_training.training.optimizers.notices import averages_notice, precision_notices
 
 # In a checkpoint, as transformers names it.
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -82,6 +84,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
         check_asks_for_no_text(config)
     check_objective(config.objective, config.loss.name, loss.examples, loss.model_head)
     check_live(config, loss)
+    check_noise(config, loss.needs_reference)
     if config.model.reference_archive is not None and not loss.needs_reference:
         raise UserError(f"model.reference_archive: given, and loss={config.loss.name} has no reference. Leave it null.")
     if config.contamination_files and not config.dry_run:
@@ -99,7 +102,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     if not config.eval_only:
         lines += [line] if (line := unusual_lr(config, loss.learns, count)) else []
     config = fit_lr(config, loss.learns, count)
-    lines += [] if config.eval_only else precision_notices(config)
+    lines += [] if config.eval_only else [*training_notices(config), *rates_of_weights(config, tokenizer)]
     limits = model_limits(config, tokenizer)
     config, entries = fit_templates(config, entries, tokenizer, earlier)
     if notice := other_template_notice(config, entries, tokenizer):
@@ -128,7 +131,9 @@ def adapter_notice(config: RunConfig) -> str | None:
     if lora.r is None:
         return None
     quantized = f" and quantized to {config.model.quantization}" if config.model.quantization else ""
-    adapters = f"LoRA adapters of rank {lora.r} (alpha {lora.alpha:g})"
+    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    start = "" if lora.init == "default" else f" that start as {lora.init}"
+    adapters = f"{kind} adapters of rank {lora.r} (alpha {lora.alpha:g}){start}"
     return f"model.lora.r: {adapters} are trained, all other weights are frozen{quantized}"
 
 
@@ -137,6 +142,21 @@ def count_parameters(config: RunConfig, tokenizer) -> int:
     plain = replace(config.model, lora=replace(config.model.lora, r=None), quantization=None)
     with torch.device("meta"):
         return build_untrained(plain, tokenizer, config.cache_dir).num_parameters()
+
+
+def training_notices(config: RunConfig) -> list[str]:
+    """What a run says of how its weights are updated, and which are saved."""
+    averages = averages_notice(config)
+    return [*precision_notices(config), *([averages] if averages else [])]
+
+
+def rates_of_weights(config: RunConfig, tokenizer) -> list[str]:
+    """What `lr_groups` does, in lines of text; reads no weights. Raises UserError for a pattern that no trained weight has."""
+    if not config.lr_groups:
+        return []
+    with torch.device("meta"):
+        model = build_untrained(config.model, tokenizer, config.cache_dir)
+    return lr_group_lines(config, [name for name, weight in model.named_parameters() if weight.requires_grad])
 
 
 def fit_templates(

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.schedule import Schedule
+from preference_training.checkpointing.best import best_checkpoint
 from preference_training.checkpointing.resume import checkpoint_to_resume
 from preference_training.configuration.run_dirs import remove_empty, writable
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.signals import StoppedError, StopRequests
-from preference_training.data.preparation import Prepared
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import Placement
 from preference_training.modeling.adapters.files import BASE_DIR, saved_base
@@ -83,7 +83,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
             tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
             if notice:
                 tracker.log_message(notice)
-            _write_about(prepared, placement, run_dir, total, _sizes(models, batches, data) | {"usual": about["usual"]})
+            _write_about(prepared, placement, run_dir, total, _sizes(models, batches, prepared) | {"usual": about["usual"]})
             opened.enter_context(tracker)
         else:
             about, tracker = {}, opened.enter_context(NoTracker())
@@ -97,6 +97,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
             trainer.continue_from(checkpoint)
         if trainer.finished:
             tracker.log_message("resume: that run is complete; a larger n_epochs, n_examples or n_steps would continue it")
+            observers.load_best(config, ranks)
         else:
             trainer.train()
             if readers.conclude and ranks.is_rank_zero:
@@ -106,6 +107,8 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
                 f"local_dirs: the last checkpoint of {run_dir} could not be written. Make room, then resume={run_dir}."
             )
     print(*last_lines, f"run directory: {run_dir}", sep="\n", flush=True)
+    if config.load_best and (best := best_checkpoint(run_dir, config.objective)) is not None:
+        return best.held_out(config.objective)
     return trainer.state.held_out[config.objective] if trainer.state.held_out else None
 
 
@@ -127,14 +130,14 @@ def _write_about(prepared: PreparedRun, placement: Placement, run_dir: Path, tot
         write_about(run_dir, names, reports, total, placement.device, more | {"chosen": prepared.config.chosen})
 
 
-def _sizes(models: Models, batches: Batches, data: Sequence[Prepared]) -> dict:
+def _sizes(models: Models, batches: Batches, prepared: PreparedRun) -> dict:
     """How many optimizer steps a run has, its model's size and usual learning rate, and what its splits hold."""
-    tables = {name: split.table for name, split in zip(("train", "held out"), data, strict=True)}
+    tables = {name: split.table for name, split in zip(("train", "held out"), prepared.data, strict=True)}
     sizes = {
         name: {"examples": int(table.num_examples.sum()), "responses": table.num_responses} for name, table in tables.items()
     }
     parameters = sum(weight_numels(models.policy).values())
-    usual = usual_lr(models.loss.learns, parameters, has_adapter(models.policy))
+    usual = usual_lr(models.loss.learns, parameters, has_adapter(models.policy), prepared.config.optimizer)
     return {"steps": batches.train.schedule.total_steps, "parameters": parameters, "usual_lr": usual, **sizes}
 
 

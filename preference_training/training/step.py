@@ -30,8 +30,10 @@ from preference_training.losses.base import (
     example_metrics,
     with_margins,
 )
+from preference_training.modeling.experts.balance import ExpertBalance
 from preference_training.modeling.logprobs import policy_scores, reference_logps, shares_prefixes, zero_scores
 from preference_training.modeling.state import compute_device
+from preference_training.modeling.tuning.embedding_noise import EmbeddingNoise
 from preference_training.tracking.tracker import Metrics
 from preference_training.training.parts import Models, RunState
 from preference_training.training.updates import Updater
@@ -141,6 +143,8 @@ class TrainingStep:
         self.placement, self.models, self.state = placement, models, state
         self.device, self.lockstep = compute_device(models.policy), placement.lockstep()
         self.updater = Updater(placement, models.policy, state, total_steps)
+        self.balance = ExpertBalance(models.policy, placement.ranks, placement.config.model.router_aux_loss)
+        self.noise = EmbeddingNoise(models.policy, placement.config.model.neftune_alpha, placement.config.seed)
 
     def take(
         self,
@@ -158,7 +162,8 @@ class TrainingStep:
         remembered = self.models.loss.state_dict()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         while True:
-            batch = self._backward_within_memory(micro_batches, halve, remembered)
+            with self.noise.on(self.state.updates, micro_batches, self.placement.ranks):
+                batch = self._backward_within_memory(micro_batches, halve, remembered)
             grad_norm = self.updater.clip_gradient()
             # Read at once, before the weights change: one wait for the device.
             packs = [pack for micro_batch in batch.micro_batches for pack in micro_batch.packs]
@@ -176,6 +181,7 @@ class TrainingStep:
         metrics = with_margins({name: total / count for name, total, count in sums if count}, TRAIN)
         if shares_prefixes(self.models.policy):
             metrics[TOKENS_SAVED] = 1 - tokens / row_tokens
+        metrics |= self.balance.metrics()
         self.state.examples += num_examples
         self.state.tokens += int(tokens)
         if math.isfinite(metrics[TRAIN_LOSS]) and math.isfinite(norm):
@@ -231,6 +237,7 @@ class TrainingStep:
         self.updater.expect_gradients(packs_left)
         number, num_packs = self.state.updates + 1, packs_left
         progress.at(f"step {number}, pack 1 of {num_packs}")
+        self.balance.begin([pack for micro_batch in micro_batches for pack in micro_batch.packs], self.logps)
         for micro_batch in micro_batches:
             for output, policy, pack in self.pack_losses(micro_batch, mean_length):
                 packs_left -= 1
@@ -238,8 +245,9 @@ class TrainingStep:
                 # Sharded gradients are means over the ranks; this makes them sums.
                 share = 0.0 if pack.is_filler else self.placement.ranks.size / num_examples
                 total = output.losses.sum() * share
+                total = total if output.auxiliary is None else total + output.auxiliary
                 # Nothing else keeps the pass's tensors: out of memory, they are freed at once.
-                output = replace(output, losses=output.losses.detach())
+                output = replace(output, losses=output.losses.detach(), auxiliary=None)
                 self.lockstep.backward(self.models.policy, total, self.updater.scaler.scale)
                 result.add(self.models.loss, pack, output, policy)
                 progress.at(f"step {number}, pack {min(num_packs - packs_left + 1, num_packs)} of {num_packs}")
@@ -270,6 +278,7 @@ class TrainingStep:
         model, loss, (reference, reference_tokens) = self.models.policy, self.models.loss, known
         scores = [self.logps(pack)]
         policy = scores[0][0].detach()
+        self.balance.observe(pack)
         self._check_start(pack, policy, reference)
         if loss.needs_batch_statistics and statistics is None:
             statistics = survey([policy], [reference])
@@ -278,7 +287,8 @@ class TrainingStep:
         def compute(logps: Tensor, policy_tokens: TokenLogps | None) -> LossOutput:
             tokens = {"policy_tokens": policy_tokens, "reference_tokens": reference_tokens}
             examples = replace(pack.examples, mean_length=mean_length, **tokens)
-            return loss(logps, reference, examples, found).weighted(examples.weights)
+            output = loss(logps, reference, examples, found).weighted(examples.weights)
+            return replace(output, auxiliary=self.balance.loss_of_pack())
 
         instead = lambda zero: compute(*zero_scores(pack, loss, zero))  # noqa: E731
         # Out of memory, nothing keeps the pack's tensors.
@@ -319,7 +329,8 @@ class TrainingStep:
     def logps(self, pack: PackedBatch) -> tuple[Tensor, TokenLogps | None]:
         """The policy's log-probs [R] of a pack, and what its loss reads of tokens."""
         policy, loss = self.models.policy, self.models.loss
-        return self.lockstep.forward(policy, lambda: policy_scores(policy, pack, loss), partial(zero_scores, pack, loss))
+        compute = self.balance.recorder.recorded(partial(policy_scores, policy, pack, loss))
+        return self.lockstep.forward(policy, compute, partial(zero_scores, pack, loss))
 
     def _reference_logps(self, pack: PackedBatch) -> tuple[Tensor | None, TokenLogps | None]:
         """The same of the reference; None for what the loss does not read."""

@@ -1,7 +1,7 @@
 """Weight updates: the optimizer of a run, its learning-rate schedule and its gradient scaler; resumed bit for bit."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.distributed.placement import Placement
 from preference_training.modeling.state import compute_device
 from preference_training.training.monitors import UnchangedWeights
+from preference_training.training.optimizers.averages import averages_in_place
 from preference_training.training.optimizers.building import build_optimizer
 from preference_training.training.optimizers.master_weights import MASTER, MasterWeights, pending_updates
 from preference_training.training.optimizers.schedules import schedule, warmup_steps
@@ -54,8 +55,17 @@ class Updater:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
-        return self.optimizer.param_groups[0]["lr"]
+        """The learning rate of the next step, of weights that have no factor of their own."""
+        return self.config.lr * self.schedule(self.scheduler.last_epoch)
+
+    @contextmanager
+    def averages_in_place(self) -> Iterator[None]:
+        """Context in which the policy's weights are those that are evaluated and saved: an average, where the run keeps one."""
+        if not self.config.averages_weights:
+            yield
+            return
+        with averages_in_place(self.optimizer, self.policy):
+            yield
 
     # ---- one step -------------------------------------------------------------------------------------------------------
 
@@ -78,15 +88,15 @@ class Updater:
         self.state.updates += 1
 
     def update_and_check(self) -> float | None:
-        """`update`; at the steps that are checked, the share of the sampled weights that it changed, else None."""
-        unchanged = UnchangedWeights(pending_updates(self.optimizer)) if self._checks_weights() else None
+        """`update`; returns the share of the sampled weights that it changed, at the steps that are checked, else None.
+
+        Checked are the first step with the whole learning rate, and some later ones.
+        """
+        later = self.state.updates - self.first_full_step
+        checks = later == 0 or (later > 0 and later & (later - 1) == 0 and self.schedule(self.state.updates) == 1)
+        unchanged = UnchangedWeights(pending_updates(self.optimizer)) if checks else None
         self.update()
         return None if unchanged is None else unchanged.share_changed()
-
-    def _checks_weights(self) -> bool:
-        """Whether the coming step is checked: the first with the whole learning rate, and some later ones."""
-        later = self.state.updates - self.first_full_step
-        return later == 0 or (later > 0 and later & (later - 1) == 0 and self.schedule(self.state.updates) == 1)
 
     def skip_step(self) -> None:
         """Clear the gradient of a step that cannot be taken."""
@@ -118,14 +128,18 @@ class Updater:
                 log_message(f"resume: {WITHOUT_MASTERS}")
         elif kept != self.has_masters:
             log_message(f"resume: {MASTERS_DROPPED if kept else MASTERS_BEGIN}")
-        optimizer = self.optimizer_state() | {"param_groups": saved["optimizer_groups"]}
-        read = optimizer["state"]
-        if not kept:
-            read = {name: {key: value for key, value in values.items() if key != MASTER} for name, values in read.items()}
-        checkpoint.read_optimizer(read)
-        for name, values in saved["optimizer_numbers"].items():
-            optimizer["state"][name] |= values
-        self.placement.set_optimizer_state(self.policy, self.optimizer, optimizer)
+        if self.config.averages_weights:
+            # Begins the state, of which an average is part.
+            self.optimizer_state()
+        with self.averages_in_place():
+            optimizer = self.optimizer_state() | {"param_groups": saved["optimizer_groups"]}
+            read = optimizer["state"]
+            if not kept:
+                read = {name: {key: value for key, value in values.items() if key != MASTER} for name, values in read.items()}
+            checkpoint.read_optimizer(read)
+            for name, values in saved["optimizer_numbers"].items():
+                optimizer["state"][name] |= values
+            self.placement.set_optimizer_state(self.policy, self.optimizer, optimizer)
 
     def continue_schedule(self, data: Schedule, config_then: dict, log_message: Callable[[str], None]) -> None:
         """Continue with this run's learning-rate schedule; log it if the checkpoint was under another."""

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from preference_datasets import LAST_ROW
 from preference_training.configuration import composition
+from preference_training.configuration.checks.run import OBJECTIVES, check_objective
 from preference_training.configuration.composition import (
     ALL_KEYS,
     CONFIG_DIR,
@@ -26,13 +27,10 @@ from preference_training.configuration.composition import (
 )
 from preference_training.configuration.keys import key_names
 from preference_training.configuration.model_names import OTHERS
+from preference_training.configuration.optimizers import OPTIMIZERS
 from preference_training.configuration.saved import read_config, save_config
-from preference_training.configuration.schema import OPTIMIZERS, RunConfig
+from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.sections import LossConfig
-from preference_training.configuration.validation import (
-    OBJECTIVES,
-    check_objective,
-)
 from preference_training.core.errors import UserError
 from preference_training.core.values import dotted
 from preference_training.data.entries import read_entries
@@ -563,8 +561,8 @@ STRATEGIES = {"never": "'never'", "null": "None", "epochs": "'epochs'", "false":
         ("exp_name='a\x07b'", "exp_name", r"'a\x07b'", "a directory's name"),
         # Names.
         ("optimizer=RMSProp", "optimizer", "'RMSProp'", "did you mean RMSprop?"),
-        ("optimizer=zzz", "optimizer", "'zzz'", "known are: Adam, AdamW, AdamW8bit, Lion8bit"),
-        ("optimizer=null", "optimizer", "None", "known are: Adam, AdamW, AdamW8bit, Lion8bit"),
+        ("optimizer=zzz", "optimizer", "'zzz'", "known are: Adafactor, Adam, AdamW, AdamW8bit"),
+        ("optimizer=null", "optimizer", "None", "known are: Adafactor, Adam, AdamW, AdamW8bit"),
         ("model.policy_dtype=bfloat61", "model.policy_dtype", "'bfloat61'", "did you mean bfloat16?"),
         ("model.reference_dtype=int8", "model.reference_dtype", "'int8'", "bfloat16"),
         ("model.fsdp_policy_mp=bf16", "model.fsdp_policy_mp", "'bf16'", "bfloat16"),

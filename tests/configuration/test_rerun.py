@@ -1,9 +1,14 @@
 """rerun.yaml: the overrides of a run, as a file that repeats it from any working directory."""
 
+import shutil
+
 import pytest
 from omegaconf import OmegaConf
 
+from preference_training.configuration.config_files import insert_config_file
 from preference_training.configuration.rerun import rerun_values, write_rerun
+from preference_training.configuration.validation import configured
+from preference_training.core.errors import UserError
 
 
 @pytest.fixture
@@ -86,3 +91,26 @@ def test_a_path_through_a_link_leads_to_the_same_file(here):
     assert rerun_values(["datasets=link/../mine.jsonl"]) == {"datasets": f"{here}/elsewhere/mine.jsonl"}
     # A link that no `..` follows stays one.
     assert rerun_values(["model=link"]) == {"model": f"{here}/link"}
+
+
+def test_presets_of_the_users_own_are_kept_beside_the_file_and_found_there(here):
+    """A loss and a model in a folder of --config-dir; the folder is gone when the run is repeated."""
+    texts = {"loss": "defaults: [dpo, _self_]\nbeta: 0.03\n", "model": "defaults: [base_model]\nname_or_path: some/model\n"}
+    for group, text in texts.items():
+        (here / "my" / group).mkdir(parents=True)
+        (here / "my" / group / "gentle.yaml").write_text(text)
+    config = configured("--config-dir=my", "loss=gentle", "model=gentle", "lr=1e-5")
+    assert (config.loss.beta, config.loss.name, config.model.name_or_path) == (0.03, "dpo", "some/model")
+    (here / "run").mkdir()
+    write_rerun(config, here / "run")
+    shutil.rmtree(here / "my")
+    again = configured(*insert_config_file(["--config-name", "rerun", "--config-dir", str(here / "run")]))
+    assert again.changed({"local_run_dir": config.local_run_dir}).as_dict() == config.as_dict()
+    write_rerun(again, here / "run")
+
+
+def test_a_preset_of_the_users_own_with_a_key_that_no_loss_has_is_refused(here):
+    (here / "my" / "loss").mkdir(parents=True)
+    (here / "my" / "loss" / "odd.yaml").write_text("defaults: [dpo, _self_]\nbeat: 0.03\n")
+    with pytest.raises(UserError, match=r"loss\.beat: no such key; did you mean loss\.beta"):
+        configured("--config-dir", "my", "loss=odd")

@@ -37,6 +37,7 @@ def weight_bytes(config, tokenizer) -> int:
     "override",
     [
         *("optimizer=AdamW", "optimizer=RMSprop", "optimizer=AdamW8bit"),
+        *("optimizer=Muon", "optimizer=Adafactor", "optimizer=GaLore", "optimizer=AdamWScheduleFree", "ema_decay=0.9"),
         *("activation_checkpointing=true", "activation_checkpointing=selective"),
     ],
 )
@@ -103,6 +104,18 @@ def test_rankings_with_statistics_are_estimated(compose):
     config = compose("loss=dpo", "optimizer=SGD")
     kinds = step_memory(OneProcess(config, load_tokenizer(config.model)), Surveyed(0.1), True, [rankings])
     assert kinds["activations"] > 0
+
+
+@pytest.mark.parametrize("coefficient", ["null", "0.1"])
+def test_routers_are_read_on_fake_tensors(coefficient, compose, recwarn):
+    experts = ("model.from_config.model_type=mixtral", "+model.from_config.num_local_experts=4")
+    # Grouped products have a fake form in bfloat16 only.
+    config = compose(
+        "loss=simpo", "optimizer=SGD", *experts, "model.policy_dtype=bfloat16", f"model.router_aux_loss={coefficient}"
+    )
+    placement, loss = OneProcess(config, load_tokenizer(config.model)), build_loss(**config.loss.given())
+    assert step_memory(placement, loss, False, [pack(2), pack(2)])["activations"] > 0
+    assert not [warning for warning in recwarn if "FakeTensor" in str(warning.message)]
 
 
 def test_a_second_pack_finds_the_gradients_of_the_first(compose):

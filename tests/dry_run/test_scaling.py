@@ -80,6 +80,15 @@ def sent(traffic: Traffic, least: int = 1000) -> dict:
 # ---- numbers ---------------------------------------------------------------------------------------------------------------
 
 
+def test_muon_gathers_the_update_of_each_hidden_matrix_and_an_average_is_sharded(tiny):
+    plain = costs(tiny("trainer=FSDPTrainer", "optimizer=AdamW"))
+    found = costs(tiny("trainer=FSDPTrainer", "optimizer=Muon", "ema_decay=0.9"))
+    gather = Message("policy", "all-gather", F32, 8)
+    # Blocks without their norms; each rank sends its part to the seven others, or as much along a ring.
+    assert found.traffic.sent[gather] - plain.traffic.sent[gather] == 4 * LAYERS * (BLOCK - 2 * 128) * 7 // 8
+    assert found.memory["averaged weights"] == pytest.approx(part(8), abs=200)
+
+
 def test_full_sharding_gathers_weights_twice_and_scatters_gradients_once(tiny):
     found = costs(tiny("trainer=FSDPTrainer", "optimizer=AdamW"))
     # Each rank sends its part to the seven others, or as much along a ring: 7/8 of the whole.

@@ -22,13 +22,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from preference_training.checkpointing.writer import publish
 from preference_training.core.errors import UserError
-from preference_training.export import directory
+from preference_training.export import directory, quality
 from preference_training.export.checkpoint import export, gguf_type
 from preference_training.export.options import ExportOptions
 from preference_training.export.policy_pt import convert
-from preference_training.export.quantization import quantization_config
+from preference_training.export.quality import describe_quality
+from preference_training.export.quantization import check_quantization, group_size, quantization_config
 from preference_training.export.source import Source
 from preference_training.modeling import loading, tokenizer
+from preference_training.reporting.model_card import Quality, Quantized
+from tests.architectures.tiny_models import build as tiny_model
 from tests.data.test_tokenize_pairs import done, run
 from tests.support import shown
 from tests.support.files import ROOT
@@ -283,6 +286,12 @@ def test_a_lack_of_space_is_noticed_before_writing(folder, tmp_path, monkeypatch
         ({"ollama": "a b"}, "--ollama: found 'a b', expected a name"),
         ({"ollama": "x", "quantize": "int8"}, "--quantize: Ollama quantizes the full weights itself"),
         ({"quantize": "int9"}, "--quantize: no format 'int9'; did you mean int8?"),
+        ({"quantize": "gptq"}, "--quantize: no format 'gptq'"),
+        (
+            {"gguf": "q4_k_m"},
+            "--gguf: q4_k_m is written by llama.cpp's own program alone. Export with --gguf f16, then: llama-quan",
+        ),
+        ({"gguf": "q4_9"}, "--gguf: no type 'q4_9'; did you mean q4_"),
         ({"gguf": "q8_0", "quantize": "int8"}, "--quantize: a GGUF file has quantized weights of its own. Use --gguf q8_0"),
         ({"push": "me/it"}, "--push: no hub token"),
     ],
@@ -501,7 +510,97 @@ def test_int8_weights_load_as_they_were_quantized(folder, tmp_path):
     assert torch.equal(found, logps_of(whole))
     # Half a step of 255, of each weight's row: a small difference, and one.
     assert 0 < (found - before).abs().max() < 0.05
-    assert "quantized (int8)" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "quantized (int8)" in card
+    # Of the eight held-out pairs of the run.
+    [line] = [line for line in lines if line.startswith("note: int8: held-out")]
+    found = re.fullmatch(
+        r"note: int8: held-out perplexity (\S+), (\S+) in full \((\S+)%\); reward accuracy (\S+), (\S+) in full; 8 examples",
+        line,
+    )
+    after, full, rise, accuracy, accuracy_in_full = map(float, found.groups())
+    assert rise == pytest.approx(100 * (after / full - 1), abs=0.1) and abs(rise) < 5
+    assert f"| int8 | {found[1]} | {found[4]} |" in card and f"| full | {found[2]} | {found[5]} |" in card
+    held_out = Source.read(folder / "runs" / "it" / "LATEST").held_out
+    assert accuracy_in_full == pytest.approx(held_out["rewards_eval/accuracies"], abs=1e-3)
+    # Random tokens of a model that has hardly learned anything: exp of the mean surprise of a token, below the vocabulary.
+    assert 1 < full < 1000 and abs(accuracy - accuracy_in_full) <= 0.125
+
+
+def test_int4_weights_are_calibrated_on_the_runs_rows_and_plain_transformers_loads_them(folder, tmp_path, monkeypatch):
+    for name, value in {"checkpoint.WINDOWS": 4, "checkpoint.WINDOW": 64, "quantization.CPU_STEPS": 2}.items():
+        monkeypatch.setattr(f"preference_training.export.{name}", value)
+    lines = export(folder / "runs" / "it", options(tmp_path, quantize="int4"))
+    out = tmp_path / "out"
+    assert names(out) == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja",
+    }  # fmt: skip
+    quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (quantization["quant_method"], quantization["format"]) == ("compressed-tensors", "pack-quantized")
+    assert quantization["config_groups"]["group_0"]["weights"]["num_bits"] == 4 and quantization["ignore"] == ["lm_head"]
+    assert (out / "model.safetensors").stat().st_size < (folder / "runs" / "it" / "LATEST" / "model.safetensors").stat().st_size
+    difference = (logps(out) - logps(folder / "runs" / "it" / "LATEST")).abs().max()
+    assert 0 < difference < 1
+    assert any(line.startswith("note: int4: held-out perplexity ") for line in lines)
+    card = (out / "README.md").read_text()
+    assert "Requires compressed-tensors in addition" in card and "| int4 |" in card
+    assert (
+        "note: vLLM reads int4 weights as they are; transformers needs compressed-tensors: pip install compressed-tensors"
+        in lines
+    )
+
+
+def test_a_gguf_file_of_4_bits_says_what_it_costs(folder, tmp_path):
+    lines = export(folder / "runs" / "it", options(tmp_path, gguf="q4_0"))
+    [line] = [line for line in lines if line.startswith("note: q4_0: held-out perplexity ")]
+    assert "8 examples" in line and "| q4_0 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_without_the_rows_of_the_run_int8_is_not_measured_and_int4_is_refused(folder, tmp_path, monkeypatch):
+    def gone(config):
+        raise UserError("datasets: mine.jsonl is gone")
+
+    monkeypatch.setattr(quality, "read_entries", gone)
+    run_dir = folder / "runs" / "it"
+    with pytest.raises(UserError, match=r"--quantize: int4 is calibrated with the run's training rows.*mine.jsonl is gone"):
+        export(run_dir, options(tmp_path, quantize="int4"))
+    assert names(tmp_path) == set()
+    lines = export(run_dir, options(tmp_path, quantize="int8"))
+    note = "note: what quantization costs was not measured: the run's rows cannot be read: datasets: mine.jsonl is gone"
+    assert note in lines and "## Quantization" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_loss_beyond_the_limits_is_a_warning():
+    full = Quality(10.0, 0.8, 100)
+    kept = Quantized("int4", full, Quality(10.4, 0.79, 100))
+    assert describe_quality(kept) == [
+        "int4: held-out perplexity 10.4, 10 in full (+4.0%); reward accuracy 0.79, 0.8 in full; 100 examples"
+    ]
+    _, warning = describe_quality(Quantized("q4_0", full, Quality(12.0, 0.7, 100)))
+    assert warning == (
+        "warning: q4_0 loses much: perplexity rises by 20.0%, more than 5% and reward accuracy falls by 0.100, more than 0.02"
+    )
+    [line] = describe_quality(Quantized("int8", Quality(10.0, None, 1), Quality(9.9, None, 1)))
+    assert line == "int8: held-out perplexity 9.9, 10 in full (-1.0%); 1 example"
+    # No number is no loss that is small.
+    assert len(describe_quality(Quantized("int8", full, Quality(float("nan"), 0.8, 1)))) == 2
+
+
+def test_without_the_packages_of_int4_the_message_has_the_pip_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "auto_round", None)
+    with pytest.raises(UserError, match=r"--quantize: int4 needs the packages .* pip install -r requirements/int4.txt"):
+        check_quantization("int4")
+
+
+def test_int4_is_refused_for_experts_and_for_layers_without_groups():
+    assert [group_size(tiny_model(name)) for name in ("llama", "gpt_neox")] == [32, 32]
+    with pytest.raises(UserError, match=r"int4 is not written for mixtures of experts"):
+        group_size(tiny_model("mixtral"))
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.down_proj = torch.nn.Linear(48, 32)
+    with pytest.raises(UserError, match=r"int4 needs linear layers whose inputs are multiples of 32, found \[32, 48, 64\]"):
+        group_size(model)
 
 
 def test_without_torchao_the_message_has_the_pip_command(monkeypatch):

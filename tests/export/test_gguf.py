@@ -34,7 +34,7 @@ MODELS = {
     "phi3": SMALL | {"sliding_window": None},
 }
 # The largest error of a log-prob, relative to the largest log-prob: half a unit of the last place, summed over two layers.
-ERRORS = {"f32": 0.0, "f16": 2e-3, "bf16": 2e-2, "q8_0": 5e-2}
+ERRORS = {"f32": 0.0, "f16": 2e-3, "bf16": 2e-2, "q8_0": 5e-2, "q5_0": 0.4, "q4_1": 0.8}
 TOKENS = torch.arange(5, 45)[None]
 
 
@@ -80,6 +80,8 @@ def test_transformers_reads_back_the_same_model(name, tmp_path):
 def test_types_are_those_asked_for_and_vectors_stay_in_float32(tmp_path):
     found = {tensor.name: tensor.tensor_type.name for tensor in write(model_of("llama"), tmp_path / "a.gguf", "q8_0").tensors}
     assert found["blk.0.attn_norm.weight"] == "F32" and found["token_embd.weight"] == found["blk.0.attn_q.weight"] == "Q8_0"
+    small = {tensor.name: tensor.tensor_type.name for tensor in write(model_of("llama"), tmp_path / "c.gguf", "q4_0").tensors}
+    assert small["token_embd.weight"] == small["output.weight"] == "Q8_0" and small["blk.0.attn_q.weight"] == "Q4_0"
     # Rows of 48 are no whole number of blocks of 32.
     odd = write(model_of("llama", intermediate_size=48), tmp_path / "b.gguf", "q8_0")
     assert {tensor.name: tensor.tensor_type.name for tensor in odd.tensors}["blk.0.ffn_down.weight"] == "F16"

@@ -320,7 +320,7 @@ def test_a_run_is_compared_with_what_it_was_before_training(kind, request):
     ids = torch.tensor([chat.prompt_ids((Turn("user", "Why?"),))])
     with torch.no_grad():
         trained = chat.model(ids).logits
-        with before._weights():
+        with before.weights():
             reference = before.model(ids).logits
         assert torch.equal(chat.model(ids).logits, trained) and not torch.allclose(reference, trained)
     if kind == "lora_run":

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from preference_training.distributed.launching import launch
-from tests.integration import sharded_work
+from tests.integration import adapter_work, sharded_work
 from tests.support.files import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
@@ -103,8 +103,15 @@ FOUR_BITS = {"model.quantization": "nf4"}
 
 
 def test_an_adapter_over_two_ranks_is_trained_as_on_one(settings):
-    cases = [{"trainer.sharding": "full"}, {"trainer.sharding": "none"}, FOUR_BITS]
+    kinds = [{"model.lora.use_dora": True}, {"model.lora.init": "pissa", "model.lora.loraplus_lr_ratio": 4.0}]
+    cases = [{"trainer.sharding": "full"}, {"trainer.sharding": "none"}, FOUR_BITS, *kinds]
     assert_adapters_equal(cases, launch(sharded_work.follow_adapters, (settings, cases), 2, None))
+
+
+def test_an_adapter_that_is_joined_with_its_start_is_saved_by_two_ranks_and_read_by_two_and_by_one(settings, tmp_path):
+    found = launch(adapter_work.save_and_resume, (settings, {"model.lora.init": "pissa"}, str(tmp_path)), 2, None)
+    # Seven matrices in each of two blocks, an A and a B of each; the first by name is an A of rank 4 + 4.
+    assert found["differing"] == [] and found["count"] == 2 * 7 * 2 and found["shape"][0] == 8
 
 
 BFLOAT16 = {"model.policy_dtype": "bfloat16", "model.reference_dtype": "bfloat16"}

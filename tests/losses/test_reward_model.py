@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from preference_training.configuration.validation import check_objective
+from preference_training.configuration.checks.run import check_objective
 from preference_training.core.errors import UserError
 from preference_training.losses.base import Examples, example_metrics
 from preference_training.losses.registry import build_loss, model_head

@@ -509,7 +509,34 @@ def test_layers_that_stay_frozen_are_named(name, lines, small, configured, token
 
 def test_a_router_loss_coefficient_without_effect_is_named(small, configured, tokenizer):
     [line] = check_model(configured(f"model.name_or_path={small('mixtral')}").model, tokenizer)
-    assert line == "model: router_aux_loss_coef (0.001) has no effect: the loss alone is trained, routers included"
+    assert (
+        line
+        == "model: router_aux_loss_coef (0.001) has no effect by itself: model.router_aux_loss adds the load-balancing loss"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        (
+            "mixtral",
+            ["model.router_aux_loss: 0.01 times the load-balancing loss of 4 experts, 2 a token, over the whole batch"],
+        ),
+        ("llama4_text", ["model.router_aux_loss: 0.01 times the load-balancing loss of 4 experts, 1 a token"]),
+    ],
+)
+def test_the_load_balancing_loss_is_said_where_it_is_on(name, lines, small, configured, tokenizer):
+    config = configured(f"model.name_or_path={small(name)}", "model.router_aux_loss=0.01")
+    said = check_model(config.model, tokenizer)
+    assert len(said) == len(lines) and all(found.startswith(line) for found, line in zip(said, lines, strict=True))
+
+
+def test_the_load_balancing_loss_of_a_dense_model_is_refused(small, configured, tokenizer):
+    config = configured(f"model.name_or_path={small('llama')}", "model.router_aux_loss=0.01")
+    with pytest.raises(
+        UserError, match=r"model.router_aux_loss: found 0.01, but llama has no experts to balance. Set it to null."
+    ):
+        check_model(config.model, tokenizer)
 
 
 def test_target_modules_on_which_an_adapter_has_no_effect_are_refused(small, configured, tokenizer):

@@ -342,3 +342,30 @@ def test_the_last_lines_of_a_run_say_what_was_trained_what_it_did_and_what_comes
         "report: runs/mine/report.html",
     ]
     assert conclude(run_dir, with_next_steps=False).lines == conclusion.lines[:-2]
+
+
+def expert_steps(loads: list[float], dead: list[int]) -> list[dict]:
+    """Steps of a mixture of experts with two layers, of which the second is the worse."""
+    rows = steps([LN2 - 0.01 * number for number in range(len(loads))])
+    numbers = [
+        {"experts/max_load": load, "experts/max_load/3": 1.1, "experts/max_load/7": load, "experts/dead": float(count)}
+        for load, count in zip(loads, dead, strict=True)
+    ]
+    return [row | more | {"experts/aux_loss": 2.0} for row, more in zip(rows, numbers, strict=True)]
+
+
+def test_experts_that_die_and_a_balance_that_collapses_are_said():
+    found = {item.kind: item.text for item in findings(run_of(expert_steps([1.5] * 4 + [4.0] * 12, [1, 0, 0, 1] + [3] * 12)))}
+    assert found["dead experts"].startswith(
+        "experts have died: no token was sent to 3 of them or more in any of the last 4 steps"
+    )
+    assert "gets 4 times the mean, and got 1.5 at first; layer 7 is the worst" in found["expert balance"]
+    assert "set model.router_aux_loss=0.001" in found["expert balance"]
+    raised = run_of(expert_steps([1.5] * 4 + [4.0] * 12, [0] * 16), {"model": {"router_aux_loss": 0.01}})
+    assert "raise model.router_aux_loss, 0.01" in next(item.text for item in findings(raised) if item.kind == "expert balance")
+
+
+def test_experts_that_a_batch_misses_by_chance_and_few_steps_say_nothing():
+    chance = expert_steps([1.5, 2.0] * 8, [2, 0] * 8)
+    assert not kinds(chance) & {"dead experts", "expert balance"}
+    assert not kinds(expert_steps([1.0, 9.0, 9.0, 9.0], [0, 5, 5, 5])) & {"dead experts", "expert balance"}

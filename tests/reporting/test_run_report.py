@@ -333,3 +333,20 @@ def test_the_code_state_is_its_commit_or_empty_without_one(tmp_path):
     state = code_state(tmp_path)
     assert re.fullmatch("[0-9a-f]{40}", state["commit"]) and state["changed_files"] == 0
     assert code_state(tmp_path / "absent") == {}
+
+
+def test_a_mixture_of_experts_has_a_section_of_its_balance(run_dir):
+    assert parsed(run_dir).find(id="expert-balance") is None
+    layers = {"experts/max_load/0": 1.5, "experts/max_load/1": 2.5, "experts/entropy/0": 0.9, "experts/entropy/1": 0.8}
+    layers |= {"experts/dead/0": 0.0, "experts/dead/1": 2.0}
+    numbers = {"experts/aux_loss": 2.1, "experts/max_load": 2.5, "experts/entropy": 0.85, "experts/dead": 2.0}
+    write_rows(run_dir / "metrics.jsonl", [step(n, **numbers, **layers) for n in range(4, 84, 4)])
+    section = parsed(run_dir).find(id="expert-balance").parent
+    titles = [figure.strong.text for figure in section.find_all("figure")]
+    assert titles == [
+        *("Load by layer", "Busiest expert", "Entropy of routing", "Experts without tokens", "Load-balancing loss")
+    ]
+    rows = [[cell.text for cell in row.find_all(["th", "td"])] for row in section.find_all("details")[-1].find_all("tr")]
+    assert rows[1:] == [["0", "1.5", "0.9", "0"], ["1", "2.5", "0.8", "2"]]
+    # And no chart of their own for each of the layers elsewhere.
+    assert "experts/max_load/0" not in parsed(run_dir).get_text()

@@ -10,14 +10,17 @@ import torch
 from safetensors.torch import load_file
 
 from preference_training.core.errors import UserError
+from preference_training.core.metric_names import HELD_OUT_REWARD, PAIRS
 from preference_training.core.signals import StoppedError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.rounds import judging, sampling
 from preference_training.rounds.__main__ import arguments, main
 from preference_training.rounds.loop import Loop
-from preference_training.rounds.summary import read_summary
+from preference_training.rounds.summary import loop_metrics, read_summary, track
 from preference_training.rounds.tables import read_table
 from preference_training.rounds.training import training_values
+from preference_training.tracking.dashboards.base import Dashboard
+from preference_training.tracking.dashboards.starting import DASHBOARDS
 from tests.rounds import loops
 
 FAST = (
@@ -263,3 +266,80 @@ def test_what_could_not_be_judged_can_be_asked_again(folder, capsys):
     by_hand("judge", directory, "--round", 1, "--again")
     assert len(loops.asked(folder)) == 2 * before
     assert None not in {row["score"] for row in read_table(directory / "round-1" / "scores.parquet")}
+
+
+def test_what_was_made_of_the_scores_is_made_again_when_the_judge_is_asked_again(folder, capsys):
+    """At first the judge knows some of the responses."""
+    some = "return None if len(response) % 2 and not Path('open').exists() else "
+    (folder / "my_judge.py").write_text(loops.JUDGE.replace("return ", some))
+    files = loops.start(folder, *FAST).round(1)
+    for step in ("sample", "judge", "pair", "summarize"):
+        by_hand(step, files.directory.parent)
+
+    def made() -> tuple:
+        [row] = (json.loads(line) for line in (files.directory.parent / "metrics.jsonl").read_text().splitlines())
+        page = (files.directory.parent / "report.html").read_text()
+        return read_summary(files)["held_out"]["unjudged"], row[PAIRS], row[HELD_OUT_REWARD], page
+
+    before = made()
+    (folder / "open").touch()
+    by_hand("judge", files.directory.parent, "--round", 1, "--again")
+    after = made()
+    assert before[0] > 0 == after[0] and before[1] < after[1]
+    assert before[2] != after[2] and before[3] != after[3]
+    assert "training has had" not in capsys.readouterr().out
+    files.run.mkdir()
+    kept = files.pairs.read_bytes()
+    by_hand("judge", files.directory.parent, "--round", 1, "--again")
+    assert "round-1: its training has had the pairs of the scores before" in capsys.readouterr().out
+    assert files.pairs.read_bytes() == kept
+
+
+def test_options_that_a_step_does_not_read_are_refused(folder):
+    directory = loops.start(folder, *FAST).directory
+    with pytest.raises(UserError, match="--again: sample does not read it"):
+        by_hand("sample", directory, "--again")
+    with pytest.raises(UserError, match="--round: status is of the whole loop"):
+        by_hand("status", directory, "--round", 1)
+    with pytest.raises(UserError, match="--round: found 0, expected 1 to 2"):
+        by_hand("sample", directory, "--round", 0)
+
+
+def test_dashboards_get_each_row_of_the_loop_once_and_again_only_where_it_has_changed(folder, done, monkeypatch):
+    """As a run of the loop's own, which is continued when the loop is."""
+    shutil.copytree(done.directory, folder / "loop", symlinks=True)
+    given: list = []
+
+    class Noting(Dashboard):
+        def __init__(self, start):
+            given.append((start.config["exp_name"], start.run_dir.name, start.examples))
+            ids.add(start.run_id)
+
+        def log(self, row):
+            given.append(row["counters/round"])
+
+        def log_page(self, path):
+            given.append(path.name)
+
+    ids: set = set()
+    monkeypatch.setitem(DASHBOARDS, "wandb", Noting)
+    loop = Loop.open(folder / "loop")
+    loop = Loop(loop.directory, loop.config.changed({"wandb.enabled": True, "tracking": ["jsonl", "wandb"]}), loop.values)
+    (loop.directory / "report.html").touch()
+    [one, other] = (row["counters/examples"] for row in loop_metrics(list(loop.rounds()))[1:])
+    # The loop after its first round.
+    summary = loop.round(2).summary.rename(folder / "kept")
+    loop.round(3).summary.rename(folder / "final")
+    track(loop)
+    summary.rename(loop.round(2).summary)
+    track(loop)
+    track(loop)
+    (folder / "final").rename(loop.round(3).summary)
+    loops.run(loop)
+    name = loop.config.exp_name
+    assert given == [(name, "loop", 0), 0, (name, "loop", 0), 1, (name, "loop", one), 2, "report.html"] and len(ids) == 1
+    given.clear()
+    text = loop.round(2).summary.read_text()
+    loop.round(2).summary.write_text(text.replace('"score": {\n   "mean": ', '"score": {\n   "mean": 1'))
+    track(loop)
+    assert given == [(name, "loop", 0), 1, 2, "report.html"] and other > one

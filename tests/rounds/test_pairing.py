@@ -16,8 +16,10 @@ from preference_training.rounds.pairing import (
     MIDDLE,
     NO_PAIR,
     NONE,
+    NOT_ENDED,
     ONE,
     TIE,
+    TRUNCATED,
     UNJUDGED,
     WORSE,
     Candidate,
@@ -117,6 +119,47 @@ def test_repeated_empty_and_unjudged_responses_are_excluded_and_counted():
 
 def test_a_prompt_with_one_judged_response_is_counted():
     assert pair(scored(1, None), Rule("best_worst")).excluded == {UNJUDGED: 1, ONE: 1}
+
+
+# ---- truncated responses ---------------------------------------------------------------------------------------------------
+
+
+def cut(candidates: list[Candidate], *places: int) -> list[Candidate]:
+    """The same, with those at these places truncated."""
+    return [each._replace(ended=place not in places) for place, each in enumerate(candidates)]
+
+
+def test_truncated_responses_count_as_whole_ones_are_excluded_or_are_the_worst():
+    given = cut(scored(3, 9, 1), 1)
+    assert texts_of_pairs(pair(given, Rule("all")).record) == ["B>A", "A>C", "B>C"]
+    skipped = pair(given, Rule("all", truncated="skip"))
+    assert texts_of_pairs(skipped.record) == ["A>C"] and skipped.excluded == {TRUNCATED: 1}
+    worst = pair(given, Rule("all", truncated="worst"))
+    # Below 1 by as much as 3 is above it.
+    assert texts_of_pairs(worst.record) == ["A>B", "A>C", "C>B"] and worst.record["scores"] == [3, -1, 1]
+    assert not worst.excluded
+
+
+def test_the_worst_are_worse_by_the_margin_at_least_and_equal_among_themselves():
+    given = cut(scored(2, 2, 5, None), 2, 3)
+    found = pair(given, Rule("all", margin=4, truncated="worst"))
+    assert texts_of_pairs(found.record) == ["A>C", "A>D", "B>C", "B>D"] and found.record["scores"] == [2, 2, -2, -2]
+    assert found.excluded == {TIE: 2}
+    # Where all that have ended are equal, and no margin is asked for.
+    assert pair(given, Rule("best_worst", truncated="worst")).record["scores"] == [2, 1]
+
+
+@pytest.mark.parametrize("way", ["all", "ranking", "unpaired", "best_of_n"])
+def test_where_no_response_has_ended_none_is_the_worst(way):
+    found = pair(cut(scored(1, 2), 0, 1), Rule(way, truncated="worst"))
+    assert found.record is None and found.excluded[NOT_ENDED] == 2
+
+
+def test_a_truncated_response_is_no_target_and_never_desirable():
+    given = cut(scored(5, 9), 1)
+    assert pair(given, Rule("best_of_n", truncated="worst")).record["responses"] == ["A"]
+    assert pair(given, Rule("unpaired", threshold=0, truncated="worst")).record["labels"] == [True, False]
+    assert pair(given, Rule("unpaired", threshold=0)).record["labels"] == [True, True]
 
 
 # ---- rankings, labels, the best ----------------------------------------------------------------------------------------------

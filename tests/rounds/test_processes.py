@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
+from preference_training.core.errors import UserError
 from preference_training.core.signals import StoppedError
-from preference_training.rounds.processes import LOCK, LOCKED, StepFailedError, _started, locked_loop, run_step
+from preference_training.rounds import processes
+from preference_training.rounds.processes import LOCK, LOCKED, StepFailedError, _started, locked_loop, run_step, run_together
 
 
 def program(text: str) -> list[str]:
@@ -48,6 +50,35 @@ time.sleep(60)
     with pytest.raises(StoppedError, match="stopped during train of round-1: SIGTERM"):
         run_step(program(text), "train of round-1")
     assert (tmp_path / "noted").read_text() == "SIGTERM"
+
+
+def test_of_several_processes_of_a_step_the_first_that_fails_ends_the_others(tmp_path):
+    """Each has its own environment; the one that waits notes that it was asked to stop."""
+    waits = f"""
+def note(number, _frame):
+    open({str(tmp_path / "noted")!r}, "w").write(os.environ["NUMBER"])
+    sys.exit(75)
+signal.signal(signal.SIGTERM, note)
+open({str(tmp_path / "ready")!r}, "w").close()
+time.sleep(60)
+"""
+    fails = f"while not os.path.exists({str(tmp_path / 'ready')!r}):\n    time.sleep(0.01)\nsys.exit(2)"
+    with pytest.raises(StepFailedError, match="sampling has ended with exit status 2"):
+        run_together([(program(waits), {"NUMBER": "7"}), (program(fails), {})], "sampling")
+    assert (tmp_path / "noted").read_text() == "7"
+    run_together([(program(""), {}), (program("time.sleep(0.2)"), {})], "sampling")
+    with pytest.raises(StoppedError, match="stopped during sampling"):
+        run_together([(program(""), {}), (program("sys.exit(75)"), {})], "sampling")
+
+
+def test_a_directory_in_which_another_loop_goes_on_working_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", 0.2)
+    with locked_loop(tmp_path):
+        inherited = os.environ.pop(LOCKED)
+        told = r"local_run_dir: another loop has worked in .* Wait for it, stop it, or name"
+        with pytest.raises(UserError, match=told), locked_loop(tmp_path):
+            pass
+        os.environ[LOCKED] = inherited
 
 
 def is_locked(folder) -> bool:

@@ -81,3 +81,15 @@ def test_rounds_take_the_next_prompts_of_a_random_order_until_each_has_come():
     counts = Counter(each.prompt_id for number in range(1, 6) for each in prompts_of_round(prompts, number, 4, 0))
     assert set(counts) == set(range(10)) and max(counts.values()) == 2
     assert [each.prompt_id for each in prompts_of_round(prompts, 3, None, 0)] == list(range(10))
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("", "rounds.prompts: mine.jsonl has no rows"),
+    ('{"prompt": \n', "rounds.prompts: mine.jsonl, row 1: not JSON: .* Expected one object a line. Fix the row.$"),
+    ("[1]\n", "rounds.prompts: mine.jsonl, row 1: found int, expected a JSON object. Fix the row.$"),
+])  # fmt: skip
+def test_a_file_without_prompts_is_told_by_the_key_that_names_it(text, words, compose, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text(text)
+    with pytest.raises(UserError, match=f"^{words}"):
+        read_prompts(compose("+rounds=default", "rounds.prompts=mine.jsonl", "rounds.judge=toy").rounds)

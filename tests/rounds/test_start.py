@@ -1,14 +1,18 @@
 """What is refused before a loop begins, and what its command line leads to."""
 
 import json
+import shutil
 
 import pytest
 
+from preference_training.configuration.command_line import prepare_arguments
+from preference_training.configuration.validation import configured
 from preference_training.core.errors import UserError
 from preference_training.rounds.__main__ import arguments, main
-from preference_training.rounds.loop import ROUNDS
+from preference_training.rounds.loop import ROUNDS, Loop
 from preference_training.rounds.start import check, find_loop, start_loop
 from preference_training.rounds.summary import distinct_2, similarity, win_rate
+from preference_training.rounds.training import write_training
 
 OF_ROUNDS = ("+rounds=default", "rounds.prompts=prompts.jsonl", "rounds.judge=toy")
 LOOP = (*OF_ROUNDS, "model=blank_model", "model.name_or_path=some/model")
@@ -25,7 +29,8 @@ LOOP = (*OF_ROUNDS, "model=blank_model", "model.name_or_path=some/model")
     (("loss=dpo", "rounds.temperature=0"), "rounds.temperature: found 0, at which all 8 responses"),
     (("loss=dpo", "eval_only=true"), "eval_only: found true"),
     (("loss=dpo", "debug=true"), "debug: found true"),
-    (("loss=dpo", "rounds.judge=tyo"), "rounds.judge: no judge 'tyo'; did you mean toy"),
+    (("loss=dpo", "rounds.judge=tyo"), "^rounds.judge: no judge 'tyo'; did you mean toy"),
+    (("loss=dpo", "rounds.second_judge=tyo"), "^rounds.second_judge: no judge 'tyo'; did you mean toy"),
 ])  # fmt: skip
 def test_a_loop_that_cannot_work_is_refused(compose, given, words):
     with pytest.raises(UserError, match=words):
@@ -100,6 +105,27 @@ def test_resume_finds_a_loop_and_a_new_one_does_not_begin_on_top_of_another(comp
         find_loop(compose(*LOOP), tmp_path / "mine_1")
     with pytest.raises(UserError, match="holds no loop of rounds"):
         find_loop(compose(*LOOP, f"resume={tmp_path / 'mine_2'}"), new)
+
+
+def test_presets_of_the_users_own_are_those_of_every_step(tmp_path, monkeypatch):
+    """Of a folder that is gone when the loop goes on."""
+    monkeypatch.chdir(tmp_path)
+    for group, text in {
+        "loss": "defaults: [dpo, _self_]\nbeta: 0.03\n",
+        "model": "defaults: [pretrained, _self_]\nseed: 3\n",
+    }.items():
+        (tmp_path / "my" / group).mkdir(parents=True)
+        (tmp_path / "my" / group / "mine.yaml").write_text(text if group == "loss" else f"# @package _global_\n{text}")
+    given = [text.replace("blank_model", "mine") for text in LOOP]
+    Loop.start(tmp_path / "loop", configured("--config-dir=my", *given, "loss=mine", f"local_run_dir={tmp_path / 'loop'}"))
+    shutil.rmtree(tmp_path / "my")
+    loop = Loop.open(tmp_path / "loop")
+    (tmp_path / "loop" / "round-1").mkdir()
+    command = write_training(loop, 1)
+    shutil.rmtree(tmp_path / "loop" / "loss")
+    train = configured(*prepare_arguments(command[2:]))
+    for config in (loop.config, train):
+        assert (config.loss.name, config.loss.beta, config.seed, config.model.name_or_path) == ("dpo", 0.03, 3, "some/model")
 
 
 def test_a_step_by_hand_needs_a_loop(tmp_path):

@@ -110,6 +110,20 @@ def test_lone_surrogates_and_large_values_are_shown_readably(sandbox):
     assert len(one(sandbox, "return 'x' * 5000").got) == 200
 
 
+VALUES = (
+    [1, -2.5, True, None, "ä\n\"", "\ud800", [], {}], {"a": {"b": [0.1, 1e300]}}, 10**40, [float("inf"), -float("inf")],
+)  # fmt: skip
+
+
+def test_every_plain_value_arrives_as_it_was(sandbox):
+    for value in VALUES:
+        code = f"from math import inf\ndef add(a, b):\n    return {value!r}"
+        [result] = run(sandbox, code, tests=({"args": [1, 2], "expected": value},))
+        assert result.status == "passed", result
+    [nan] = run(sandbox, "def add(a, b):\n    return float('nan')")
+    assert nan.got == "NaN"
+
+
 # ---- hostile code --------------------------------------------------------------------------------------------------------
 
 

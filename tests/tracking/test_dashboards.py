@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 
-from preference_training.configuration.validation import TRACKING
+from preference_training.configuration.checks.run import TRACKING
 from preference_training.tracking.dashboards.base import RunStart
 from preference_training.tracking.dashboards.starting import DASHBOARDS, Guarded, start_dashboards
 from preference_training.tracking.run_files import json_lines

@@ -20,6 +20,7 @@ from preference_training.modeling.adapters.files import (
     read_adapter_config,
     reference_adapter,
 )
+from preference_training.modeling.adapters.starting import measure_lengths, subtract_start
 from preference_training.modeling.adapters.targets import (
     adapted_modules,
     fused_experts,
@@ -27,7 +28,7 @@ from preference_training.modeling.adapters.targets import (
     shorten_names,
     unsupported_layers,
 )
-from preference_training.modeling.adapters.weights import INITIAL_ADAPTER, TRAINED_ADAPTER
+from preference_training.modeling.adapters.weights import INITIAL_ADAPTER, SUBTRACTED_ADAPTER, TRAINED_ADAPTER
 from preference_training.modeling.quantization import INSTALL
 from preference_training.modeling.value_head import VALUE_HEAD, has_value_head, is_head_weight, output_head
 
@@ -47,12 +48,38 @@ def build_lora_config(model_config: ModelConfig, model: nn.Module, unsupported: 
         config.lora_dropout = lora.dropout
         return config
     task = VALUE_TASK if model_config.head == "value" else "CAUSAL_LM"
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type=task)
+    kind = {"use_dora": lora.use_dora, "use_rslora": lora.use_rslora, "layers_to_transform": lora.layers}
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type=task, **kind)
+    config.target_parameters = lora.target_parameters and _known_parameters(lora.target_parameters, model)
+    if lora.init in ("gaussian", "orthogonal"):
+        config.init_lora_weights = lora.init
     # peft's "all-linear" excludes the head, which many models tie to the embedding.
-    config.target_modules = "all-linear" if targets is None else targets
+    config.target_modules = targets or _default_targets(model_config, model)
     if targets is None:
         config.exclude_modules = shorten_names(unsupported, model) or None
     return config
+
+
+def _known_parameters(targets: list[str], model: nn.Module) -> list[str]:
+    """The ends of names of weights, checked. Raises UserError for one that no weight has."""
+    names = [name for name, _ in model.named_parameters()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            stacked = {_pattern(name) for name, weight in model.named_parameters() if weight.ndim == 3}
+            raise UserError(
+                f"model.lora.target_parameters: found {target}, and no weight of {type(model).__name__} ends so. Stacked "
+                f"weights of it: {', '.join(sorted(stacked)) or 'none'}."
+            )
+    return targets
+
+
+def _default_targets(model_config: ModelConfig, model: nn.Module) -> str | list[str]:
+    """Every linear layer but the head; with added tokens also the embedding and the head, which must learn of them."""
+    if not model_config.added_tokens:
+        return "all-linear" if model_config.lora.layers is None else _last_parts(linear_layers(model))
+    ends = {id(model.get_input_embeddings()), id(output_head(model))}
+    names = [name for name, module in model.named_modules() if id(module) in ends]
+    return _last_parts([*linear_layers(model), *names])
 
 
 def _load_lora_config(archive: str):
@@ -94,9 +121,11 @@ def add_adapter(model: nn.Module, model_config: ModelConfig, base: str | None = 
     base = base or _base_location(model_config)
     unsupported = unsupported_layers(model)
     config = build_lora_config(model_config, model, unsupported)
-    for name in (TRAINED_ADAPTER, INITIAL_ADAPTER)[: 1 + has_initial]:
+    subtracts = model_config.lora.subtracts_start and not is_adapter(model_config.archive)
+    frozen = [name for name, used in ((INITIAL_ADAPTER, has_initial), (SUBTRACTED_ADAPTER, subtracts)) if used]
+    for name in (TRAINED_ADAPTER, *frozen):
         own = copy.deepcopy(config)
-        if name == INITIAL_ADAPTER:
+        if name != TRAINED_ADAPTER:
             own.lora_dropout = 0.0
         try:
             with warnings.catch_warnings():
@@ -117,12 +146,20 @@ def add_adapter(model: nn.Module, model_config: ModelConfig, base: str | None = 
     for name, weight in model.named_parameters():
         if ".lora_" in name or (has_value_head(model) and is_head_weight(name)):
             weight.data = weight.data.float()
+    if config.use_dora:
+        measure_lengths(model)
+    if subtracts:
+        subtract_start(model, model_config.lora.init)
     if has_value_head(model):
         output_head(model).requires_grad_(True)
 
 
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
 def _target_error(model: nn.Module, model_config: ModelConfig, reason: str) -> UserError:
-    linear = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+    linear = _last_parts(linear_layers(model))
     return UserError(
         f"model.lora.target_modules: found {model_config.lora.target_modules}: {reason}. Linear layers of "
         f"{type(model).__name__}: {', '.join(linear)}."
@@ -151,7 +188,10 @@ def describe_frozen_layers(model: nn.Module, model_config: ModelConfig) -> list[
             )
     experts = [name for name in fused_experts(model) if not {name, name.removesuffix(".base_layer")} & adapted]
     if frozen := sorted({_pattern(name) for name in experts}):
-        lines.append(f"adapter: the routed experts of {type(model).__name__} stay frozen ({', '.join(frozen)})")
+        lines.append(
+            f"adapter: the routed experts of {type(model).__name__} stay frozen ({', '.join(frozen)}); "
+            "model.lora.target_parameters adapts their weights"
+        )
     return lines
 
 

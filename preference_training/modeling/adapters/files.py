@@ -2,14 +2,22 @@
 
 import copy
 import json
+import math
+import re
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from preference_training.configuration.sections import BASE_MODEL, ModelConfig
 from preference_training.core.errors import UserError, first_line
-from preference_training.modeling.adapters.weights import INITIAL_ADAPTER, TRAINED_ADAPTER, adapter_weights
+from preference_training.modeling.adapters.weights import (
+    INITIAL_ADAPTER,
+    SUBTRACTED_ADAPTER,
+    TRAINED_ADAPTER,
+    adapter_shapes,
+    adapter_weights,
+)
 from preference_training.modeling.archives import MODEL_CONFIG
 from preference_training.modeling.value_head import VALUE_HEAD
 from preference_training.tracking.run_files import read_run_info
@@ -39,6 +47,10 @@ def save_adapter_config(model: nn.Module, folder: Path) -> None:
     """Write peft's adapter_config.json of the trained adapter."""
     config = copy.copy(model.peft_config[TRAINED_ADAPTER])
     config.modules_to_save = [VALUE_HEAD] if config.task_type == VALUE_TASK else None
+    if SUBTRACTED_ADAPTER in model.peft_config:
+        # Joined with what is subtracted, in twice the rank, at the same scale.
+        config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
+        config.r *= 2
     config.save_pretrained(folder)
 
 
@@ -81,7 +93,9 @@ def saved_base(archive: str | Path) -> Path | None:
 def adapter_options(archive: str) -> dict:
     """The `model.lora` options of an adapter on disk, its own target modules included. Raises UserError if it is damaged."""
     config = read_adapter_config(archive)
-    return {"r": config["r"], "alpha": config["lora_alpha"], "target_modules": None}
+    kind = {name: bool(config.get(name)) for name in ("use_dora", "use_rslora")}
+    own = {"target_modules": None, "target_parameters": None, "layers": None, "init": "default"}
+    return {"r": config["r"], "alpha": config["lora_alpha"], **kind, **own}
 
 
 def read_adapter_config(archive: str | Path) -> dict:
@@ -103,9 +117,14 @@ def _validated_adapter_config(archive: str, model_config: ModelConfig) -> dict:
         )
     config = read_adapter_config(archive)
     lora = model_config.lora
-    for key, value, found in (("r", config["r"], lora.r), ("alpha", config["lora_alpha"], lora.alpha)):
+    kinds = [(name, False, True) for name in ("use_dora", "use_rslora") if getattr(lora, name) and not config.get(name)]
+    for key, value, found in (("r", config["r"], lora.r), ("alpha", config["lora_alpha"], lora.alpha), *kinds):
         if value != found:
             raise UserError(f"model.lora.{key}: found {found}, expected {value}: the adapter {archive} was trained with that.")
+    if lora.init != "default":
+        raise UserError(f"model.lora.init: found {lora.init}, and training starts from the adapter {archive}.")
+    if lora.layers is not None and lora.layers != (own := config.get("layers_to_transform")):
+        raise UserError(f"model.lora.layers: found {lora.layers}, and the adapter {archive} has {own or 'all'}. Leave it null.")
     return config
 
 
@@ -128,10 +147,10 @@ def check_adapter_shapes(archive: str, model: nn.Module) -> None:
 
     try:
         with safe_open(Path(archive) / WEIGHTS_FILE, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+            found = {_own_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"model.archive: {archive}: its {WEIGHTS_FILE} cannot be read: {first_line(error)}.") from error
-    expected = {name: tuple(weight.shape) for name, weight in adapter_weights(dict(model.named_parameters())).items()}
+    expected = adapter_shapes(dict(model.named_parameters()))
     differing = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
     if differing:
         raise UserError(
@@ -140,12 +159,21 @@ def check_adapter_shapes(archive: str, model: nn.Module) -> None:
         )
 
 
+def _own_name(name: str) -> str:
+    """The name of a weight of an adapter file as we write it; peft drops the end of DoRA's, and reads both."""
+    return re.sub(r"(\.lora_magnitude_vector)$", r"\1.weight", name)
+
+
+def _read_weights(archive: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return {_own_name(name): weight for name, weight in load_file(Path(archive) / WEIGHTS_FILE).items()}
+
+
 @torch.no_grad()
 def load_adapter(archive: str, model: nn.Module) -> None:
     """Load the weights of an adapter on disk into a model's adapters: the trained one and its frozen copy."""
-    from safetensors.torch import load_file
-
-    found = load_file(Path(archive) / WEIGHTS_FILE)
+    found = _read_weights(archive)
     for adapter in (TRAINED_ADAPTER, INITIAL_ADAPTER):
         for name, weight in adapter_weights(dict(model.named_parameters()), adapter).items():
             weight.copy_(found[name])
@@ -157,11 +185,9 @@ def set_initial_adapter(model: nn.Module, archive: str | None) -> None:
 
     A model is loaded as if training went on from its adapter, with a copy of it for the reference.
     """
-    from safetensors.torch import load_file
-
     if archive is None:
         model.delete_adapter(INITIAL_ADAPTER)
         return
-    found = load_file(Path(archive) / WEIGHTS_FILE)
+    found = _read_weights(archive)
     for name, weight in adapter_weights(dict(model.named_parameters()), INITIAL_ADAPTER).items():
         weight.copy_(found[name])

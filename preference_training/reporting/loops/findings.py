@@ -10,6 +10,7 @@ from preference_training.evaluation.phrasing import too_few, with_interval
 from preference_training.reporting.findings import SEVERITIES, Finding
 from preference_training.reporting.loops.record import LoopRecord
 from preference_training.rounds.summary import policy_name
+from preference_training.rounds.training import reference_moves
 
 # Shares of the held-out responses: above the first the score is of the others only; above the second most are no whole ones.
 MANY_UNJUDGED, MANY_TRUNCATED = 0.1, 0.5
@@ -17,7 +18,7 @@ MANY_UNJUDGED, MANY_TRUNCATED = 0.1, 0.5
 
 def loop_findings(loop: LoopRecord) -> list[Finding]:
     """What there is to know of a loop: errors first, then warnings and notes; of the latest round first."""
-    found = [*_of_rounds(loop), *_held_out(loop), *_compared(loop)]
+    found = [*_of_rounds(loop), *_held_out(loop), *_compared(loop), *_reference(loop)]
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
@@ -51,6 +52,14 @@ def _held_out(loop: LoopRecord) -> Iterator[Finding]:
     if facts.get("truncated", 0) > MANY_TRUNCATED * responses:
         share = f"{facts['truncated']:,} of {responses:,}"
         yield Finding("truncated", "warning", f"{share} held-out responses ({who}) were cut. Raise rounds.max_new_tokens.")
+
+
+def _reference(loop: LoopRecord) -> Iterator[Finding]:
+    """Whether a reference that is to follow the policy has."""
+    every = loop.settings.get("loss.reference_update_every")
+    trained = [files for files in loop.rounds if files.number is not None and files.is_done("train")]
+    if isinstance(every, int) and trained and "never" in (words := reference_moves(trained[-1], every)):
+        yield Finding("reference", "warning", f"{trained[-1].name}: {words}.")
 
 
 def _compared(loop: LoopRecord) -> Iterator[Finding]:

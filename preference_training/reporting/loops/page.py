@@ -71,6 +71,8 @@ COLUMNS = {
     "second judge's": metric_names.HELD_OUT_SECOND_WIN_RATE, "tokens": metric_names.HELD_OUT_LENGTH,
     "KL": metric_names.HELD_OUT_KL,
 }  # fmt: skip
+# The columns of the table of rounds that are of its samples.
+OF_SAMPLES = ("mean_score", "mean_length", "truncated", "distinct_2", "similarity")
 # The numbers at the top: metric, title, meaning.
 HEADLINE = (
     (metric_names.HELD_OUT_REWARD, "held-out score", "mean score of the last policy's responses to held-out prompts"),
@@ -165,8 +167,9 @@ def facts(loop: LoopRecord) -> dict[str, str]:
     reference = {
         "previous": "the policy that a round begins with",
         "first": "the model before the first round",
-        "moving": "follows the policy",
+        "moving": "begins as the policy that a round begins with, and follows it",
     }
+    cut = {"keep": "count as whole ones", "skip": "are excluded", "worst": "are the worst of their prompt"}
     counts = next((found["counts"] for found in loop.summaries if isinstance(found.get("counts"), dict)), {})
     samples = f"{rounds.get('n_samples')} responses to each of {counts['prompts']:,} prompts" if "prompts" in counts else ""
     held_out = loop.held_out(loop.measured[0]).get("prompts") if loop.measured else None
@@ -174,6 +177,7 @@ def facts(loop: LoopRecord) -> dict[str, str]:
         "judge": str(rounds.get("judge", "")),
         "a round": samples,
         "pairs": str(rounds.get("pairs") or ""),
+        "cut responses": cut.get(str(rounds.get("truncated")), ""),
         "held out": f"{held_out:,} prompts" if held_out else "",
         "reference": reference.get(str(rounds.get("reference")), ""),
     }
@@ -219,7 +223,7 @@ def trained_on(loop: LoopRecord) -> Iterator[dict]:
             "number": files.number,
             "report": _link(loop, files.run / REPORT),
             "counts": [f"{counts.get(name, 0):,}" for name in ("prompts", "responses", "records", "pairs")],
-            "samples": [_number(samples.get(name)) for name in ("mean_score", "mean_length", "distinct_2", "similarity")],
+            "samples": [_number(samples.get(name)) for name in OF_SAMPLES],
             "excluded": _excluded(excluded if isinstance(excluded, dict) else {}),
         }
 
@@ -230,7 +234,9 @@ def _excluded(reasons: dict[str, Any]) -> list[str]:
 
 
 def _number(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, int | float) else "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if isinstance(value, float) else "-"
 
 
 def _link(loop: LoopRecord, page: Path | None) -> str:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from preference_training.configuration.checks.evaluation import KEY_VARIABLE, RULE
 from preference_training.configuration.keys import listed
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.sections import JudgingConfig
-from preference_training.configuration.validation import KEY_VARIABLE, RULE
 from preference_training.core.errors import UserError, nearest
 from preference_training.rounds.judges import chat, reward, rules
 from preference_training.rounds.judges.base import Judge, JudgedInput
@@ -22,7 +22,7 @@ from preference_training.rounds.judges.verdicts import Verdicts
 from preference_training.rounds.loop import VERDICTS
 from preference_training.rounds.prompts import LoopPrompt
 
-KEY = "rounds.judge"
+KEY, SECOND_KEY = "rounds.judge", "rounds.second_judge"
 # The folder of the files that people's verdicts are exchanged in.
 PEOPLE = "people"
 
@@ -148,21 +148,25 @@ def _asked(entry: str | Mapping[str, Any], config: RunConfig, in_list: bool) -> 
 
 def check_judge(config: RunConfig) -> None:
     """Raise UserError where a judge that the configuration names cannot work; loads nothing heavy."""
-    for kind, asked in _all_asked(config):
-        kind.check(asked)
+    for key, judge in (KEY, config.rounds.judge), (SECOND_KEY, config.rounds.second_judge):
+        try:
+            for kind, asked in _asked_for(judge, config):
+                kind.check(asked)
+        except UserError as error:
+            text = str(error)
+            raise UserError(key + text.removeprefix(KEY) if text.startswith(f"{KEY}:") else text) from error
 
 
 def check_rows(config: RunConfig, prompts: Iterable[LoopPrompt]) -> None:
     """Raise UserError for the first prompt whose row lacks what a judge needs."""
-    judges = _all_asked(config)
+    judges = [*_asked_for(config.rounds.judge, config), *_asked_for(config.rounds.second_judge, config)]
     for prompt in prompts:
         for kind, asked in judges:
             kind.check_row(asked, JudgedInput(prompt.prompt, "", prompt.row))
 
 
-def _all_asked(config: RunConfig) -> list[tuple[Kind, Asked]]:
-    given = [each for each in (config.rounds.judge, config.rounds.second_judge) if each is not None]
-    return [_asked(entry, config, isinstance(each, list)) for each in given for entry in listed(each)]
+def _asked_for(judge: Any, config: RunConfig) -> list[tuple[Kind, Asked]]:
+    return [] if judge is None else [_asked(entry, config, isinstance(judge, list)) for entry in listed(judge)]
 
 
 def build_judge(config: RunConfig) -> Judge:

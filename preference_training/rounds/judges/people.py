@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import mean
 
 from preference_training.core.errors import UserError
-from preference_training.core.files import write_atomically
 from preference_training.data.files import read_rows
 from preference_training.data.rows.conversations import RowError, parse_serialized_turns
 from preference_training.data.rows.records import Prompt, Turn, message_of, prompt_text
 from preference_training.rounds.judges.base import PendingError
 from preference_training.rounds.judges.comparing import ComparingJudge, Comparison, Outcome, ordered
+from preference_training.rounds.tables import save_text
 
 PAIRS, VERDICTS = "pairs.jsonl", "verdicts.jsonl"
 # Kinds of judgments that the app writes next to the others, by the end of the name: ties and skips; those that were overruled
@@ -47,11 +47,7 @@ class PeopleJudge(ComparingJudge):
         self.waiting |= dict.fromkeys(missing)
         path = self.directory / PAIRS
         rows = [{"prompt": _plain(each.prompt), "responses": [each.first, each.second]} for each in self.waiting]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        except OSError as error:
-            raise UserError(f"local_run_dir: cannot write {path}: {error.strerror}. Expected a folder with room.") from error
+        save_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         app, store = "python -m preference_collection", f"store={self.directory / 'labels.duckdb'}"
         raise PendingError(
             f"{len(self.waiting):,} pairs wait for a verdict. Label them, export, and go on:\n"

@@ -4,10 +4,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preference_training.configuration.checks.evaluation import EVALUATION_REQUIREMENTS
 from preference_training.configuration.model_names import ADAPTER_CONFIG
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.sections import LOCAL_SAMPLER
-from preference_training.configuration.validation import EVALUATION_REQUIREMENTS
 from preference_training.core.errors import UserError, nearest
 from preference_training.generation.servers import ChatServer, OpenAIServer, ServerError
 from preference_training.rounds.loop import Loop

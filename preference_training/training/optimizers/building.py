@@ -2,18 +2,25 @@
 
 import inspect
 from collections.abc import Iterable
+from importlib import import_module
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS
+from preference_training.configuration.optimizers import OPTIMIZERS
 from preference_training.core.errors import UserError, first_line
 from preference_training.modeling.quantization import import_bitsandbytes
+from preference_training.training.optimizers.averages import average_in
+from preference_training.training.optimizers.groups import weight_groups
+from preference_training.training.optimizers.low_rank import build_galore
 from preference_training.training.optimizers.master_weights import MasterWeights, is_low_precision
+from preference_training.training.optimizers.muon import build_muon
 
 # Types of devices that torch has fused updates for.
 FUSED_DEVICES = {"cuda", "cpu", "mps", "xpu"}
+# Installs schedulefree and pytorch_optimizer.
+INSTALL = "Run `pip install -r requirements/optimizers.txt`."
 
 
 def check_optimizer(config) -> None:
@@ -33,6 +40,8 @@ def build_optimizer(policy: nn.Module, config, masters: bool | None = None) -> t
     masters: whether low-precision weights have float32 master weights; None decides as configured.
     """
     optimizer = _plain_optimizer(policy, config)
+    if config.ema_decay is not None:
+        average_in(optimizer, config.ema_decay)
     if masters is None:
         masters = config.keeps_master_weights
     low_precision = any(weight.requires_grad and is_low_precision(weight) for weight in policy.parameters())
@@ -40,17 +49,39 @@ def build_optimizer(policy: nn.Module, config, masters: bool | None = None) -> t
 
 
 def _plain_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
-    arguments = {"lr": config.lr, **config.optimizer_kwargs}
-    groups = _parameter_groups(policy, config.weight_decay)
-    if config.optimizer in BITSANDBYTES_OPTIMIZERS:
-        return getattr(import_bitsandbytes(f"optimizer={config.optimizer}").optim, config.optimizer)(groups, **arguments)
-    optimizer_class = getattr(torch.optim, config.optimizer)
+    name, package = config.optimizer, OPTIMIZERS[config.optimizer].package
+    if package == "pytorch_optimizer":
+        _import(package, name)
+        return build_galore(policy, config)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     is_sharded = any(isinstance(weight, DTensor) for weight in trained)
-    kernels = update_kernels(optimizer_class, {(weight.device.type, weight.dtype) for weight in trained}, is_sharded)
+    devices_and_dtypes = {(weight.device.type, weight.dtype) for weight in trained}
+    if name == "Muon":
+        return build_muon(policy, config, update_kernels(torch.optim.AdamW, devices_and_dtypes, is_sharded))
+    arguments = {"lr": config.lr, **config.optimizer_kwargs}
+    groups = weight_groups(policy, config)
+    if package == "bitsandbytes":
+        return getattr(import_bitsandbytes(f"optimizer={name}").optim, name)(groups, **arguments)
+    if package == "schedulefree":
+        # Of sharded weights, one after the other: not all of its kernels for many weights take them.
+        optimizer = getattr(_import(package, name), name)(groups, **({"foreach": not is_sharded} | arguments))
+        for group in optimizer.param_groups:
+            # What its `train` does, which would also begin a state for each weight.
+            group["train_mode"] = True
+        return optimizer
+    optimizer_class = getattr(torch.optim, name)
+    kernels = update_kernels(optimizer_class, devices_and_dtypes, is_sharded)
     # At most one of them may be true.
     chosen = {} if arguments.keys() & {"fused", "foreach"} else kernels
     return optimizer_class(groups, **(chosen | arguments))
+
+
+def _import(package: str, optimizer: str):
+    """Import an optional package. Raises UserError where it is not installed."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise UserError(f"optimizer: {optimizer} needs the package {package}. {INSTALL}") from error
 
 
 def update_kernels(optimizer_class: type, weights: Iterable[tuple[str, torch.dtype]], is_sharded: bool) -> dict[str, bool]:
@@ -59,6 +90,9 @@ def update_kernels(optimizer_class: type, weights: Iterable[tuple[str, torch.dty
     fused: one kernel for many weights, where torch has one; else, on a GPU, foreach: a few kernels for many weights. Both keep
     the same state as the update of one weight after the other, so that a run resumes with either.
     """
+    # Its kernels for many weights need as much memory as the weights; it is there to need little.
+    if optimizer_class is torch.optim.Adafactor:
+        return {}
     weights = set(weights)
     devices = {device for device, _ in weights}
     has_fused = "fused" in inspect.signature(optimizer_class).parameters and devices <= FUSED_DEVICES
@@ -67,15 +101,3 @@ def update_kernels(optimizer_class: type, weights: Iterable[tuple[str, torch.dty
     if has_fused and not without and all(dtype.is_floating_point for _, dtype in weights):
         return {"fused": True}
     return {"foreach": True} if devices == {"cuda"} else {}
-
-
-def _parameter_groups(policy: nn.Module, weight_decay: float | None) -> list:
-    """The trained weights, in two groups where `weight_decay` is given: biases and the scales of norms do not decay."""
-    trained = [weight for weight in policy.parameters() if weight.requires_grad]
-    if weight_decay is None:
-        return trained
-    groups = [
-        {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": weight_decay},
-        {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

@@ -63,6 +63,7 @@ class MasterWeights(torch.optim.Optimizer):
             weight.grad = None
         self._forward_options()
         self.inner.step()
+        self._take_options()
         updated = [(weight, master) for weight, master in copied if master.grad is not None]
         if updated:
             # A kernel for many weights, not one for each.
@@ -76,6 +77,19 @@ class MasterWeights(torch.optim.Optimizer):
         """Copy the learning rate, and whatever else schedulers change, to `inner`."""
         for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner |= {name: value for name, value in mine.items() if name != "params"}
+
+    def _take_options(self) -> None:
+        """Copy what `inner` counts in its groups, such as its steps."""
+        for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            mine |= {name: value for name, value in inner.items() if name != "params"}
+
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Round the weights to their master weights, where these were changed by others, and take over `inner`'s state."""
+        for weight, master in self.masters.items():
+            if master is not weight:
+                weight.copy_(master)
+        self._collect_state()
 
     def _collect_state(self) -> None:
         for weight, master in self.masters.items():
@@ -96,8 +110,7 @@ class MasterWeights(torch.optim.Optimizer):
             name: {key: value for key, value in values.items() if key != MASTER} for name, values in state_dict["state"].items()
         }
         self.inner.load_state_dict({"state": state, "param_groups": state_dict["param_groups"]})
-        for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
-            mine |= {name: value for name, value in inner.items() if name != "params"}
+        self._take_options()
         self._collect_state()
 
 

@@ -1,5 +1,6 @@
 """What a run says of the precision in which its weights are updated."""
 
+from preference_training.configuration.optimizers import UNKNOWN_UPDATES
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.sections import SPACINGS
 
@@ -23,6 +24,18 @@ def precision_notices(config: RunConfig) -> list[str]:
     return lines
 
 
+def averages_notice(config: RunConfig) -> str | None:
+    """The notice for a run that evaluates and saves other weights than it trains; None for any other."""
+    if not config.averages_weights:
+        return None
+    saved = "is what is evaluated, sampled from and saved"
+    if config.ema_decay is None:
+        return f"optimizer: {config.optimizer} averages the weights over all updates; the average {saved}"
+    updates = f"about the last {1 / (1 - config.ema_decay):,.3g} updates"
+    where = "CPU memory" if config.trainer.cpu_offload else "the memory of the weights' device"
+    return f"ema_decay: an average of the weights over {updates} {saved}; it takes 4 bytes per trained weight of {where}"
+
+
 def _chosen_precision(config: RunConfig) -> str:
     dtype = config.model.policy_dtype
     kept = config.keeps_master_weights
@@ -31,8 +44,13 @@ def _chosen_precision(config: RunConfig) -> str:
     if config.master_weights != "auto":
         return what
     limit = config.model.smallest_kept_lr
-    if config.optimizer == "SGD":
-        return f"{what}: SGD's updates may be too small for {dtype} (master_weights=false does without, in less memory)"
+    if config.averages_weights:
+        return f"{what}: an average of {dtype} weights would be rounded away"
+    if config.optimizer in UNKNOWN_UPDATES:
+        return (
+            f"{what}: {config.optimizer}'s updates may be too small for {dtype} (master_weights=false does without, in less "
+            "memory)"
+        )
     if kept:
         return f"{what}: updates of lr {config.lr:g} would be rounded away (master_weights=false does without, in less memory)"
     return f"{what}: updates of lr {config.lr:g} are not rounded away in weights of ordinary size (limit: {limit:.1g})"

@@ -1,6 +1,7 @@
 """Unit tests of the row as a judge: pass rates in the sandbox, rows without usable tests, and hostile responses."""
 
 import json
+import time
 
 import pytest
 
@@ -106,6 +107,17 @@ def test_hostile_responses_neither_escape_nor_score_nor_touch_others(judge, tmp_
     assert [score.value for score in found[::2]] == [0.0] * len(HOSTILE)
     assert [score.value for score in found[1::2]] == [2 / 3] * len(HOSTILE)
     assert list(secret.parent.iterdir()) == [secret] and secret.read_text() == "x"
+
+
+@pytest.mark.long
+def test_many_programs_are_judged_in_bounded_time_whatever_some_of_them_do(judge):
+    """Of 60, every tenth loops forever, and every tenth sleeps: 5 s each at most, two at a time; the others take no second."""
+    bodies = {0: "while True: pass", 1: "__import__('time').sleep(999)"}
+    programs = [f"def half(n):\n    {bodies.get(k % 10, 'return n // 2')}  # {k}" for k in range(60)]
+    started = time.monotonic()
+    found = judge("rounds.judging.tests_seconds=1").judge(inputs(*programs))
+    assert time.monotonic() - started < 12 * 5 / 2 + 60
+    assert [score.value for score in found] == [0.0 if k % 10 in bodies else 1.0 for k in range(60)]
 
 
 def test_a_response_that_equals_everything_or_reads_its_tests_scores_nothing(judge):

@@ -1,0 +1,1 @@
+"""What a configuration must fulfil beyond the types and ranges of its keys."""

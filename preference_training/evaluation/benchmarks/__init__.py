@@ -1,0 +1,1 @@
+"""Benchmarks that people quote: pair accuracy as RewardBench, win rates as AlpacaEval and Arena-Hard."""

@@ -1,0 +1,143 @@
+"""Pair accuracy, as RewardBench: how often a model scores the preferred response higher.
+
+    file -> pairs with categories -> scores of both responses, in several ways -> accuracies
+
+Ways to score a response: the implicit reward of DPO (the log-ratio to a reference; beta changes no order), the log-prob alone,
+each as a sum and as a mean over its tokens, and the reward of a reward model.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+
+from preference_training.batching.micro_batches import split_into_batches
+from preference_training.batching.packing import iterate_examples
+from preference_training.core.errors import UserError
+from preference_training.data.files import EXPECTED, is_data_file, read_rows
+from preference_training.data.rendering.settings import TokenSettings
+from preference_training.data.rows.field_maps import FieldMap
+from preference_training.data.rows.records import DataReport, PreferenceRecord, prompt_text
+from preference_training.data.sources.storage import is_remote
+from preference_training.data.tokenization import TokenizedPrompt, tokenize_records
+from preference_training.evaluation.held_out import Scores, score_responses
+from preference_training.evaluation.reward_models import RewardModel
+from preference_training.generation.chat import ChatModel
+from preference_training.modeling.token_budget import token_budget
+
+# The columns that name a pair's category, in the order in which they are looked for.
+CATEGORY_COLUMNS = ("subset", "category", "source", "dataset")
+PAIRS_AT_ONCE = 16
+
+
+class Pairs(NamedTuple):
+    """The pairs of a file: one record for each row, and the category of each record ("" for none) by its number."""
+
+    records: list[PreferenceRecord]
+    categories: dict[int, str]
+    column: str | None
+
+
+def read_pairs(path: str, column: str | None = None) -> Pairs:
+    """The pairs of a file in any format that training reads. column: with their categories; None looks for one.
+
+    Raises UserError where there are none.
+    """
+    if not is_data_file(path) or not (is_remote(path) or Path(path).expanduser().is_file()):
+        raise UserError(f"pairs: {path}: no such data file. Expected one of {EXPECTED}; paths are relative to {Path.cwd()}.")
+    report = DataReport()
+    rows = list(read_rows(path, report))
+    if column is not None and not any(column in row for _, row in rows):
+        raise UserError(f"--by: no row of {path} has a column {column!r}. Expected one of {', '.join(rows[0][1])}.")
+    column = column or next((name for name in CATEGORY_COLUMNS if any(name in row for _, row in rows)), None)
+    given = {number: str(row[column]) for number, row in rows if column is not None and row.get(column) is not None}
+    records, categories = [], {}
+    for row in FieldMap().map_rows(rows, path, report):
+        pairs = [(i, j) for i, j in row.pairs if row.responses[i] != row.responses[j]]
+        if pairs:
+            number, target = len(records), row.responses[pairs[0][0]]
+            source = f"{path}, row {row.number}"
+            records.append(PreferenceRecord(row.prompt, row.responses, pairs, target, number, source, tools=row.tools))
+            categories[number] = given.get(row.number, "")
+    if not records:
+        raise UserError(f"pairs: {path} has no pair of two different responses. Expected rows with chosen and rejected.")
+    return Pairs(records, categories, column)
+
+
+class Scored(NamedTuple):
+    """Pairs in one order: by how much the preferred response scores higher, [E], for each way to score.
+
+    records: the record of each pair, by its number. left_out: records without a pair that can be scored, by reason.
+    """
+
+    margins: dict[str, numpy.ndarray]
+    records: list[int]
+    left_out: dict[str, int]
+
+    def outcomes(self, name: str) -> numpy.ndarray:
+        """1 for a pair in the right order, 0 for one in the wrong order, 0.5 for equal scores: [E]."""
+        return (1 + numpy.sign(self.margins[name])) / 2
+
+
+def score_by_language_model(pairs: Pairs, policy: ChatModel, reference: ChatModel | None) -> Scored:
+    """Margins of log-probs, and, with a reference, of implicit rewards; as sums, and as means per token."""
+    report = DataReport(skip_bad_rows=True)
+    prompts = tokenized(pairs, policy, report)
+    examples = list(iterate_examples(prompts))
+    batches = split_into_batches(examples, PAIRS_AT_ONCE, token_budget(policy.model))
+    found = _scores(policy, batches)
+    members, lengths = found.examples.members, found.examples.lengths.double()
+    values = {"log-prob": found.policy}
+    if reference is not None:
+        values = {"reward": found.policy - _scores(reference, batches).policy} | values
+    values |= {f"{name} per token": each / lengths for name, each in list(values.items())}
+    margins = {name: (each[members[:, 0]] - each[members[:, 1]]).numpy() for name, each in values.items()}
+    return Scored(margins, [prompt.number for prompt, _ in examples], report.left_out)
+
+
+def tokenized(pairs: Pairs, model: ChatModel, report: DataReport) -> list[TokenizedPrompt]:
+    """The token ids of pairs, in the format of a model. Raises UserError where none can be read."""
+    name = model.format.name
+    system = model.system_prompt if name != "raw" else None
+    room = min(model.context, sys.maxsize)
+    settings = TokenSettings("pairs", room, room - 1, template=name, system_prompt=system)
+    found = list(tokenize_records(pairs.records, model.tokenizer, settings, report))
+    if not found:
+        first = next(iter([*report.bad_rows, *report.left_out]), "no pair is left")
+        raise UserError(
+            f"pairs: {model.name} can read none of them: {first}. Expected prompts in the format {name}: --template."
+        )
+    return found
+
+
+def same_vocabulary(tokenizer, other) -> bool:
+    """Whether two tokenizers have the same tokens, so that log-probs are of the same."""
+    return tokenizer.get_vocab() == other.get_vocab()
+
+
+def _scores(model: ChatModel, batches: Sequence) -> Scores:
+    with model.weights():
+        return score_responses(model.model, None, batches)
+
+
+def score_by_reward_model(pairs: Pairs, model: RewardModel) -> Scored:
+    """Margins of rewards."""
+    asked = [(record, pair) for record in pairs.records for pair in record.pairs]
+    texts = [(record.prompt, record.responses[k]) for record, pair in asked for k in pair]
+    if unread := next((response for _, response in texts if not isinstance(response, str)), None):
+        raise UserError(f"pairs: a reward model reads responses of one turn, found {unread!r:.60}.")
+    rewards = model.rewards(texts)
+    both = list(zip(rewards[::2], rewards[1::2], strict=True))
+    known = [k for k, (one, other) in enumerate(both) if one is not None and other is not None]
+    margins = numpy.array([both[k][0] - both[k][1] for k in known])
+    left_out = (
+        {"the reward model cannot read the prompt or a response": len(both) - len(known)} if len(known) < len(both) else {}
+    )
+    return Scored({"reward": margins}, [asked[k][0].number for k in known], left_out)
+
+
+def prompts_of(pairs: Pairs, scored: Scored) -> list[str]:
+    """The prompt of each scored pair as text: pairs of one prompt are not independent."""
+    return [prompt_text(pairs.records[number].prompt) for number in scored.records]

@@ -1,0 +1,262 @@
+"""A merged model as a directory that `from_pretrained` loads: checks first, then weights tensor by tensor, then a model card.
+
+names -> ingredients -> configurations, tokenizers, names and shapes compared -> weights -> loaded -> README.md
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from preference_training.checkpointing.model_files import save_tokenizer, set_end_tokens
+from preference_training.checkpointing.saved_models import DifferentModelError, load_plain
+from preference_training.core.errors import UserError, first_line
+from preference_training.core.machine import said_while_slow
+from preference_training.data.chat_templates import PLAIN_PROMPT, end_tokens, run_format, serve_as_trained
+from preference_training.data.rows.records import Turn
+from preference_training.data.rows.templates import build_template
+from preference_training.export.directory import new_directory
+from preference_training.export.options import check_destination
+from preference_training.merging.card import MergeFacts, merge_card
+from preference_training.merging.held_out import HeldOutRows
+from preference_training.merging.ingredients import Ingredient, all_on_disk, check_alike
+from preference_training.merging.recipe import Recipe
+from preference_training.merging.weights import StoredWeights, TensorInfo, write_weights
+from preference_training.modeling.archives import GENERATION_CONFIG, model_from_archive
+from preference_training.modeling.state import free_memory
+from preference_training.modeling.value_head import auto_class
+
+# Opens the held-out rows that models are measured on: after the merge, so that it costs nothing where that is refused.
+OpenRows = Callable[[], HeldOutRows]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Models to merge by a recipe, and their base model where the method has one. `notes`: what the user should know."""
+
+    recipe: Recipe
+    models: Sequence[Ingredient]
+    base: Ingredient | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ingredients(self) -> list[Ingredient]:
+        """All of them, the base model first."""
+        return [*([self.base] if self.base else []), *self.models]
+
+    def check(self, to: Path) -> None:
+        """Raise UserError for what configurations, tokenizers and the destination say already; adds to `notes`."""
+        check_destination(to)
+        self.notes.extend(check_alike([*self.models, *([self.base] if self.base else [])]))
+
+
+def merge(task: Merge, to: Path, open_rows: OpenRows | None = None) -> list[str]:
+    """Merge models into a new directory; returns the lines to print. Raises UserError, and then leaves no directory.
+
+    open_rows: of a run, to measure each ingredient and the merged model on.
+    """
+    task.check(to)
+    with all_on_disk(task.ingredients, to) as found, new_directory(to) as partial:
+        facts = write_merged(task, found, partial)
+        if open_rows is not None:
+            rows = open_rows()
+            measured = {each.name: rows.measure(each.weights) for each in found} | {MergeFacts.MERGED: rows.measure(partial)}
+            facts.held_out, facts.measured_on = {name: each.metrics for name, each in measured.items()}, rows.name
+        facts.name = to.resolve().name
+        (partial / "README.md").write_text(merge_card(facts), encoding="utf-8")
+    return [facts.summary(to), *facts.table(), *(f"note: {note}" for note in facts.notes)]
+
+
+def write_merged(task: Merge, on_disk: Sequence[Ingredient], directory: Path) -> MergeFacts:
+    """Write the merged model into an existing directory, all but its card; returns the facts of the card.
+
+    on_disk: the ingredients of the task, with their weights.
+    """
+    base, models = (on_disk[0] if task.base else None), on_disk[1 if task.base else 0 :]
+    leading, model = models[0], _empty_model(models[0])
+    with ExitStack() as opened:
+        stored = {id(each): opened.enter_context(StoredWeights(each.weights, each.name)) for each in on_disk}
+        aligned = [_Aligned(stored[id(each)], model) for each in models]
+        under = _Aligned(stored[id(base)], model) if base else None
+        plan = _Plan(task.recipe, aligned, under, (base or leading).dtype)
+        infos = plan.check(model)
+        _check_fits(leading, infos)
+        print(f"merging {len(models)} models, {len(infos):,} tensors", flush=True)
+        with said_while_slow("still merging"):
+            parameters = write_weights(directory, infos, plan.tensor)
+    prompt, notes = _write_files(leading, directory, max(infos.values(), key=lambda info: info.bytes).dtype)
+    _check_loads(directory, leading)
+    dtype = str(max(infos.values(), key=lambda info: info.bytes).dtype).removeprefix("torch.")
+    return MergeFacts(
+        task.recipe,
+        [*models],
+        base,
+        architecture=type(model).__name__,
+        parameters=parameters,
+        dtype=dtype,
+        prompt=prompt,
+        notes=[*task.notes, *notes],
+    )
+
+
+# ---- tensors ----------------------------------------------------------------------------------------------------------------
+
+
+def _empty_model(ingredient: Ingredient):
+    with torch.device("meta"):
+        return auto_class(ingredient.head).from_config(ingredient.config, trust_remote_code=ingredient.trust_remote_code)
+
+
+class _Aligned:
+    """Stored weights by the names of a model's own: files of some models lack, or add, the prefix of the body."""
+
+    def __init__(self, stored: StoredWeights, model):
+        self.stored, own, prefix = stored, model.state_dict().keys(), f"{model.base_model_prefix}."
+        # A head that is tied to the embedding is the embedding.
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        self.names = {}
+        for name in stored.infos:
+            others = (name, f"{prefix}{name}", name.removeprefix(prefix))
+            known = next((each for each in others if each in own), name)
+            if known not in tied:
+                self.names[known] = name
+        # Tables that older versions stored, and compute anew.
+        self.extra = {name for name in self.names if name not in own}
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of a tensor."""
+        return self.stored.infos[self.names[name]]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        return self.stored.read(self.names[name])
+
+
+class _Plan:
+    """Which tensor is computed of which. dtype: of the result; None is that of each tensor of the base, or the first model."""
+
+    def __init__(self, recipe: Recipe, models: Sequence[_Aligned], base: _Aligned | None, dtype: torch.dtype | None):
+        self.recipe, self.models, self.base, self.dtype = recipe, models, base, dtype
+        self.leading = base or models[0]
+
+    def check(self, model) -> dict[str, TensorInfo]:
+        """What is written, by name, in the order of the first model. Raises UserError where names or shapes differ."""
+        all_of_them = [*self.models, *([self.base] if self.base else [])]
+        shared = set.intersection(*(set(each.names) for each in all_of_them))
+        infos = {}
+        for each in all_of_them:
+            missing = sorted(set(each.names) - shared - each.extra)
+            if missing:
+                lacks = next(other for other in all_of_them if missing[0] not in other.names)
+                raise UserError(
+                    f"{lacks.stored.name}: it has no {missing[0]}, and {each.stored.name} has. Only models of one architecture "
+                    "can be merged: fine-tunings of one base model."
+                )
+        for name in [name for name in self.models[0].names if name in shared]:
+            shape, expected = None, self.models[0].info(name).shape
+            for other in all_of_them:
+                if (shape := other.info(name).shape) != expected:
+                    raise UserError(self._other_shape(model, name, other, shape, expected))
+            stored = self.leading.info(name).dtype
+            infos[name] = TensorInfo(expected, self.dtype if self.dtype and stored.is_floating_point else stored)
+        return infos
+
+    def _other_shape(self, model, name: str, other: _Aligned, shape: tuple, expected: tuple) -> str:
+        first = self.models[0].stored.name
+        is_vocabulary = name.rpartition(".")[0] in _vocabulary_layers(model)
+        what = "the vocabularies have different sizes" if is_vocabulary else "the models have different sizes"
+        remedy = (
+            "Resize the embedding of one of them (resize_token_embeddings), or name models with one tokenizer."
+            if is_vocabulary
+            else "Only fine-tunings of one base model can be merged."
+        )
+        return f"{other.stored.name}: {name} is {list(shape)}, and that of {first} is {list(expected)}: {what}. {remedy}"
+
+    def tensor(self, name: str) -> Tensor:
+        """A merged tensor, computed in float32 and rounded once; what is no floating-point number is the leading model's."""
+        found = self.leading.read(name)
+        dtype = self.dtype or found.dtype
+        if not found.is_floating_point():
+            return found
+        base = self.base.read(name).float() if self.base else None
+        merged = self.recipe.merge(name, base, [each.read(name).float() for each in self.models])
+        if not bool(torch.isfinite(merged).all()):
+            raise UserError(
+                f"merge: {name} is not finite in the merged model. Smaller --weights or --scale may help; a model that has NaN "
+                "itself cannot be merged."
+            )
+        return merged.to(dtype)
+
+
+def _vocabulary_layers(model) -> set[str]:
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name for name, module in model.named_modules() if any(module is layer for layer in layers if layer is not None)}
+
+
+def _check_fits(leading: Ingredient, infos: dict[str, TensorInfo]) -> None:
+    """Raise UserError where what would be written is not all of a model."""
+    empty = {name: torch.empty(info.shape, device="meta") for name, info in infos.items()}
+    options = {"trust_remote_code": leading.trust_remote_code, "head": leading.head, "device_map": {"": "meta"}}
+    try:
+        model_from_archive(leading.config, empty, Path(leading.location), torch.float32, **options)
+    except UserError as error:
+        raise UserError(str(error).replace("model.archive: ", "merge: ", 1).partition("\nChoose")[0]) from error
+
+
+# ---- the other files ---------------------------------------------------------------------------------------------------------
+
+
+def _write_files(leading: Ingredient, directory: Path, dtype: torch.dtype) -> tuple[str, list[str]]:
+    """Write configurations and tokenizer, those of the first model; returns an example prompt, and notes."""
+    from transformers import GenerationConfig
+
+    tokenizer, config = leading.tokenizer, leading.config
+    prompt, ends, notes = _prompt(leading)
+    try:
+        generation = GenerationConfig.from_pretrained(leading.location, cache_dir=leading.cache_dir)
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    set_end_tokens(config, None if leading.head == "value" else generation, tokenizer, ends)
+    config.architectures, config.dtype = [type(_empty_model(leading)).__name__], dtype
+    config.save_pretrained(directory)
+    if leading.head == "lm":
+        generation.to_json_file(directory / GENERATION_CONFIG)
+    save_tokenizer(tokenizer, directory)
+    return prompt, notes
+
+
+def _prompt(leading: Ingredient) -> tuple[str, list[int], list[str]]:
+    """An example prompt in the format of the first model, the tokens that end a response besides its tokenizer's, and notes.
+
+    The chat template of a run becomes that of its training, as in an export.
+    """
+    tokenizer = leading.tokenizer
+    if leading.source is not None:
+        recorded = leading.source.run.get("prompt_format")
+        try:
+            name = run_format(leading.source.config)[0]
+        except UserError:
+            name = recorded
+        prompt, notes = serve_as_trained(name, tokenizer, leading.source.config)
+        return prompt, end_tokens(name, tokenizer), notes
+    if not getattr(tokenizer, "chat_template", None):
+        return PLAIN_PROMPT, [], []
+    try:
+        text, _ = build_template("chat", None, tokenizer)((Turn("user", "What is the capital of France?"),), [])
+    except UserError as error:
+        return PLAIN_PROMPT, [], [f"the chat template could not be tried: {first_line(error)}"]
+    return text, end_tokens("chat", tokenizer), []
+
+
+def _check_loads(directory: Path, leading: Ingredient) -> None:
+    """Raise UserError where plain transformers does not load what was written, whole."""
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    if size > free_memory(torch.device("cpu")):
+        return
+    try:
+        load_plain(directory, torch.float32 if leading.head == "value" else "auto", leading.trust_remote_code)
+    except DifferentModelError as error:
+        raise UserError(f"--to: the merged model is not whole: {error}. It was removed.") from error

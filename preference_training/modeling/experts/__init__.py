@@ -1,0 +1,1 @@
+"""Mixtures of experts: what their routers choose, the load-balancing loss, and numbers of the balance."""

@@ -1,0 +1,1 @@
+"""How a run's report shows the balance of a mixture of experts."""

@@ -7,11 +7,10 @@ R learning rates, B betas, S seeds, D features.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 
+from preference_training.configuration.validation import configured
 from preference_training.losses.formulas import dpo_loss
 from preference_training.training.optimizers.schedules import schedule
 from science_parts.beta_dpo import draw_pairs, make_worlds
@@ -25,23 +24,22 @@ OPTIMIZERS = {
     "SGD": (torch.optim.SGD, [2.0**power for power in range(-4, 8)]),
 }
 SCHEDULES = {
-    "pretrained: a tenth of the steps, then linear to 0": {"warmup_share": 0.1, "lr_schedule": "linear"},
-    "a tenth of the steps, then constant": {"warmup_share": 0.1, "lr_schedule": "constant"},
-    "original: 150 steps, then constant": {"warmup_steps": 150, "lr_schedule": "constant"},
+    "pretrained: a tenth of the steps, then linear to 0": ("warmup_share=0.1", "lr_schedule=linear", "final_lr_share=0"),
+    "a tenth of the steps, then constant": ("warmup_share=0.1", "lr_schedule=constant"),
+    "original: 150 steps, then constant": ("warmup_share=null", "warmup_steps=150", "lr_schedule=constant"),
 }
 # At which beta win rates are kept of each seed.
 KEPT = 0.1
 
 
-def train(pairs: Tensor, optimizer: str, shape: dict) -> Tensor:
+def train(pairs: Tensor, optimizer: str, overrides: tuple[str, ...]) -> Tensor:
     """Weights [R, B, S, D] after one epoch of DPO over pairs [S, P, D]."""
     make, rates = OPTIMIZERS[optimizer]
     seeds, count, features = pairs.shape
     betas = torch.tensor(BETAS, dtype=torch.float64)[:, None, None]
     weights = [torch.zeros(len(BETAS), seeds, features, dtype=torch.float64, requires_grad=True) for _ in rates]
     stepper = make([{"params": [own], "lr": rate} for own, rate in zip(weights, rates, strict=True)], lr=1.0)
-    config = SimpleNamespace(**{"warmup_share": None, "warmup_steps": None, "final_lr_share": 0.0} | shape)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(stepper, schedule(config, count // BATCH))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(stepper, schedule(configured(*overrides), count // BATCH))
     for step in range(count // BATCH):
         stepper.zero_grad()
         gaps = torch.einsum("rbsd,spd->rbsp", torch.stack(weights), pairs[:, step * BATCH :][:, :BATCH])
@@ -58,8 +56,8 @@ def experiment(short: bool = False) -> dict:
     pairs = draw_pairs(own, PAIRS, FLIPPED, False, torch.Generator().manual_seed(12))
     runs = []
     for optimizer in optimizers:
-        for name, shape in SCHEDULES.items():
-            divergence, wins = other.measure(train(pairs, optimizer, shape))
+        for name, overrides in SCHEDULES.items():
+            divergence, wins = other.measure(train(pairs, optimizer, overrides))
             runs.append(
                 {
                     "optimizer": optimizer,

@@ -1,25 +1,29 @@
-"""The effect of each option that saves memory or time on a training step, for a Llama with 62M parameters in float32.
+"""The effect of each option on memory and time of a training step, each against its absence, for two models in float32.
 
-    python benchmarks/memory_options.py --rounds 2
+    python benchmarks/memory_options.py               both models, every setting: about ten minutes on two cores
+    python benchmarks/memory_options.py --model smollm2 --settings LoRA QLoRA        the settings whose names begin so
     python benchmarks/memory_options.py --held        what a pack holds between its passes, by kind of activation checkpointing
 
-DPO with a live reference on the embedded data, in packs of at most 512 tokens; each setting runs in its own process, in turn.
-Prints a JSON object with raw values, and writes it to benchmarks/results/.
+DPO with a live reference on the embedded data, 8 pairs a step in packs of at most 512 tokens. Each setting runs in its own
+process, in turn. One that fails or takes too long is a result: its message stands in its place, and the others run; what they
+print is in runs/memory_options.log. Results are on the disk as they come, in benchmarks/results/.
+`python scripts/options_page.py` writes them into docs/options-that-pay.md.
 """
 
 import argparse
 import contextlib
+import ctypes
 import datetime
-import importlib
 import json
+import multiprocessing
 import os
-import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 MODEL = (
     "model=blank_model", "model.tokenizer_name_or_path=byte_level",
@@ -27,9 +31,10 @@ MODEL = (
     "num_attention_heads: 10, num_key_value_heads: 10, max_position_embeddings: 512}",
 )  # fmt: skip
 RUN = (
-    "loss=dpo", "batch_size=16", "lr=1e-6", "warmup_steps=0", "max_tokens_per_microbatch=512", "wandb.enabled=false",
+    "loss=dpo", "batch_size=8", "lr=1e-6", "warmup_steps=0", "max_tokens_per_microbatch=512", "wandb.enabled=false",
     "reference_logps=live", "prefix_sharing=on",
 )  # fmt: skip
+MODELS = {"llama-62m": MODEL, "smollm2": ("model=smollm2-135m", "optimizer=RMSprop", "bf16=false")}
 SETTINGS = {
     "all weights, RMSprop": [],
     "all weights, AdamW": ["optimizer=AdamW"],
@@ -49,8 +54,48 @@ SETTINGS = {
     "half of the matrices (Spectrum), RMSprop": ["model.spectrum_share=0.5"],
     "QLoRA, RMSprop": ["+adapter=qlora"],
     "QLoRA, RMSprop, activation checkpointing": ["+adapter=qlora", "activation_checkpointing=true"],
+    "SFT of all weights, RMSprop": ["loss=sft"],
+    "SFT of all weights, RMSprop, NEFTune": ["loss=sft", "model.neftune_alpha=5"],
 }
-STEPS = 4
+# The setting that another one is compared with, where that is not the one that has its overrides but for the last.
+AGAINST = {
+    "all weights, AdamW8bit": "all weights, AdamW",
+    "all weights, Muon": "all weights, AdamW",
+    "all weights, Adafactor": "all weights, AdamW",
+    "all weights, AdamWScheduleFree": "all weights, AdamW",
+    "all weights, GaLore of rank 64": "all weights, AdamW",
+    "DoRA, RMSprop": "LoRA, RMSprop",
+    "rsLoRA of rank 64, RMSprop": "LoRA, RMSprop",
+    "PiSSA, RMSprop": "LoRA, RMSprop",
+    "QLoRA, RMSprop": "LoRA, RMSprop",
+    "SFT of all weights, RMSprop": None,
+}
+# The first one is a warm-up. Slow settings take no more than two.
+STEPS = 3
+SLOW = 20.0
+# What every setting imports; a setting's process is a fork of one that has.
+HEAVY = (
+    "train",
+    "trainers",
+    "preference_training.training.assembly",
+    "peft",
+    "bitsandbytes",
+    "schedulefree",
+    "pytorch_optimizer",
+)
+
+
+def against(name: str, settings: dict[str, list[str]]) -> str | None:
+    """The setting that another one is compared with: itself without its option. None for the one that has no option."""
+    if name in AGAINST:
+        return AGAINST[name]
+    without = settings[name][:-1]
+    return next((other for other, overrides in settings.items() if overrides == without and other != name), None)
+
+
+def last_ones(*overrides: str) -> tuple[str, ...]:
+    """Overrides without those whose key has another one behind them."""
+    return tuple({text.lstrip("+").partition("=")[0]: text for text in overrides}.values())
 
 
 def status(name: str) -> int:
@@ -59,51 +104,81 @@ def status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def one(overrides: list[str]) -> dict:
-    """Run steps with a setting in this process; returns the seconds of each, and the peak memory above that before."""
+def one(overrides: Iterable[str], run_dir: Path) -> dict:
+    """Run steps with these overrides in this process; returns the seconds of each, and the peak memory above that before."""
 
     from preference_training.configuration.validation import configured
-    from preference_training.core.machine import quiet_libraries, tune_malloc
-    from preference_training.core.random_streams import seed_everything
-    from preference_training.data.entries import read_entries
-    from preference_training.losses.registry import build_loss
-    from preference_training.modeling.tokenizer import load_tokenizer
+    from preference_training.core.machine import tune_malloc
     from preference_training.tracking.tracker import NoTracker
     from preference_training.training import assembly, preparation
     from preference_training.training.parts import Observers
     from trainers import BasicTrainer, placement_for
 
-    config = configured(*MODEL, *RUN, *overrides)
-    quiet_libraries()
+    prepared = preparation.prepare_run(configured(*overrides), run_dir)
+    placement = placement_for(prepared.config).start(prepared.config, prepared.tokenizer)
     # Return freed memory to the system, so that the peak is memory in use.
     tune_malloc(keep_freed=False)
-    seed_everything(0)
-    tokenizer, loss = load_tokenizer(config.model), build_loss(**config.loss.given())
-    data = preparation.prepare_data(config, read_entries(config), tokenizer, loss)
-    placement = placement_for(config).start(config, tokenizer)
-    import_libraries(config)
+    ctypes.CDLL(None).malloc_trim(0)
     before = status("VmRSS")
-    prepared = preparation.PreparedRun(config, Path(), False, loss, tokenizer, data)
     models, batches = assembly.assemble(prepared, placement)
     trainer = BasicTrainer(placement, models, batches, Observers(NoTracker()))
     held = status("VmRSS") - before
     # Loading holds the full weights briefly, whatever is trained.
     Path("/proc/self/clear_refs").write_text("5")
-    seconds = []
+    seconds, cpu_seconds, metrics = [], [], {}
     for batch in batches.train:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         metrics = trainer.train_step(batch)
         seconds.append(time.perf_counter() - started)
-        if len(seconds) == STEPS:
+        cpu_seconds.append(time.process_time() - cpu_started)
+        if len(seconds) == STEPS or (len(seconds) > 1 and sum(seconds) > SLOW):
             break
     trained = sum(weight.numel() for weight in models.policy.parameters() if weight.requires_grad)
     return {
         "held_before_steps": held,
         "peak_in_steps": status("VmHWM") - before,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "trained": trained,
         "loss": metrics["loss/train"],
     }
+
+
+def _run_in_fork(results, overrides: tuple[str, ...], log: Path) -> None:
+    """In a process of its own: `one`, or the first line of its error."""
+    with (
+        log.open("a") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+        TemporaryDirectory() as folder,
+    ):
+        try:
+            results.send(one(overrides, Path(folder)))
+        except BaseException as error:  # whatever it is, it is this setting's result
+            import traceback
+
+            traceback.print_exc()
+            lines = str(error).strip().splitlines() or [""]
+            results.send({"error": f"{type(error).__name__}: {lines[0]}"[:300]})
+
+
+def measure(overrides: tuple[str, ...], limit: float, log: Path) -> dict:
+    """`one` in a process of its own, for at most so many seconds; {"error": why} where it gives no numbers."""
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run_in_fork, args=(sender, overrides, log))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(limit):
+            return {"error": f"took longer than {limit:.0f} s"}
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return {"error": f"its process died, exit status {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
 
 
 def held_between_passes() -> dict:
@@ -147,57 +222,77 @@ def held_between_passes() -> dict:
     return found
 
 
-def import_libraries(config) -> None:
-    """Import the libraries that a setting needs, so that they are not measured."""
+def measure_all(models: Iterable[str], settings: dict[str, list[str]], args: argparse.Namespace, path: Path) -> dict:
+    """Measure every setting of every model in turn, in each round; the raw results, on the disk as they come."""
+    from measure import hardware, versions
 
-    if config.model.lora.r is not None:
-        import peft  # noqa: F401
-    package = config.optimizer_facts.package
-    importlib.import_module("bitsandbytes" if config.model.quantization else package)
+    facts = {
+        "command": sys.argv,
+        "hardware": hardware(),
+        "versions": versions(),
+        "load_average": [os.getloadavg()],
+        "models": {},
+    }
+    for model in models:
+        entries = {name: {"overrides": own, "against": against(name, SETTINGS), "runs": []} for name, own in settings.items()}
+        facts["models"][model] = {"overrides": [*MODELS[model], *RUN], "settings": entries}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([name for name in HEAVY if _is_there(name)])
+    log = ROOT / "runs" / "memory_options.log"
+    log.parent.mkdir(exist_ok=True)
+    ends = time.monotonic() + 60 * args.minutes
+    for _ in range(args.rounds):
+        for model in models:
+            for name, entry in facts["models"][model]["settings"].items():
+                limit = min(args.seconds, ends - time.monotonic())
+                overrides = last_ones(*RUN, *MODELS[model], *entry["overrides"])
+                found = measure(overrides, limit, log) if limit > 0 else {"error": f"the {args.minutes:g} minutes were over"}
+                entry["runs"].append(found)
+                facts["load_average"].append(os.getloadavg())
+                path.write_text(json.dumps(facts, indent=1) + "\n")
+                print(f"{model}: {name}: {_said(found)}", flush=True)
+    return facts
+
+
+def _is_there(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None
+
+
+def _said(found: dict) -> str:
+    if "error" in found:
+        return f"failed: {found['error']}"
+    return f"{found['peak_in_steps'] / 2**20:.0f} MiB, {min(found['cpu_seconds'][1:]):.2f} s of processor time a step"
 
 
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--settings", nargs="+", default=[""], help="only those whose names begin with one of these")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=90, help="how long a setting may take before it has failed")
+    parser.add_argument("--minutes", type=float, default=10, help="how long all may take; settings that are left have failed")
+    parser.add_argument("--results", type=Path, help="the file for raw results; by default one in benchmarks/results/")
     parser.add_argument("--held", action="store_true", help="count what a pack holds between its passes, instead")
     args = parser.parse_args()
+    # Here and in the processes that are started.
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    results = ROOT / "benchmarks" / "results"
     if args.held:
         from measure import hardware, versions
 
         facts = {"command": sys.argv, "hardware": hardware(), "versions": versions(), "held": held_between_passes()}
-        path = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}_held_activations_cpu.json"
+        path = results / f"{datetime.date.today()}_held_activations_cpu.json"
         path.write_text(json.dumps(facts, indent=1) + "\n")
         print(json.dumps(facts["held"], indent=1), path, sep="\n")
         return
-    if args.one is not None:
-        with contextlib.redirect_stdout(sys.stderr):
-            found = one(SETTINGS[args.one])
-        print(json.dumps(found))
-        return
-    from measure import hardware, versions
-
-    runs: dict[str, list[dict]] = {name: [] for name in SETTINGS}
-    for _ in range(args.rounds):
-        for name, listed in runs.items():
-            done = subprocess.run([sys.executable, __file__, "--one", name], check=True, stdout=subprocess.PIPE, text=True)
-            listed.append(json.loads(done.stdout.splitlines()[-1]))
-    whole = runs["all weights, RMSprop"]
-    summary = {
-        name: {
-            "peak MiB": [round(run["peak_in_steps"] / 2**20) for run in listed],
-            "peak / all weights": [
-                run["peak_in_steps"] / other["peak_in_steps"] for run, other in zip(listed, whole, strict=True)
-            ],
-            "seconds of a step": [round(statistics.median(run["seconds"][1:]), 2) for run in listed],
-        }
-        for name, listed in runs.items()
-    }
-    facts = {"command": sys.argv, "hardware": hardware(), "versions": versions(), "load_average": os.getloadavg()}
-    path = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}_memory_options_cpu.json"
-    path.write_text(json.dumps(facts | {"summary": summary, "runs": runs}, indent=1) + "\n")
-    print(json.dumps(summary, indent=1), path, sep="\n")
+    settings = {name: own for name, own in SETTINGS.items() if name.startswith(tuple(args.settings))}
+    path = args.results or results / f"{datetime.date.today()}_memory_options_cpu.json"
+    measure_all(args.model, settings, args, path)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("unfrozen_parameters trainable_parameters", "model.trainable={}", "[norm]"),
     **_each("freeze_parameters", "model.freeze={}", "[embed_tokens]"),
     **_each("neftune_noise_alpha noisy_embedding_alpha neftune_alpha", "model.neftune_alpha={}", "5"),
-    **_each("add_tokens new_tokens", "model.add_tokens={}", "['<plan>']"),
-    **_each("add_special_tokens new_special_tokens", "model.add_special_tokens={}", "['<tool>']"),
+    **_each("add_tokens new_tokens", '"model.add_tokens={}"', "['<plan>']"),
+    **_each("add_special_tokens new_special_tokens", '"model.add_special_tokens={}"', "['<tool>']"),
     **_each(
         "lora_target_modules lora_target lora_target_linear model.lora_attn_modules",
         *("+adapter=lora model.lora.target_modules={}", "[q_proj,v_proj]"),
@@ -216,8 +216,8 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("load_best_model_at_end", "load_best={}", "true"),
     **_each("save_best", "keep_best=1"),
     **_each("ema_alpha ema_rate use_ema model_ema", "ema_decay={}", "0.99", {"true": "0.99"}),
-    **_each("embedding_lr_scale", "lr_groups={{embed: {}}}", "0.1"),
-    **_each("embedding_lr embedding_learning_rate", "lr_groups={{embed: 0.1}}", note="in multiples of lr"),
+    **_each("embedding_lr_scale", "lr_groups={{embed:{}}}", "0.1"),
+    **_each("embedding_lr embedding_learning_rate", "lr_groups={{embed:0.1}}", note="in multiples of lr"),
     **_each("metric_for_best_model", "objective={}", "loss/eval"),
     **_each("generate_during_eval", "sample_during_eval={}", "true"),
     **_each(

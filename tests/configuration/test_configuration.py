@@ -790,7 +790,7 @@ def test_numbers_go_where_tracking_says_and_to_wandb_only_if_it_is_enabled(compo
 
 
 def test_tensorboard_that_is_not_installed_is_asked_for_before_anything_begins(check, monkeypatch):
-    monkeypatch.setattr("preference_training.configuration.validation.distribution", lambda name: distribution(f"no-{name}"))
+    monkeypatch.setattr("preference_training.configuration.checks.run.distribution", lambda name: distribution(f"no-{name}"))
     assert refusal(check, "tracking=tensorboard").endswith("Run `pip install -r requirements/tensorboard.txt`.")
 
 

@@ -54,6 +54,7 @@ KINDS = {
     r"python my_run\.py": "test_the_page_on_python_can_be_followed",
     r"python benchmarks/gpu_check\.py$": "tests/integration/test_gpu_check.py runs every part of it",
     r"python benchmarks/science\.py (closed_form|beta_dpo|rates)$": "tests/losses/test_science.py runs it",
+    r"python benchmarks/memory_options\.py$": "tests/integration/test_memory_options.py measures with it",
     r"eval \$\(python train.py -sc install=bash\)$": "tests/configuration/test_help.py completes",
     r"python -m pytest |python -c ": "followed in a clean clone, or run by test_what_is_run_in_one_line_runs",
 }
@@ -445,6 +446,27 @@ def test_the_page_of_intervals_is_what_its_script_finds():
     ours = next(iter(script.MEAN_METHODS))
     for title, shape in script.shapes().items():
         assert row(title, ours)[2] == script.percent(script.of_means(shape, 10, script.MEAN_METHODS[ours])), title
+
+
+def test_the_tables_of_options_are_those_of_the_raw_results(tmp_path, monkeypatch):
+    script = loaded("scripts/options_page.py")
+    assert script.PAGE.read_text() == script.page(), "run python scripts/options_page.py"
+
+    def entry(against, *runs):
+        return {"overrides": [], "against": against, "runs": list(runs)}
+
+    mib, failed = 2**20, {"error": "OutOfMemoryError: a | b"}
+    numbers = [{"peak_in_steps": peak * mib, "cpu_seconds": [9.0, seconds, 7.0]} for peak, seconds in ((1000, 2.0), (250, 3.0))]
+    settings = {"all": entry(None, numbers[0]), "LoRA": entry("all", failed, numbers[1]), "other": entry("LoRA", failed)}
+    facts = {"hardware": {"cores": 2}, "load_average": [[0.5, 0, 0]], "models": {"smollm2": {"settings": settings}}}
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    file = tmp_path / "raw.json"
+    file.write_text(json.dumps(facts))
+    assert script.tables(file).splitlines()[4:7] == [
+        "| all |  | 1,000 |  | 2.00 |  |",
+        "| LoRA | all | 250 | 0.25 | 3.00 | 1.50 |",
+        r"| other | LoRA | failed: OutOfMemoryError: a \| b | | | |",
+    ]
 
 
 def test_a_units_sentence_becomes_a_cell_and_lines_that_are_set_in_stay_lines():

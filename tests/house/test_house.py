@@ -91,7 +91,7 @@ def sweep_values(overrides: list[str]) -> list[list[str]]:
     jobs = [[]]
     for text in overrides:
         key, value = text.split("=", 1)
-        values = ["0.2"] if "interval" in value else [value] if value.startswith("[") else value.split(",")
+        values = ["0.2"] if "interval" in value else [value] if value.startswith(("[", "{")) else value.split(",")
         jobs = [[*job, f"{key}={choice}"] for job in jobs for choice in values]
     return jobs
 

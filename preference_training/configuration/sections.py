@@ -194,6 +194,7 @@ class LossConfig(Section):
     mode_loss: str | None = optional_key(known_name("mode", MODES))
     mode_weight: float | None = optional_key(share())
     a: float | None = optional_key(not_negative())
+    threshold: str | None = optional_key(one_of(("running_mean", "trend"), "running_mean or trend"), NEWER)
     alpha: float | None = optional_key(not_negative())
     penalty: float | None = optional_key(not_negative())
     gamma: float | None = optional_key(not_negative())

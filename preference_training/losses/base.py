@@ -232,7 +232,7 @@ class Loss(ABC):
         return None
 
     @classmethod
-    def state_shape(cls) -> dict[str, Any] | None:
+    def state_shape(cls) -> dict[Any, Any] | None:
         """The shape of `state_dict`, as `find_mismatch` checks it; None for a loss without state."""
         return None
 

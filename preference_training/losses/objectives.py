@@ -88,6 +88,7 @@ def build_dpo(
     mode_loss: str = "DPO",
     mode_weight: float = 0.0,
     a: float = 0.0,
+    threshold: str = "running_mean",
     seed: int = 0,
 ) -> Loss:
     """DPO or beta-DPO, from the keys of `config/loss/dpo.yaml`; `seed` seeds beta-DPO's sampling. Raises ValueError."""
@@ -96,7 +97,8 @@ def build_dpo(
     if mode_loss == "DPO":
         return DPOLoss(beta, label_smoothing, reference_free)
     if mode_loss == "beta_DPO":
-        return BetaDPOLoss(beta, mode_weight, a, torch.Generator().manual_seed(seed), label_smoothing)
+        statistics = GapStatistics(follows_trend=threshold == "trend")
+        return BetaDPOLoss(beta, mode_weight, a, torch.Generator().manual_seed(seed), label_smoothing, statistics)
     raise ValueError(f"no mode_loss {mode_loss!r}")
 
 
@@ -155,7 +157,7 @@ class BetaDPOLoss(Loss):
 
     needs_batch_statistics = True
     reward = "log-ratio"
-    training_keys = ("mode_loss", "mode_weight", "a")
+    training_keys = ("mode_loss", "mode_weight", "a", "threshold")
 
     def batch_statistics(self, policy: Tensor, reference: Tensor | None, examples: Examples) -> PairSelection:
         """Update the running statistics with a training micro-batch's gaps, then sample its pairs and set its beta."""
@@ -166,7 +168,9 @@ class BetaDPOLoss(Loss):
         log_weights = log_sampling_weights(gaps, mean, self.statistics.deviation or 0.0)
         drawn = draw_without_replacement(log_weights, number_kept(len(gaps), self.filtering_ratio), self.generator)
         weights = gaps.new_zeros(len(gaps)).index_fill(0, drawn, len(gaps) / len(drawn))
-        beta = adapted_beta(self.beta, self.scaling_factor, gaps[drawn].mean(), mean)
+        kept_gap = gaps[drawn].mean()
+        self.statistics.follow(kept_gap)
+        beta = adapted_beta(self.beta, self.scaling_factor, kept_gap, self.statistics.threshold or 0.0)
         return PairSelection(weights, beta, self._logged(beta, len(drawn) / len(gaps)))
 
     def __call__(
@@ -186,26 +190,27 @@ class BetaDPOLoss(Loss):
         return LossOutput(losses, *rewards, statistics=batch_statistics.statistics)
 
     @classmethod
-    def state_shape(cls) -> dict[str, Any]:
+    def state_shape(cls) -> dict[Any, Any]:
         """The running statistics and the state of the random generator."""
         from torch import Tensor
 
-        return {"mean": (_is_number, None), "deviation": (_is_number, None), "draws": Tensor}
+        # The rest is of a trend.
+        return {"mean": (_is_number, None), "deviation": (_is_number, None), "draws": Tensor, ...: (_is_number, None)}
 
     def state_dict(self) -> dict[str, Any]:
         """The running statistics and the state of the random generator."""
-        return {"mean": self.statistics.mean, "deviation": self.statistics.deviation, "draws": self.generator.get_state()}
+        return self.statistics.state_dict() | {"draws": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the statistics and the random generator."""
-        self.statistics = GapStatistics(state["mean"], state["deviation"])
+        self.statistics.load_state_dict(state)
         self.generator.set_state(state["draws"])
 
     def _evaluation_statistics(self, policy_gap: Tensor, reference_gap: Tensor) -> dict[str, float | Tensor]:
-        """What an evaluation logs: the beta for its mean gap relative to training's running mean, and the loss at it."""
+        """What an evaluation logs: the beta for its mean gap relative to training's threshold, and the loss at it."""
         mean = (policy_gap - reference_gap).mean()
-        running_mean = mean.item() if self.statistics.mean is None else self.statistics.mean
-        beta = adapted_beta(self.beta, self.scaling_factor, mean, running_mean)
+        threshold = mean.item() if self.statistics.threshold is None else self.statistics.threshold
+        beta = adapted_beta(self.beta, self.scaling_factor, mean, threshold)
         adapted = dpo_loss(policy_gap, reference_gap, beta, self.label_smoothing).mean()
         return self._logged(beta, 1.0) | {LOSS_AT_BETA_USED: adapted}
 

@@ -445,6 +445,8 @@ STRATEGIES = {"never": "'never'", "null": "None", "epochs": "'epochs'", "false":
         ("loss=beta_DPO loss.mode_weight=1", "loss.mode_weight", "1", "a share from 0 to below 1"),
         ("loss=beta_DPO loss.mode_weight=true", "loss.mode_weight", "True", "a share from 0 to below 1"),
         ("loss=beta_DPO loss.a=-1", "loss.a", "-1", "a number from 0"),
+        ("loss=beta_DPO loss.threshold=mean", "loss.threshold", "'mean'", "running_mean or trend"),
+        ("loss=dpo loss.threshold=trend", "loss.threshold", "trend", "loss.mode_loss=beta_DPO"),
         ("loss=dpo loss.a=[1]", "loss.a", "[1]", "a number from 0"),
         ("loss=beta_DPO loss.reference_free=true", "loss.reference_free", "True", "false: beta_DPO measures"),
         # 4 pairs in 2 micro-batches: int(2 * (1 - 0.9)) = 0 pairs would be kept.

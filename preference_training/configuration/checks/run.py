@@ -135,6 +135,11 @@ def _check_loss(config: RunConfig) -> None:
         raise UserError(f"loss.function: {file}: no such file. Expected FILE.py:NAME; paths are relative to {Path.cwd()}.")
     if loss.mode_loss == "beta_DPO" and loss.reference_free:
         raise UserError("loss.reference_free: found True, expected false: beta_DPO measures its margins against the reference.")
+    if loss.mode_loss == "DPO" and loss.threshold == "trend":
+        raise UserError(
+            "loss.threshold: found trend, but loss.mode_loss is DPO, whose beta is fixed. Set loss.mode_loss=beta_DPO, or "
+            "loss.threshold=running_mean."
+        )
     if loss.moves_reference and config.reference_logps == "cached":
         raise UserError(
             f"reference_logps: found cached, but the reference of loss={loss.name} follows the policy, and its log-probs with "

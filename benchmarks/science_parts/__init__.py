@@ -1,0 +1,1 @@
+"""What the losses' claims come to in worlds whose every response is enumerated: `python benchmarks/science.py`."""

@@ -47,14 +47,15 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
+    versions = {name: version(name) for name in PACKAGES}
+    found = {"command": sys.argv, "machine": platform.machine(), "python": platform.python_version(), "versions": versions}
     rows = []
     for kind in arguments.kinds:
         rows.append(measure(arguments.run, kind))
         print(json.dumps({name: value for name, value in rows[-1].items() if name != "lines"}), flush=True)
-    versions = {name: version(name) for name in PACKAGES}
-    found = {"command": sys.argv, "machine": platform.machine(), "python": platform.python_version(), "versions": versions}
-    if arguments.results:
-        arguments.results.write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
+        if arguments.results:
+            # As they come: a kind takes minutes.
+            arguments.results.write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

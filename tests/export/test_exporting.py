@@ -527,6 +527,7 @@ def test_int8_weights_load_as_they_were_quantized(folder, tmp_path):
     assert 1 < full < 1000 and abs(accuracy - accuracy_in_full) <= 0.125
 
 
+@pytest.mark.long
 def test_int4_weights_are_calibrated_on_the_runs_rows_and_plain_transformers_loads_them(folder, tmp_path, monkeypatch):
     for name, value in {"checkpoint.WINDOWS": 4, "checkpoint.WINDOW": 64, "quantization.CPU_STEPS": 2}.items():
         monkeypatch.setattr(f"preference_training.export.{name}", value)

@@ -261,6 +261,7 @@ def test_liger_kernels_are_refused_without_a_gpu(tiny, monkeypatch):
         load_model(tiny("model.liger_kernels=true"), byte_level_tokenizer())
 
 
+@pytest.mark.long
 def test_compilation_leaves_log_probs_as_they_were(tiny):
     model = load_model(tiny("model.from_config.num_hidden_layers=1"), byte_level_tokenizer())
     share_prefixes(model, "on")

@@ -63,7 +63,7 @@ def test_a_round_learns_from_tests_alone(code_rounds, tmp_path, monkeypatch):
     monkeypatch.setattr(code_rounds, "tests_of", lambda task: TESTS)
     monkeypatch.setattr(code_rounds, "read_problems", lambda split: held_out)
     settings = code_rounds.Settings(
-        hidden_size=32, num_layers=2, sft_prompts=16, sft_epochs=50, sft_lr=1e-2,
+        hidden_size=32, num_layers=2, sft_prompts=16, sft_wrong=0.0, sft_epochs=50, sft_lr=1e-2,
         prompts=12, rounds=1, round_prompts=12, samples=4, epochs=20, lr=2e-3,
     )  # fmt: skip
     code_rounds.prepare(tmp_path, settings)

@@ -1,6 +1,7 @@
 """The 150 problems of examples/code_problems.jsonl: right solutions pass, wrong ones fail, held-out ones stay held out."""
 
 import json
+import random
 import re
 import sys
 from collections import Counter
@@ -107,6 +108,13 @@ def test_further_training_problems_leave_held_out_ones_out(problems):
     for each in more:
         collection = each.composition.collection.name
         assert problems.behavior(each.solution, collection) not in by_collection[collection]
+
+
+def test_a_wrong_solution_behaves_otherwise(problems):
+    draw = random.Random(0)
+    for each in problems.training_problems(12, seed=2):
+        wrong, collection = problems.wrong_solution(each, draw), each.composition.collection.name
+        assert problems.behavior(wrong, collection) != problems.behavior(each.solution, collection)
 
 
 def test_the_labeling_app_imports_them(tmp_path):

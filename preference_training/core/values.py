@@ -46,3 +46,8 @@ def find_mismatch(value, shape, name: str) -> str | None:
 def hash_values(values, default: Callable | None = None) -> str:
     """Hash of plain values, whatever the order of their keys: 32 hexadecimal digits. default: as in `json.dumps`."""
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, default=default).encode())
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 prompt, 2 prompts."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

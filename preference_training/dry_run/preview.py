@@ -25,6 +25,7 @@ from preference_training.core.errors import UserError, visible
 from preference_training.core.files import first_existing
 from preference_training.core.machine import pick_device
 from preference_training.core.process_group import Ranks
+from preference_training.core.values import counted
 from preference_training.data.prompt_table import Selection
 from preference_training.data.quality.checks import check_data
 from preference_training.data.quality.facts import Facts, collect_facts
@@ -367,8 +368,8 @@ def describe_rank(first: FirstSteps, processes: int, ranks: Ranks, budget: Token
     whose = "rank 0" if together == 1 else f"the group of rank 0, {together} processes,"
     lines = [
         f"  {processes:,} processes, {ranks.size:,} of them with different data{_together(ranks)}",
-        f"  {whose} in the largest of the first {STEPS_INSPECTED} steps: {tokens:,} tokens in {len(packs):,} packs; examples: "
-        f"{examples:,}",
+        f"  {whose} in the largest of the first {STEPS_INSPECTED} steps: {tokens:,} tokens in {counted(len(packs), 'pack')}; "
+        f"examples: {examples:,}",
         *([f"  {first.ranks.line(together)}"] if first.ranks else []),
     ]
     assumed = (

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget
 from preference_training.core.machine import pick_device
+from preference_training.core.values import counted
 from preference_training.distributed.launching import end_group, number_of_workers
 from preference_training.distributed.placement import Sharded
 from preference_training.distributed.sharding import empty_model
@@ -222,5 +223,4 @@ def describe_traffic(traffic: Traffic, packs: int) -> list[str]:
     ]
     if not lines:
         return ["  none"]
-    counted = "pack" if packs == 1 else "packs"
-    return [f"  sent by each rank, and as much received, in a step of {packs:,} {counted}:", *lines]
+    return [f"  sent by each rank, and as much received, in a step of {counted(packs, 'pack')}:", *lines]

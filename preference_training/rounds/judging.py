@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from preference_training.core.machine import said_while_slow
+from preference_training.core.values import counted
 from preference_training.rounds.judges.base import Judge, JudgedInput, PendingError
 from preference_training.rounds.judges.choice import build_judge, build_second_judge
 from preference_training.rounds.judges.verdicts import Verdicts
-from preference_training.rounds.loop import JUDGED, Loop, RoundFiles, counted
+from preference_training.rounds.loop import JUDGED, Loop, RoundFiles
 from preference_training.rounds.tables import SCORES, read_table, save_text, write_table
 from preference_training.tracking.run_files import json_object
 

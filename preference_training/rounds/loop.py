@@ -47,11 +47,6 @@ JUDGED = "judged.json"
 USUAL_PAIRS = {"pairs": "best_worst", "rankings": "ranking", "labels": "unpaired", "targets": "best_of_n"}
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things: 1 prompt, 2 prompts."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 @dataclass(frozen=True)
 class RoundFiles:
     """The files of a round, whether they are there or not. number: from 1; None for what follows the last round."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pyarrow
 
 from preference_training.core.errors import UserError
-from preference_training.rounds.loop import Loop, RoundFiles, counted
+from preference_training.core.values import counted
+from preference_training.rounds.loop import Loop, RoundFiles
 from preference_training.rounds.pairing import Candidate, pair
 from preference_training.rounds.prompts import LoopPrompt, as_json
 from preference_training.rounds.served.notes import count_unanswered

@@ -23,6 +23,7 @@ from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device, quiet_libraries, release_memory, said_while_slow
 from preference_training.core.processes import usable_cores
+from preference_training.core.values import counted
 from preference_training.data.rows.records import Prompt
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.generation.chat_format import ChatFormat, with_system
@@ -35,7 +36,7 @@ from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.state import compute_device, move_to_devices, weights_hash
 from preference_training.modeling.token_budget import token_budget
 from preference_training.modeling.tokenizer import load_tokenizer
-from preference_training.rounds.loop import Loop, RoundFiles, counted
+from preference_training.rounds.loop import Loop, RoundFiles
 from preference_training.rounds.processes import run_together
 from preference_training.rounds.prompts import LoopPrompt, prompts_of_round
 from preference_training.rounds.served.choice import is_policy_served, is_served, served_source

@@ -11,11 +11,11 @@ from preference_training.configuration.validation import configured
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import ROUNDS as ROUNDS_METRICS
 from preference_training.core.processes import in_worker
-from preference_training.core.values import dotted
+from preference_training.core.values import counted, dotted
 from preference_training.losses.registry import example_kind, find_loss, model_head
 from preference_training.rounds.driver import run_loop
 from preference_training.rounds.judges.choice import check_judge, check_rows
-from preference_training.rounds.loop import PROMPTS, ROUNDS, USUAL_PAIRS, Loop, counted
+from preference_training.rounds.loop import PROMPTS, ROUNDS, USUAL_PAIRS, Loop
 from preference_training.rounds.processes import StepFailedError, locked_loop
 from preference_training.rounds.prompts import prompts_of_round, read_prompts, read_stored, store
 from preference_training.rounds.served.choice import check_sampler, is_served

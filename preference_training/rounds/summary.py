@@ -29,11 +29,12 @@ from preference_training.core.metric_names import (
     SIMILARITY,
     UPDATES,
 )
+from preference_training.core.values import counted
 from preference_training.evaluation.intervals import estimate, mean_interval, share_interval
 from preference_training.evaluation.phrasing import with_interval
 from preference_training.generation.repetition import repeated_share
 from preference_training.rounds.judges.findings import facts_of_scores, findings
-from preference_training.rounds.loop import JUDGED, Loop, RoundFiles, counted
+from preference_training.rounds.loop import JUDGED, Loop, RoundFiles
 from preference_training.rounds.tables import read_table, save_text
 from preference_training.tracking.dashboards.base import RunStart
 from preference_training.tracking.dashboards.starting import start_dashboards

@@ -12,7 +12,8 @@ from preference_training.configuration.rerun import keep_presets
 from preference_training.core.errors import UserError
 from preference_training.core.files import replace_symlink
 from preference_training.core.metric_names import ROUNDS, UPDATES
-from preference_training.rounds.loop import Loop, RoundFiles, counted
+from preference_training.core.values import counted
+from preference_training.rounds.loop import Loop, RoundFiles
 from preference_training.rounds.tables import can_be_written, read_table, save_text
 from preference_training.tracking.run_files import LATEST, METRICS, json_object, metric_rows
 

@@ -102,6 +102,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     if not config.eval_only:
         lines += [line] if (line := unusual_lr(config, loss.learns, count)) else []
     config = fit_lr(config, loss.learns, count)
+    lines += process_notices(config)
     lines += [] if config.eval_only else [*training_notices(config), *rates_of_weights(config, tokenizer)]
     limits = model_limits(config, tokenizer)
     config, entries = fit_templates(config, entries, tokenizer, earlier)
@@ -135,6 +136,16 @@ def adapter_notice(config: RunConfig) -> str | None:
     start = "" if lora.init == "default" else f" that start as {lora.init}"
     adapters = f"{kind} adapters of rank {lora.r} (alpha {lora.alpha:g}){start}"
     return f"model.lora.r: {adapters} are trained, all other weights are frozen{quantized}"
+
+
+def process_notices(config: RunConfig) -> list[str]:
+    """What a sharded run says of how its processes share work."""
+    trainer, lines = config.trainer, []
+    if (trainer.context_parallel_size or 1) > 1:
+        lines.append(f"trainer.context_parallel_size: {trainer.context_parallel_size} processes compute each pack together")
+    if trainer.world_size is not None and not config.dry_run:
+        lines.append("trainer.world_size: read by dry_run=true alone; this run has the processes that are started")
+    return lines
 
 
 def count_parameters(config: RunConfig, tokenizer) -> int:

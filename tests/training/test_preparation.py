@@ -13,6 +13,7 @@ from preference_training.training.preparation import (
     adapter_notice,
     few_held_out,
     other_template_notice,
+    process_notices,
     remarks_on,
     report_split,
 )
@@ -111,3 +112,19 @@ def test_an_archive_with_another_chat_template_is_told_with_the_key_that_keeps_i
 def test_what_an_adapter_leaves_frozen_is_told_and_how_it_is_quantized(overrides, told, compose):
     notice = adapter_notice(compose("loss=dpo", *overrides.split()))
     assert notice == (told and f"model.lora.r: {told}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["trainer.context_parallel_size=2"], ["trainer.context_parallel_size: 2 processes compute each pack together"]),
+        (
+            ["trainer.world_size=8"],
+            ["trainer.world_size: read by dry_run=true alone; this run has the processes that are started"],
+        ),
+        (["trainer.world_size=8", "dry_run=true"], []),
+        ([], []),
+    ],
+)
+def test_it_is_said_how_processes_share_work(overrides, said):
+    assert process_notices(configured("trainer=FSDPTrainer", *overrides)) == said

@@ -2,12 +2,17 @@
 
 import json
 import os
+import signal
 
 import pytest
 from hypothesis import settings
 
 import train  # noqa: F401  registers the named data sets, and the resolver that the configuration uses
 from tests.support.files import GOLDEN
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # In the background of a shell pytest ignores Ctrl-C, and so would the processes that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

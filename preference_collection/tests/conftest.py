@@ -1,5 +1,6 @@
 """Shared fixtures of the app's tests: a store with content, and a stand-in for Ollama."""
 
+import signal
 import threading
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,10 @@ from preference_collection.store.store import open_store
 # How long an example takes says how busy the machine is, and nothing of the code.
 settings.register_profile("here", deadline=None)
 settings.load_profile("here")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # In the background of a shell pytest ignores Ctrl-C, and so would the processes that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def test_a_user_defined_loss_is_named_without_its_path(config):
     [
         (["loss=dpo"], "with beta 0.1 on"),
         (["loss=dpo", "loss.label_smoothing=0.1"], "with beta 0.1, label_smoothing 0.1 on"),
-        (["loss=beta_DPO"], "with beta 0.1, mode_weight 0.2, a 0.6 on"),
+        (["loss=beta_DPO"], "with beta 0.1, mode_weight 0.2, a 0.6, threshold running_mean on"),
     ],
 )
 def test_only_values_that_the_loss_computes_with_are_named(overrides, expected, config):

@@ -180,6 +180,12 @@ def explain_composition_error(error: Exception, overrides: Sequence[str] = ()) -
     if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
         group, choice = match.groups()
         return f"{group}={choice}: there is no such {group}; {nearest(choice, group_choices(group))}"
+    if override := getattr(error, "override", None):
+        key, _, value = override.partition("=")
+        return (
+            f"{key}: found {value}, which Hydra cannot read as a value. Expected quotes within quotes around a text with "
+            f"characters such as <, >, : or {{: '{key}=\"{value}\"'."
+        )
     if "does not support sweep type" in text and "INTERVAL" in text:
         return (
             "interval(...): Hydra's own sweeper goes through values one by one. List them, or search with hydra/sweeper=optuna."

@@ -20,6 +20,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.core.machine import allow_tf32, quiet_libraries, tune_malloc
 from preference_training.core.random_streams import seed_everything
+from preference_training.core.values import counted
 from preference_training.data.entries import Entry, check_examples, is_path, read_entries
 from preference_training.data.preparation import Prepared, count_identical_pairs, exclude_held_out, overlap, prepare
 from preference_training.data.prompt_table import PromptTable
@@ -102,7 +103,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     if not config.eval_only:
         lines += [line] if (line := unusual_lr(config, loss.learns, count)) else []
     config = fit_lr(config, loss.learns, count)
-    lines += process_notices(config)
+    lines += [*vocabulary_notices(config, tokenizer), *process_notices(config)]
     lines += [] if config.eval_only else [*training_notices(config), *rates_of_weights(config, tokenizer)]
     limits = model_limits(config, tokenizer)
     config, entries = fit_templates(config, entries, tokenizer, earlier)
@@ -136,6 +137,12 @@ def adapter_notice(config: RunConfig) -> str | None:
     start = "" if lora.init == "default" else f" that start as {lora.init}"
     adapters = f"{kind} adapters of rank {lora.r} (alpha {lora.alpha:g}){start}"
     return f"model.lora.r: {adapters} are trained, all other weights are frozen{quantized}"
+
+
+def vocabulary_notices(config: RunConfig, tokenizer) -> list[str]:
+    """What a run says of tokens that it adds."""
+    added = config.model.added_tokens
+    return [f"model.add_tokens: {counted(len(added), 'token')} added, {len(tokenizer):,} in all"] if added else []
 
 
 def process_notices(config: RunConfig) -> list[str]:

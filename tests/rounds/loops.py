@@ -69,8 +69,7 @@ def in_this_process(command: Sequence[str], _name: str) -> None:
         step, directory, _, number = command[3:]
         work(Loop.open(Path(directory)), int(number), step)
     else:
-        arguments = [text for text in prepare_arguments(list(command[2:])) if not text.startswith("--")]
-        train(configured(*arguments), quiet=True)
+        train(configured(*prepare_arguments(list(command[2:]))), quiet=True)
 
 
 def run(loop: Loop) -> None:

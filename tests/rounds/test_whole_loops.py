@@ -50,7 +50,8 @@ def test_a_sharded_loop_under_presets_of_the_users_own_samples_and_trains_as_one
     one, other = (load_file(each.round(1).policy / "model.safetensors") for each in (loop, alone))
     assert one.keys() == other.keys()
     for name, weight in one.items():
-        torch.testing.assert_close(weight, other[name], rtol=0, atol=1e-5)
+        # Sums in another order, in steps of lr 0.01.
+        torch.testing.assert_close(weight, other[name], rtol=0, atol=1e-4)
     assert loop.round(3).is_done("summarize") and len((loop.directory / "metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -69,8 +70,8 @@ def test_a_moving_reference_follows_the_policy_within_a_round_and_begins_each_ro
         assert updates % 2 == 0
         assert f"{files.name}: its reference moved {updates // 2} times towards the policy, every 2 updates" in said
         policy = load_file(files.policy / "model.safetensors")
-        reference = {k: v for file in (files.policy / "checkpoint" / "reference").glob("*") for k, v in load_file(file).items()}
-        assert {name.removeprefix("model.model.") for name in reference} and len(reference) == len(policy)
+        reference = {k: v for file in (files.policy / "reference").glob("*") for k, v in load_file(file).items()}
+        assert reference.keys() == policy.keys()
         for name, weight in reference.items():
             assert torch.equal(weight, policy[name])
     assert "compared with a reference that begins as it and follows it" in said

@@ -75,8 +75,9 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
     composed.local_run_dir = str(run_dir)
     if resume:
         composed.resume = resume
-    settings, runtime = HydraConfig.get(), HydraConfig.get().runtime
-    config = validate(composed, list(settings.overrides.task), dict(runtime.choices), own_folder(runtime.config_sources))
+    settings = HydraConfig.get()
+    folder = own_folder(settings.runtime.config_sources)
+    config = validate(composed, list(settings.overrides.task), dict(settings.runtime.choices), folder)
     name = config.loss.name
     check_objective(config.objective, name, example_kind(name), model_head(name), config.rounds is not None)
     read_entries(config)

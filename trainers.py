@@ -38,7 +38,6 @@ class Trainer:
         self.state = RunState()
         self.step = TrainingStep(placement, models, self.state, batches.train.schedule.total_steps)
         self.evaluator = Evaluator(placement, models, batches, self.state, observers)
-        self.evaluator.averages_in_place = self.step.updater.averages_in_place
         utilization = Utilization.of(self.config, models.policy, models.reference, self.step.device)
         self.pace = Pace(self.state, utilization)
         self.monitor = TrainingMonitor(self.tracker, self.config.loss_spike)
@@ -77,7 +76,8 @@ class Trainer:
             if self.finished:
                 break
         self.monitor.report_sharing()
-        self.evaluator.evaluate(may_stop=False)
+        with self.step.updater.averages_in_place():
+            self.evaluator.evaluate(may_stop=False)
         self.save(finished=True)
 
     @property
@@ -92,7 +92,8 @@ class Trainer:
             with suppress(EvaluationStoppedError):
                 self.state.reference_answers = self.evaluator.responses()
         if self.config.do_first_eval and not self.evaluator.stopped:
-            self.evaluator.evaluate()
+            with self.step.updater.averages_in_place():
+                self.evaluator.evaluate()
         if self.evaluator.stopped:
             reason = self.observers.stop.reason or "another process of the run is to stop"
             raise StoppedError(f"stopped before the first step: {reason}; nothing was trained", resumable=False)
@@ -107,7 +108,8 @@ class Trainer:
             strategy == "epoch" and self.batches.train.at_end_of_epoch
         )
         if evaluate:
-            self.evaluator.evaluate()
+            with self.step.updater.averages_in_place():
+                self.evaluator.evaluate()
             self.stopping |= self.evaluator.stopped
         if was_due and not self.stopping:
             save, self.saved_at = True, None

@@ -32,17 +32,13 @@ def point_at_best(run_dir: Path, metric: str) -> str:
         return "load_best: no checkpoint was evaluated: LATEST stays the last one"
     replace_symlink(run_dir / LATEST, found.path.name)
     sync_directory(run_dir)
-    value, overall = found.held_out(metric), _best_so_far(run_dir)
     last = list_checkpoints(run_dir)[0]
+    # The best value of all evaluations, those without a checkpoint included.
+    value, overall = found.held_out(metric), Checkpoint.read(last).state["best"]
     which = "the last checkpoint" if last == found.path else f"{found.path.name}, not of the last one, {last.name}"
     line = f"load_best: LATEST has the weights of {which}: {metric} {value:.4g} is the best of the checkpoints"
     better = overall is not None and (overall < value if smaller_is_better(metric) else overall > value)
     return f"{line}; before training it was better still, {overall:.4g}" if better else line
-
-
-def _best_so_far(run_dir: Path) -> float | None:
-    """The best value of the objective in all evaluations, those without a checkpoint included."""
-    return Checkpoint.read(list_checkpoints(run_dir)[0]).state["best"]
 
 
 def add_policy_pt(checkpoint: Path, tied: dict[str, str]) -> None:

@@ -38,7 +38,7 @@ from preference_training.configuration.keys import (
     texts,
     whole,
 )
-from preference_training.configuration.optimizers import OPTIMIZERS, UNKNOWN_UPDATES, OptimizerFacts, states_kept
+from preference_training.configuration.optimizers import OPTIMIZERS, OptimizerFacts, states_kept
 from preference_training.configuration.sections import (
     EvaluationConfig,
     LossConfig,
@@ -263,7 +263,7 @@ class RunConfig(Section):
         trained = self.model.trains_low_precision
         if self.master_weights != "auto":
             return bool(self.master_weights) and trained
-        unknown = self.optimizer in UNKNOWN_UPDATES or self.averages_weights
+        unknown = not self.optimizer_facts.updates_by_lr or self.averages_weights
         return trained and (unknown or (self.lr or 0.0) < self.model.smallest_kept_lr)
 
     @property

@@ -149,12 +149,16 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def sharded_like(tensor: DTensor, values: Tensor) -> DTensor:
+    """Values that every process has whole, sharded as a tensor is; nothing is communicated."""
+    mesh = tensor.device_mesh
+    whole = DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=tensor.placements)
+
+
 def set_whole(tensor: Tensor, values: Tensor) -> None:
     """Set a tensor, or this process's shard of a DTensor, from all of its values; nothing is communicated."""
-    if isinstance(tensor, DTensor):
-        whole = DTensor.from_local(values, tensor.device_mesh, [Replicate()] * tensor.device_mesh.ndim, run_check=False)
-        values = whole.redistribute(placements=tensor.placements).to_local()
-    to_local(tensor).copy_(values)
+    to_local(tensor).copy_(to_local(sharded_like(tensor, values)) if isinstance(tensor, DTensor) else values)
 
 
 def reshard(model: nn.Module) -> None:

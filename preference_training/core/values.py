@@ -1,7 +1,7 @@
 """Plain nested values: dotted names, hashes, and whether a value has the expected shape."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import xxhash
 
@@ -51,3 +51,9 @@ def hash_values(values, default: Callable | None = None) -> str:
 def counted(number: int, noun: str) -> str:
     """A number of things: 1 prompt, 2 prompts."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, with columns of one width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -52,6 +52,22 @@ def is_data_file(name: str) -> bool:
     return format_of(name) is not None
 
 
+def check_data_file(path: str, key: str) -> None:
+    """Raise UserError, which names a key or an option, where a path is no data file that is there."""
+    if not is_data_file(path) or not (is_remote(path) or Path(path).expanduser().is_file()):
+        raise UserError(f"{key}: {path}: no such data file. Expected one of {EXPECTED}; paths are relative to {Path.cwd()}.")
+
+
+def read_whole_file(path: str, key: str) -> Iterator[tuple[int, dict]]:
+    """The rows of a data file of which none is skipped. Raises UserError, which names a key or an option, for any fault."""
+    check_data_file(path, key)
+    try:
+        yield from read_rows(path)
+    except UserError as error:
+        text = str(error).removeprefix("datasets: ").replace(", or skip such rows with on_bad_row=skip", "")
+        raise UserError(f"{key}: {text}") from error
+
+
 def read_rows(path: str | Path, report: DataReport | None = None) -> Iterator[tuple[int, dict]]:
     """Yield (row number, row) of a file, local or at a URL of fsspec's; bad rows go to `report`; without one they raise.
 

@@ -92,8 +92,8 @@ class Placement:
         if model.reference_archive is None:
             return LiveReference(self.frozen_copy(policy))
         archive = None if model.reference_archive == BASE_MODEL else model.reference_archive
-        values = {"archive": archive, "reference_archive": None, "policy_dtype": model.reference_dtype}
-        values |= {"trainable": None, "freeze": None, "spectrum_share": None}
+        values = dict.fromkeys(("reference_archive", "trainable", "freeze", "spectrum_share"))
+        values |= {"archive": archive, "policy_dtype": model.reference_dtype}
         other = same_devices(self, self.config.changed({f"model.{key}": value for key, value in values.items()}))
         return LiveReference(other.load_policy().eval().requires_grad_(False))
 

@@ -165,14 +165,14 @@ def describe_data(
     """Lines about one split: rows read, prompts kept, and lengths. held_out: a line, or "", on what each entry holds out."""
     lines = []
     for name, report, apart in zip_longest(names, reports, held_out, fillvalue=""):
-        rows = f"{number_of(report.rows_read, 'row')} read, " if report.rows_read else ""
-        lines.append(f"  {name}: {rows}{number_of(report.num_prompts, 'prompt')} kept")
+        rows = f"{counted(report.rows_read, 'row')} read, " if report.rows_read else ""
+        lines.append(f"  {name}: {rows}{counted(report.num_prompts, 'prompt')} kept")
         lines += [f"    {apart}"] * bool(apart)
         lines += [f"    {count:,} {what}" for count, what in report.counts()]
         lines += [f"    {message}" for message in (*report.remarks(), *report.bad_row_lines())]
     counts = {"prompt": facts.prompts, "response": facts.responses, "pair" if paired else "example": facts.examples}
     counts["token"] = facts.tokens
-    lines.append("  " + ", ".join(number_of(count, what) for what, count in counts.items()))
+    lines.append("  " + ", ".join(counted(count, what) for what, count in counts.items()))
     if not facts.prompts:
         return lines
     for label, lengths in (("prompts", facts.prompt_lengths), ("responses", facts.response_lengths)):
@@ -189,16 +189,11 @@ def held_out_lines(prepared: PreparedRun) -> list[str]:
     """A line on what each entry of `datasets` holds out of the rows that it trains on; "" where nothing."""
     pairs = zip(prepared.entries, prepared.data[-1].reports, strict=True)
     return [
-        f"{number_of(report.num_prompts, 'more prompt')} held out (held_out_share={entry.held_out_share:g})"
+        f"{counted(report.num_prompts, 'more prompt')} held out (held_out_share={entry.held_out_share:g})"
         if entry.uses_held_out_share
         else ""
         for entry, report in pairs
     ]
-
-
-def number_of(count: int, noun: str) -> str:
-    """A number of things, in words."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def histogram(values: numpy.ndarray, rows: int = 8, width: int = 40) -> list[str]:

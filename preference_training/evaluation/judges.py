@@ -30,8 +30,8 @@ from preference_training.generation.servers import ChatServer, OllamaServer, Ope
 
 T = TypeVar("T")
 VERDICTS = ("first", "second", "tie")
-# Those of a judge that also says how much better a response is.
-GRADED_VERDICTS = (*VERDICTS, "first much", "second much")
+# Verdicts, with those of a judge that also says how much better a response is, and the outcome of each for the first response.
+OUTCOMES = {"first": 1.0, "second": 0.0, "tie": 0.5, "first much": 1.0, "second much": 0.0}
 
 
 class NoVerdictError(Exception):

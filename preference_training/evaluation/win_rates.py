@@ -18,7 +18,7 @@ import xxhash
 
 from preference_training.core.errors import UserError
 from preference_training.evaluation.intervals import share_interval
-from preference_training.evaluation.judges import GRADED_VERDICTS, Judge, NoVerdictError
+from preference_training.evaluation.judges import OUTCOMES, Judge, NoVerdictError
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class VerdictStore:
         for line in content.splitlines():
             try:
                 row = json.loads(line)
-                if row["verdict"] in GRADED_VERDICTS:
+                if row["verdict"] in OUTCOMES:
                     self.known[row["key"]] = row["verdict"]
             except (ValueError, LookupError, TypeError, RecursionError):
                 # An incomplete line of a process that was killed.
@@ -120,10 +120,8 @@ def outcome(comparison: Comparison, judge: Judge, store: VerdictStore) -> float 
     verdicts = [store.known.get(VerdictStore.key(judge, question)) for question in comparison.questions(judge)]
     if None in verdicts:
         return None
-    # How much better does not matter here.
-    values = {"first": 1.0, "second": 0.0, "tie": 0.5, "first much": 1.0, "second much": 0.0}
-    # In the second order the policy's response comes second.
-    found = {abs(number - values[verdict]) for number, verdict in enumerate(verdicts)}
+    # How much better does not matter here. In the second order the policy's response comes second.
+    found = {abs(number - OUTCOMES[verdict]) for number, verdict in enumerate(verdicts)}
     return found.pop() if len(found) == 1 else 0.5
 
 

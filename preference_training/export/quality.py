@@ -18,6 +18,7 @@ from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import EVAL, EVAL_ACCURACY
+from preference_training.core.values import counted
 from preference_training.data.entries import read_entries
 from preference_training.data.preparation import Prepared
 from preference_training.evaluation.held_out import score_responses
@@ -132,12 +133,12 @@ def describe_quality(measured: Quantized) -> list[str]:
         words.append(f"reward accuracy {after.accuracy:.3g}, {before.accuracy:.3g} in full")
         fall = before.accuracy - after.accuracy
         reasons += [f"reward accuracy falls by {fall:.3f}, more than {MAX_FALL}"] if fall > MAX_FALL else []
-    lines = [f"{kind}: {'; '.join(words)}; {after.examples:,} example{'s' * (after.examples != 1)}"]
+    lines = [f"{kind}: {'; '.join(words)}; {counted(after.examples, 'example')}"]
     return lines + ([f"warning: {kind} loses much: {' and '.join(reasons)}"] if reasons else [])
 
 
-def missing_rows(options_quantize: str | None, why: str) -> Sequence[str]:
+def missing_rows(quantize: str | None, why: str) -> Sequence[str]:
     """Notes where there are no rows to measure with. Raises UserError where they are needed to calibrate."""
-    if options_quantize == "int4":
+    if quantize == "int4":
         raise UserError(f"--quantize: int4 is calibrated with the run's training rows, which cannot be read: {why}")
     return [f"what quantization costs was not measured: the run's rows cannot be read: {why}"]

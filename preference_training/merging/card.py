@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN
+from preference_training.core.values import aligned
 from preference_training.data.chat_templates import PLAIN_PROMPT
 from preference_training.evaluation.phrasing import with_interval
 from preference_training.export.source import base_license
@@ -50,8 +51,7 @@ class MergeFacts:
         metrics = self._metrics()
         rows = [["held out", "weight", *(SHOWN[name] for name in metrics)]]
         rows += [[name, weight, *values] for name, weight, *values in self._rows(metrics)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return aligned(rows)
 
     def _metrics(self) -> list[str]:
         return [name for name in SHOWN if any(name in found for found in self.held_out.values())]

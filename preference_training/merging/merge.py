@@ -87,16 +87,16 @@ def write_merged(task: Merge, on_disk: Sequence[Ingredient], directory: Path) ->
         print(f"merging {len(models)} models, {len(infos):,} tensors", flush=True)
         with said_while_slow("still merging"):
             parameters = write_weights(directory, infos, plan.tensor)
-    prompt, notes = _write_files(leading, directory, max(infos.values(), key=lambda info: info.bytes).dtype)
+    dtype = max(infos.values(), key=lambda info: info.bytes).dtype
+    prompt, notes = _write_files(leading, directory, dtype)
     _check_loads(directory, leading)
-    dtype = str(max(infos.values(), key=lambda info: info.bytes).dtype).removeprefix("torch.")
     return MergeFacts(
         task.recipe,
         [*models],
         base,
         architecture=type(model).__name__,
         parameters=parameters,
-        dtype=dtype,
+        dtype=str(dtype).removeprefix("torch."),
         prompt=prompt,
         notes=[*task.notes, *notes],
     )

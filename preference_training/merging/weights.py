@@ -58,7 +58,12 @@ class StoredWeights:
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
         """Shape and dtype of each tensor, in the order of the files."""
-        found: dict[str, TensorInfo] = {}
+        return {name: info for name, (info, _) in self._headers.items()}
+
+    @cached_property
+    def _headers(self) -> dict[str, tuple[TensorInfo, Path]]:
+        """What the headers say of each tensor, and its file."""
+        found: dict[str, tuple[TensorInfo, Path]] = {}
         for file in self._files():
             opened = self._open(file)
             for name in opened.keys():  # noqa: SIM118  not a dict
@@ -68,19 +73,12 @@ class StoredWeights:
                         f"{self.name}: {name} is stored as {part.get_dtype()}. Expected unquantized weights: float32, bfloat16 "
                         "or float16."
                     )
-                found[name] = TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()])
-                self.places[name] = file
+                found[name] = TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()]), file
         return found
-
-    @cached_property
-    def places(self) -> dict[str, Path]:
-        """The file of each tensor."""
-        return {}
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored."""
-        assert name in self.infos
-        return self._open(self.places[name]).get_tensor(name)
+        return self._open(self._headers[name][1]).get_tensor(name)
 
     def _files(self) -> list[Path]:
         try:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from preference_training.configuration.optimizers import OPTIMIZERS, OptimizerFacts
 from preference_training.core.metric_names import (
     EVAL_ACCURACY,
     EVAL_LOSS,
@@ -29,7 +30,7 @@ from preference_training.losses.registry import evaluation_depends_on_run
 from preference_training.reporting.experts.balance import balance_findings
 from preference_training.reporting.observations import finite_values
 from preference_training.reporting.run_record import RunRecord
-from preference_training.training.defaults import FAR, UNUSUAL, far_from_usual
+from preference_training.training.defaults import FAR, far_from_usual
 from preference_training.training.monitors import warmup_warning
 
 Severity = Literal["error", "warning", "note"]
@@ -150,16 +151,21 @@ def _what_to_do(run: RunRecord) -> str:
         return "Its learning rate never rose to lr: set warmup_share=0.1."
     lr, usual = run.settings.get("lr"), run.about.get("usual_lr")
     # Steps of SGD are not of the size of lr.
-    if isinstance(lr, float) and isinstance(usual, float) and lr < usual / FAR and run.settings.get("optimizer") not in UNUSUAL:
+    if isinstance(lr, float) and isinstance(usual, float) and lr < usual / FAR and _has_usual_lr(run):
         return f"lr={lr:g} is far below what is usual for such a loss and model, {usual:g} (docs/defaults.md): raise it."
     return f"Is lr={lr} too low, the run too short, or do the examples say nothing to learn?"
+
+
+def _has_usual_lr(run: RunRecord) -> bool:
+    """Whether a learning rate is usual for the optimizer of a run."""
+    return OPTIMIZERS.get(str(run.settings.get("optimizer")), OptimizerFacts()).lr_factor is not None
 
 
 def _high_lr(run: RunRecord) -> Iterator[Finding]:
     """A learning rate far above what is usual, in a run of which other findings say that it went badly."""
     settings, lr, usual = run.settings, run.settings["lr"], run.about["usual_lr"]
     from_scratch = settings.get("model.name_or_path") is None and settings.get("model.archive") is None
-    if lr > usual and (far := far_from_usual(lr, usual)) and not from_scratch and settings.get("optimizer") not in UNUSUAL:
+    if lr > usual and (far := far_from_usual(lr, usual)) and not from_scratch and _has_usual_lr(run):
         yield Finding(
             "learning rate",
             "warning",

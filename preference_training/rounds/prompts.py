@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 from preference_training.configuration.sections import RoundsConfig
 from preference_training.core.errors import UserError
-from preference_training.data.files import EXPECTED, is_data_file, read_rows
+from preference_training.data.files import read_whole_file
 from preference_training.data.rows.conversations import RowError, parse_turns
 from preference_training.data.rows.prompt_fields import PromptFields
 from preference_training.data.rows.records import Prompt, is_held_out, message_of, prompt_text
 from preference_training.data.rows.values import is_empty
-from preference_training.data.sources.storage import is_remote
 from preference_training.rounds.tables import PROMPTS, read_table, write_table
 
 # The columns that a prompt may be in, in the order in which they are looked for.
@@ -69,10 +68,8 @@ def _each_once(rows: Iterator[tuple[Prompt, dict]], said: Counter) -> Iterator[t
 
 def _read(path: str, key: str, said: Counter) -> Iterator[tuple[Prompt, dict]]:
     """The prompts of a file with the other columns of their rows. Raises UserError."""
-    if not is_data_file(path) or not (is_remote(path) or Path(path).expanduser().is_file()):
-        raise UserError(f"{key}: {path}: no such data file. Expected one of {EXPECTED}; paths are relative to {Path.cwd()}.")
     empty = True
-    for number, row in _rows(path, key):
+    for number, row in read_whole_file(path, key):
         column = next((name for name in COLUMNS if not is_empty(row.get(name))), None)
         try:
             if column is None:
@@ -85,16 +82,6 @@ def _read(path: str, key: str, said: Counter) -> Iterator[tuple[Prompt, dict]]:
         empty = False
     if empty:
         raise UserError(f"{key}: {path} has no rows. Expected rows with prompt or messages.")
-
-
-def _rows(path: str, key: str) -> Iterator[tuple[int, dict]]:
-    """The rows of a file, whose faults are those of the key that names it. Raises UserError."""
-    try:
-        yield from read_rows(path)
-    except UserError as error:
-        # Of rows with prompts none is skipped.
-        text = str(error).removeprefix("datasets: ").replace(", or skip such rows with on_bad_row=skip", "")
-        raise UserError(f"{key}: {text}") from error
 
 
 def _prompt(row: dict, column: str, said: Counter) -> tuple[Prompt, dict]:

@@ -158,8 +158,7 @@ def sample(loop: Loop, number: int, share: Share | None = None) -> None:
     if share is None and not is_served(config):
         _sample_in_processes(loop, number)
     policy = Policy.of(config, loop.prompts)
-    if number == 1:
-        # The context of a model may be shorter.
+    if number == 1 and policy.context is not None and policy.context < config.max_length:
         for prompt in loop.prompts:
             policy.prompt_ids(prompt)
     files.directory.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from preference_training.core.metric_names import (
     SIMILARITY,
     UPDATES,
 )
-from preference_training.core.values import counted
+from preference_training.core.values import aligned, counted
 from preference_training.evaluation.intervals import estimate, mean_interval, share_interval
 from preference_training.evaluation.phrasing import with_interval
 from preference_training.generation.repetition import repeated_share
@@ -278,8 +278,7 @@ def metrics_table(rows: Sequence[dict[str, float]]) -> list[str]:
     titles = {title: metric for title, metric in COLUMNS.items() if any(metric in row for row in rows)}
     cells = [["policy", *titles]]
     cells += [[policy_name(int(row[ROUND])), *(metric_text(row, metric) for metric in titles.values())] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return aligned(cells)
 
 
 def policy_name(rounds: int) -> str:

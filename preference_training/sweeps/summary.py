@@ -7,6 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from preference_training.core.errors import first_line
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, HIGH, LOW, smaller_is_better
 from preference_training.core.signals import STOPPED
+from preference_training.core.values import aligned
 from preference_training.evaluation.phrasing import with_interval
 from preference_training.sweeps.jobs import OVER, Job, SweepDirectory
 from preference_training.tracking.run_files import METRICS, metric_rows, split_rows
@@ -71,8 +72,7 @@ def job_table(sweep: SweepDirectory, objective: str, compares: bool = True) -> l
         mark = "best" if job is best and len(jobs) > 1 else ""
         cells = [values.get(key, "") for key in keys] + [_value_text(shown, name) for name in metrics]
         rows.append([mark, job.directory.name, *cells, str(job.state)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return aligned(rows)
 
 
 def _objective(job: Job) -> float | None:

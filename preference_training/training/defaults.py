@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from preference_training.checkpointing.resume import find_run
+from preference_training.configuration.optimizers import OPTIMIZERS
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.values import dotted
@@ -124,19 +125,12 @@ RATES: dict[Learns, Rates] = {
 }
 
 
-# In multiples of AdamW's. Adafactor's updates are lr times the root mean square of a weight's values, 0.02 to 0.05 in matrices
-# of language models.
-RATE_FACTORS = {"Adafactor": 30.0}
-# Of these nothing is usual: their updates are as large as the gradient.
-UNUSUAL = ("SGD", "SGDScheduleFree")
-
-
 def usual_lr(learns: Learns, parameters: int, has_adapter: bool, optimizer: str = "AdamW") -> float:
     """What is usual for a loss that learns from this, on a model with so many parameters."""
     rates = RATES[learns]
     full, lora = (rates.full_small, rates.lora_small) if parameters < SMALL else (rates.full, rates.lora)
     # Rounded, so that 30 times 5e-6 is 1.5e-4.
-    return float(f"{(lora if has_adapter else full) * RATE_FACTORS.get(optimizer, 1.0):.6g}")
+    return float(f"{(lora if has_adapter else full) * (OPTIMIZERS[optimizer].lr_factor or 1.0):.6g}")
 
 
 def fit_lr(config: RunConfig, learns: Learns, count_parameters: Callable[[], int]) -> RunConfig:
@@ -160,7 +154,7 @@ def unusual_lr(config: RunConfig, learns: Learns, count_parameters: Callable[[],
     """
     is_given = any(text.lstrip("+").startswith("lr=") for text in config.origin.overrides)
     from_scratch = config.model.name_or_path is None and config.model.archive is None
-    other_size = config.optimizer in UNUSUAL or config.optimizer_kwargs.get("adjust_lr_fn") == "original"
+    other_size = config.optimizer_facts.lr_factor is None or config.optimizer_kwargs.get("adjust_lr_fn") == "original"
     if not is_given or from_scratch or other_size:
         return None
     parameters = count_parameters()
@@ -186,7 +180,7 @@ def far_from_usual(lr: float, usual: float) -> str | None:
 def _kind_of_training(config: RunConfig, parameters: int) -> str:
     what = "a LoRA adapter" if config.model.lora.r is not None else "all weights"
     size = f"{parameters / 1e9:.1f}B" if parameters >= SMALL else f"{parameters / 1e6:.0f}M"
-    by = f" with {config.optimizer}" if config.optimizer in RATE_FACTORS else ""
+    by = f" with {config.optimizer}" if config.optimizer_facts.lr_factor not in (None, 1.0) else ""
     return f"loss={config.loss.name} on {what} of a model of {size} parameters{by}"
 
 

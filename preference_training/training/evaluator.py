@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -43,8 +42,6 @@ class Evaluator:
         self.held_out: HeldOut | None = None
         self.pruned = self.stopped = False
         self.may_stop = True
-        # Context in which the policy's weights are those to evaluate.
-        self.averages_in_place: Callable[[], AbstractContextManager] = nullcontext
         # What has been said, once in a run: the first evaluation, sampling, and that samples repeat.
         self.announced: set[str] = set()
         self.reference = models.reference
@@ -69,36 +66,35 @@ class Evaluator:
         state.evaluation_due = False
         if not self.batches.held_out or state.evaluated_at == state.examples:
             return
-        with self.averages_in_place():
-            before = state.evaluated_at
-            compare = models.start_check and models.start_check.compare
-            if isinstance(self.reference, RememberedReference):
-                self.reference.restart()
-            try:
-                batches = self._until_stopped()
-                self.held_out = evaluate_held_out(models.policy, self.reference, models.loss, batches, self.ranks, compare)
-            except EvaluationStoppedError:
-                state.evaluation_due = self.stopped = True
-                return
-            if models.start_check is not None:
-                models.start_check.check(self.ranks)
-            depends = models.loss.evaluation_depends_on if state.held_out is None else None
-            state.held_out = self.held_out.means()
-            state.evaluated_at = state.examples
-            changes = self._changes()
-            self._compare_with_best()
-            self.observers.log_evaluation(state.held_out | interval_metrics(self.held_out) | changes | state.counters())
-            if depends:
-                tracker.log_message(
-                    f"warning: loss/eval depends on {depends}: it is not comparable across runs, nor exactly between "
-                    "evaluations of this one"
-                )
-            if self.batches.sample_prompts and self._is_time_to_sample(before):
-                self._log_samples()
-            if self.observers.ledger is not None:
-                self.observers.ledger.write()
-            self._prune()
-            tracker.report()
+        before = state.evaluated_at
+        compare = models.start_check and models.start_check.compare
+        if isinstance(self.reference, RememberedReference):
+            self.reference.restart()
+        try:
+            batches = self._until_stopped()
+            self.held_out = evaluate_held_out(models.policy, self.reference, models.loss, batches, self.ranks, compare)
+        except EvaluationStoppedError:
+            state.evaluation_due = self.stopped = True
+            return
+        if models.start_check is not None:
+            models.start_check.check(self.ranks)
+        depends = models.loss.evaluation_depends_on if state.held_out is None else None
+        state.held_out = self.held_out.means()
+        state.evaluated_at = state.examples
+        changes = self._changes()
+        self._compare_with_best()
+        self.observers.log_evaluation(state.held_out | interval_metrics(self.held_out) | changes | state.counters())
+        if depends:
+            tracker.log_message(
+                f"warning: loss/eval depends on {depends}: it is not comparable across runs, nor exactly between evaluations "
+                "of this one"
+            )
+        if self.batches.sample_prompts and self._is_time_to_sample(before):
+            self._log_samples()
+        if self.observers.ledger is not None:
+            self.observers.ledger.write()
+        self._prune()
+        tracker.report()
 
     def _until_stopped(self) -> Iterator[PackedBatch]:
         """The held-out batches, with a line now and then in the run's first evaluation. Raises EvaluationStoppedError."""

@@ -13,17 +13,12 @@ from scipy.special import expit
 
 from preference_training.evaluation.benchmarks.logistic import fit_logistic
 from preference_training.evaluation.intervals import TAIL
+from preference_training.evaluation.judges import OUTCOMES
 
 # How often a verdict of "much better" counts, as in Arena-Hard-Auto.
 STRONG = 3
-# Verdicts with a degree, of the first output in a question, and what they say: the outcome for it, and how often it counts.
-GRADES = {
-    "first much": (1.0, STRONG),
-    "first": (1.0, 1),
-    "tie": (0.5, 1),
-    "second": (0.0, 1),
-    "second much": (0.0, STRONG),
-}
+# What verdicts on the first output in a question say: the outcome for it, and how often it counts.
+GRADES = {verdict: (outcome, STRONG if verdict.endswith(" much") else 1) for verdict, outcome in OUTCOMES.items()}
 ROUNDS = 1000
 # Keeps the coefficients of models that win or lose every battle finite.
 RIDGE = 1e-3

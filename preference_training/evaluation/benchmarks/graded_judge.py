@@ -13,7 +13,7 @@ class GradedJudge(ChatJudge):
     prompt_file = "graded_judge_prompt.txt"
 
     def better(self, prompt: str, first: str, second: str) -> str:
-        """One of GRADED_VERDICTS."""
+        """One of those in OUTCOMES."""
         code = question_code(prompt, first, second)
         return self.answer(self.request(prompt, first, second), lambda text: parse_grade(text, code))
 

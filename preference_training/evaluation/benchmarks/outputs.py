@@ -1,16 +1,14 @@
 """Outputs of models on the instructions of a benchmark: files of them, joined by their instructions."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from preference_training.core.errors import UserError
-from preference_training.data.files import EXPECTED, is_data_file, read_rows
+from preference_training.data.files import read_whole_file
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.prompt_fields import PromptFields
 from preference_training.data.rows.records import Prompt, prompt_text
 from preference_training.data.rows.values import as_number, is_empty, is_missing
-from preference_training.data.sources.storage import is_remote
 from preference_training.generation.answers import PROMPT_COLUMNS
 
 # The columns of an output, in the order in which they are looked for.
@@ -29,10 +27,8 @@ class Output(NamedTuple):
 
 def read_outputs(path: str, option: str) -> dict[str, Output]:
     """The outputs of a file by the text of their instructions, in its order. Raises UserError, which names the option."""
-    if not is_data_file(path) or not (is_remote(path) or Path(path).expanduser().is_file()):
-        raise UserError(f"{option}: {path}: no such data file. Expected one of {EXPECTED}; paths are relative to {Path.cwd()}.")
     found: dict[str, Output] = {}
-    for number, row in read_rows(path):
+    for number, row in read_whole_file(path, option):
         try:
             output = _output(row)
         except RowError as error:

@@ -8,7 +8,6 @@ each as a sum and as a mean over its tokens, and the reward of a reward model.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy
@@ -16,11 +15,10 @@ import numpy
 from preference_training.batching.micro_batches import split_into_batches
 from preference_training.batching.packing import iterate_examples
 from preference_training.core.errors import UserError
-from preference_training.data.files import EXPECTED, is_data_file, read_rows
+from preference_training.data.files import check_data_file, read_rows
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import DataReport, PreferenceRecord, prompt_text
-from preference_training.data.sources.storage import is_remote
 from preference_training.data.tokenization import TokenizedPrompt, tokenize_records
 from preference_training.evaluation.held_out import Scores, score_responses
 from preference_training.evaluation.reward_models import RewardModel
@@ -45,8 +43,7 @@ def read_pairs(path: str, column: str | None = None) -> Pairs:
 
     Raises UserError where there are none.
     """
-    if not is_data_file(path) or not (is_remote(path) or Path(path).expanduser().is_file()):
-        raise UserError(f"pairs: {path}: no such data file. Expected one of {EXPECTED}; paths are relative to {Path.cwd()}.")
+    check_data_file(path, "pairs")
     report = DataReport()
     rows = list(read_rows(path, report))
     if column is not None and not any(column in row for _, row in rows):

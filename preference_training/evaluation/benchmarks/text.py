@@ -1,16 +1,10 @@
 """Results of benchmarks as tables of text."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
+from preference_training.core.values import aligned
 from preference_training.evaluation.phrasing import too_few, with_interval
 from preference_training.evaluation.results_text import MAX_REASONS
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines with columns of one width; the first row is the heading."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def shown(value: dict | None) -> str:
@@ -24,11 +18,11 @@ def pair_lines(results: dict) -> list[str]:
     names = list(dict.fromkeys(name for each in accuracies.values() for name in each))
     pairs = {name: max(each[name]["pairs"] for each in accuracies.values() if name in each) for name in names}
     rows = [[name, f"{pairs[name]:,}", *(shown(each.get(name)) for each in accuracies.values())] for name in names]
-    lines = [*map(str, results["models"]), *table([["accuracy", "pairs", *accuracies], *rows])]
+    lines = [*map(str, results["models"]), *aligned([["accuracy", "pairs", *accuracies], *rows])]
     names = list(dict.fromkeys(name for each in sections.values() for name in each))
     if names:
         rows = [[name, "", *(shown(each.get(name)) for each in sections.values())] for name in names]
-        lines += table([["RewardBench", "", *sections], *rows])
+        lines += aligned([["RewardBench", "", *sections], *rows])
         if "score" not in names:
             lines.append(
                 "no score: it is of the sections Chat, Chat Hard, Safety and Reasoning, and not all of them have pairs"
@@ -68,7 +62,7 @@ def win_rate_lines(results: dict) -> list[str]:
     )
     lines = [
         f"against {results['baseline']}, judged by {results['judge']}, {first['comparisons']:,} instructions",
-        *table(rows),
+        *aligned(rows),
         f"length-controlled: terms for model and length, {difficulty}",
     ]
     for name, found in results["models"].items():

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from preference_training.core.process_group import full_tensor
 
 Computed = TypeVar("Computed")
 # What the classes of routers are called in transformers; a router also knows how many experts it chooses, or of how many.
@@ -45,9 +46,7 @@ class Router:
     def read(self, output: Any) -> "Routed":
         """The logits and choices in what the module has returned."""
         found = output if isinstance(output, tuple) else (output,)
-        logits = found[self.logits_at]
-        logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
-        logits = logits.flatten(0, -2)
+        logits = full_tensor(found[self.logits_at]).flatten(0, -2)
         return Routed(logits, self._choices(found, logits))
 
     def _choices(self, output: tuple, logits: Tensor) -> Tensor:
@@ -69,19 +68,22 @@ class Routed:
 
 def num_experts(config) -> int | None:
     """The number of experts of a layer, by a model's configuration; None for a model without."""
-    text = config.get_text_config()
-    parts = (text, getattr(text, "ffn_config", None))
-    found = [value for part in parts for name in NUM_EXPERTS if (value := getattr(part, name, None))]
+    found = _values(config, NUM_EXPERTS)
     return found[0] if found and found[0] > 1 else None
 
 
 def num_chosen(config) -> int | None:
     """How many experts a token is sent to, by a model's configuration."""
-    text = config.get_text_config()
-    parts = (text, getattr(text, "ffn_config", None))
-    found = [value for part in parts for name in NUM_CHOSEN if (value := getattr(part, name, None))]
+    found = _values(config, NUM_CHOSEN)
     # Some have one number for each layer.
     return (max(found[0]) if isinstance(found[0], list | tuple) else int(found[0])) if found else None
+
+
+def _values(config, names: tuple[str, ...]) -> list:
+    """What a model's configuration has under any of these names."""
+    text = config.get_text_config()
+    parts = (text, getattr(text, "ffn_config", None))
+    return [value for part in parts for name in names if (value := getattr(part, name, None))]
 
 
 def find_routers(model: nn.Module) -> list[Router]:

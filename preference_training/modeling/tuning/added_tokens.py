@@ -23,12 +23,12 @@ def add_to_tokenizer(tokenizer, model_config: ModelConfig) -> None:
     tokens = model_config.added_tokens
     if not tokens:
         return
-    pieces = {token: tokenizer(token, add_special_tokens=False).input_ids for token in tokens}
-    if unknown := next((token for token, ids in pieces.items() if not ids), None):
+    previous = {token: tokenizer(token, add_special_tokens=False).input_ids for token in tokens}
+    if unknown := next((token for token, ids in previous.items() if not ids), None):
         raise UserError(f"model.add_tokens: {unknown!r} has no text. Expected tokens of at least one character.")
     tokenizer.add_tokens(list(model_config.add_tokens))
     tokenizer.add_tokens(list(model_config.add_special_tokens), special_tokens=True)
-    tokenizer.pieces_of_added = pieces
+    tokenizer.previous_ids = previous
 
 
 @torch.no_grad()
@@ -38,9 +38,9 @@ def add_rows(model: nn.Module, model_config: ModelConfig, tokenizer, archive: Pa
     Rows that are there already, for tokens that an archive's tokenizer has, stay.
     """
     known = _tokens_of(archive)
-    pieces = getattr(tokenizer, "pieces_of_added", {}) if model_config.added_tokens else {}
-    ids = {tokenizer.convert_tokens_to_ids(token): own for token, own in pieces.items() if token not in known}
-    new = {number: own for number, own in ids.items() if own != [number]}
+    previous = getattr(tokenizer, "previous_ids", {}) if model_config.added_tokens else {}
+    ids = {tokenizer.convert_tokens_to_ids(token): before for token, before in previous.items() if token not in known}
+    new = {number: before for number, before in ids.items() if before != [number]}
     if not new:
         return
     if max(new) >= len(model.get_input_embeddings().weight):
@@ -48,8 +48,8 @@ def add_rows(model: nn.Module, model_config: ModelConfig, tokenizer, archive: Pa
     head = model.get_output_embeddings()
     weights = [model.get_input_embeddings().weight, *([] if head is None else [head.weight, getattr(head, "bias", None)])]
     for weight in {id(weight): weight for weight in weights if weight is not None and not weight.is_meta}.values():
-        for number, own in new.items():
-            weight[number] = weight[own].float().mean(0).to(weight.dtype)
+        for number, before in new.items():
+            weight[number] = weight[before].float().mean(0).to(weight.dtype)
 
 
 def fit_vocabulary(config, model_config: ModelConfig, archive: Path | None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError, nearest
+from preference_training.core.values import counted
 from preference_training.modeling.adapters.weights import is_b_matrix
 from preference_training.modeling.value_head import VALUE_HEAD
 
@@ -41,8 +42,8 @@ def weight_groups(
         if config.weight_decay is not None:
             options["weight_decay"] = config.weight_decay if weight.ndim > 1 else 0.0
         groups.setdefault(tuple(options.items()), options | {"params": []})["params"].append(weight)
-    # Those with the usual learning rate first, which is the one that is logged; of these, those that decay.
-    return sorted(groups.values(), key=lambda group: ("lr" in group, group.get("weight_decay") == 0.0))
+    # Those that decay first, as before there were other groups.
+    return sorted(groups.values(), key=lambda group: group.get("weight_decay") == 0.0)
 
 
 def hidden_matrices(policy: nn.Module) -> set[Tensor]:
@@ -67,7 +68,7 @@ def lr_group_lines(config: RunConfig, names: Iterable[str]) -> list[str]:
                 f"lr_groups: no trained weight has {pattern!r} in its name; {nearest(pattern, parts)} "
                 f"Names are such as {names[0]}."
             )
-        which = f"{len(matches):,} weight{'s' * (len(matches) != 1)}, such as {matches[0]}"
+        which = f"{counted(len(matches), 'weight')}, such as {matches[0]}"
         rate = "" if config.lr is None else f", lr {config.lr * factor:.3g}"
         lines.append(f"lr_groups: {pattern}: {factor:g} times lr for {which}{rate}")
     return lines

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
-from preference_training.core.process_group import full_tensor
+from preference_training.core.process_group import full_tensor, sharded_like
 from preference_training.training.optimizers.combined import Combined
 from preference_training.training.optimizers.groups import hidden_matrices, weight_groups
 
@@ -63,10 +63,8 @@ class ShardedMuon(torch.optim.Muon):
         average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
         update = weight.grad.lerp(average, momentum) if group["nesterov"] else average
         whole = _orthogonalized(full_tensor(update), group)
-        mesh = weight.device_mesh
-        mine = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(mesh, weight.placements)
         weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(mine, alpha=group["lr"])
+        weight.add_(sharded_like(weight, whole), alpha=group["lr"])
 
 
 def _orthogonalized(update: Tensor, group: dict) -> Tensor:

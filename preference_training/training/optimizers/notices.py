@@ -1,6 +1,5 @@
 """What a run says of the precision in which its weights are updated."""
 
-from preference_training.configuration.optimizers import UNKNOWN_UPDATES
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.sections import SPACINGS
 
@@ -46,7 +45,7 @@ def _chosen_precision(config: RunConfig) -> str:
     limit = config.model.smallest_kept_lr
     if config.averages_weights:
         return f"{what}: an average of {dtype} weights would be rounded away"
-    if config.optimizer in UNKNOWN_UPDATES:
+    if not config.optimizer_facts.updates_by_lr:
         return (
             f"{what}: {config.optimizer}'s updates may be too small for {dtype} (master_weights=false does without, in less "
             "memory)"

@@ -3,10 +3,11 @@
 Shapes: R responses and E examples over the whole held-out set.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from math import isnan
+from math import isfinite, isnan
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,14 @@ class HeldOut:
         # No metric rather than NaN where no example has it: KTO's rewards of a label that the data lacks.
         means = {name: value for name, value in means.items() if name == EVAL_LOSS or not isnan(value)}
         return with_margins(means, EVAL) | {name: float(value) for name, value in self.statistics.items()}
+
+    def lines(self) -> str:
+        """The name of each example's prompt and its metrics as JSON lines, without those that it does not have."""
+        columns = {name: values.tolist() for name, values in self.examples.items()}
+        return "".join(
+            json.dumps({"prompt": source} | {name: values[k] for name, values in columns.items() if isfinite(values[k])}) + "\n"
+            for k, source in enumerate(self.sources)
+        )
 
 
 @dataclass(frozen=True)

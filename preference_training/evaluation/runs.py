@@ -1,8 +1,9 @@
 """Evaluation without training: held-out metrics, KL divergence to the reference, win rate, tasks.
 
-results.json        all results, with intervals
-answers.jsonl       the sampled responses
-judgements.jsonl    the verdicts on them, which a later evaluation reuses
+results.json                all results, with intervals
+held_out_examples.jsonl     the metrics of each held-out example, to compare two models by prompt
+answers.jsonl               the sampled responses
+judgements.jsonl            the verdicts on them, which a later evaluation reuses
 """
 
 import json
@@ -31,7 +32,7 @@ from preference_training.evaluation.win_rates import Comparison, win_rate
 from preference_training.generation.sampling import OTHER, POLICY, Sampler
 from preference_training.generation.settings import GenerationSettings
 from preference_training.modeling.token_budget import common_budget, token_budget
-from preference_training.tracking.run_files import ANSWERS, JUDGEMENTS, RESULTS_FILE
+from preference_training.tracking.run_files import ANSWERS, HELD_OUT_EXAMPLES, JUDGEMENTS, RESULTS_FILE
 from preference_training.tracking.tracker import held_out_line
 
 
@@ -119,6 +120,7 @@ class EvaluationRun:
         texts = {"prompt": self.sample_prompts, "policy": responses} | ({"other": other} if other is not None else {})
         texts = {name: self.tokenizer.batch_decode(ids, skip_special_tokens=True) for name, ids in texts.items()}
         write_results(path, results)
+        write_text(path.with_name(HELD_OUT_EXAMPLES), held_out.lines())
         if responses:
             rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
             if ratios is not None:

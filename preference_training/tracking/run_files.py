@@ -21,8 +21,8 @@ JOB, PRUNED = "job.json", "pruned.json"
 REPORT = "report.html"
 # Of a loop of rounds: what it was started with.
 ROUNDS_FILE = "rounds.json"
-# Of an evaluation: the sampled answers, and the verdicts on them.
-ANSWERS, JUDGEMENTS = "answers.jsonl", "judgements.jsonl"
+# Of an evaluation: the metrics of each held-out example, the sampled answers, and the verdicts on them.
+HELD_OUT_EXAMPLES, ANSWERS, JUDGEMENTS = "held_out_examples.jsonl", "answers.jsonl", "judgements.jsonl"
 # Directories of dashboards.
 TENSORBOARD, WANDB = "tensorboard", "wandb"
 # Of its checkpoints: what their names begin with, a link to the newest, and what is in each beside the model's own files.

@@ -78,7 +78,7 @@ def test_an_evaluation_reproduces_the_last_metrics_of_the_run(beta_dpo, capsys):
     assert results["examples_trained"] == 16 and results["checkpoint"].endswith("step-16")
     # Of the run's own files none has changed.
     assert {path.name: path.read_bytes() for path in beta_dpo.iterdir() if path.name in before} == before
-    new = {"results.json", "answers.jsonl", "step-16", "LATEST", "ledger"}
+    new = {"results.json", "held_out_examples.jsonl", "answers.jsonl", "step-16", "LATEST", "ledger"}
     assert {path.name for path in beta_dpo.iterdir()} - before.keys() == new
 
 
@@ -102,7 +102,7 @@ def test_the_model_as_configured_is_scored_and_sampled_and_no_checkpoint_is_writ
     found = train_run("alone", "eval_only=true", "loss=dpo", f"model.archive={beta_dpo / 'LATEST'}")
     names = {path.name for path in found.iterdir()}
     written = {"config.yaml", "rerun.yaml", "metrics.jsonl", "samples.jsonl", "events.jsonl"}
-    assert names == {*written, "results.json", "answers.jsonl"}
+    assert names == {*written, "results.json", "held_out_examples.jsonl", "answers.jsonl"}
     [row] = rows(found / "metrics.jsonl")
     # Policy and reference are the same weights.
     assert row["loss/eval"] == pytest.approx(0.6931472, abs=1e-6) and row["counters/updates"] == 0

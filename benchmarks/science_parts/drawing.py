@@ -29,7 +29,10 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Series:
-    """A line, or with is_points points; without a name not in the legend. low, high: of a band around it. color: its number."""
+    """A line, or with is_points points; without a name not in the legend. color: its number.
+
+    low, high: of a band around the line, or of each point's interval; x_low, x_high: of each point's interval across.
+    """
 
     name: str
     x: Sequence[float]
@@ -39,6 +42,8 @@ class Series:
     is_points: bool = False
     low: Sequence[float] = ()
     high: Sequence[float] = ()
+    x_low: Sequence[float] = ()
+    x_high: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,9 @@ def _axis(
 def _panel(panel: Panel, left: float, legend_rows: int) -> list[str]:
     top = TOP + LEGEND_ROW * legend_rows
     across, down = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    all_x = [x for line in panel.series for x in (*line.x, *line.x_low, *line.x_high)]
     all_y = [y for line in panel.series for y in (*line.y, *line.low, *line.high)]
-    x_low, x_high, x_ticks = _axis([x for line in panel.series for x in line.x], panel.is_log_x, None)
+    x_low, x_high, x_ticks = _axis(all_x, panel.is_log_x, None)
     y_low, y_high, y_ticks = _axis(all_y, panel.is_log_y, panel.y_range)
     to_x = lambda x: left + LEFT + across * ((math.log10(x) if panel.is_log_x else x) - x_low) / (x_high - x_low)  # noqa: E731
 
@@ -98,12 +104,21 @@ def _panel(panel: Panel, left: float, legend_rows: int) -> list[str]:
     for line in panel.series:
         places = [f"{to_x(a):.1f} {to_y(b):.1f}" for a, b in zip(line.x, line.y, strict=True)]
         edges = [[f"{to_x(a):.1f} {to_y(b):.1f}" for a, b in zip(line.x, edge, strict=True)] for edge in _edges(line)]
+        across = [[f"{to_x(a):.1f}" for a in edge] for edge in (line.x_low, line.x_high)]
+        parts += _intervals(line.color, places, edges, across) if line.is_points else []
         parts += _drawn(line, places, edges)
     return parts
 
 
 def _edges(line: Series) -> list[Sequence[float]]:
     return [line.low, line.high] if line.low else []
+
+
+def _intervals(color: int, places: list[str], edges: list[list[str]], across: list[list[str]]) -> list[str]:
+    """The intervals of points, upright and across."""
+    drawn = [f"M{low}L{high}" for low, high in zip(*edges, strict=True)] if edges else []
+    drawn += [f"M{a} {at.split()[1]}H{b}" for at, a, b in zip(places, *across, strict=True)] if across[0] else []
+    return [f'<path class="l c{color}" d="{"".join(drawn)}"/>'] if drawn else []
 
 
 def _drawn(line: Series, places: list[str], edges: list[list[str]]) -> list[str]:

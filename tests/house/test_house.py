@@ -132,7 +132,7 @@ def test_the_data_sets_that_their_page_names_are_all_there_are():
     assert named == {name for name, module in code.items() if module.startswith("preference_")}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "config" / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
-def test_each_example_of_an_experiment_says_how_it_is_called_and_is_named_on_the_page_of_sweeps(path):
+@pytest.mark.parametrize("path", sorted((ROOT / "config" / "experiment").glob("sweep_*.yaml")), ids=lambda path: path.stem)
+def test_each_example_of_a_sweep_says_how_it_is_called_and_is_named_on_the_page_of_sweeps(path):
     assert f"python train.py -m +experiment={path.stem}" in path.read_text()
     assert f"python train.py -m +experiment={path.stem}" in shown.PAGES["docs/sweeps.md"]

@@ -1,8 +1,9 @@
-"""docs/recipes.md and docs/dialogues.svg: what the recipes for dialogues reach, from the newest results of benchmarks/dialogues.py.
+"""What the recipes for dialogues reach, from the newest results of benchmarks/dialogues.py.
 
 python scripts/dialogues_page.py [--check]
 
---check writes nothing, and exits with status 1 if the page or the picture is out of date.
+Writes the table in docs/recipes.md, the picture docs/dialogues.svg, and a line in each recipe in config/experiment/. --check
+writes nothing, and exits with status 1 if one of them is out of date.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from preference_training.core.files import run_file
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS, RECIPES = ROOT / "benchmarks" / "results", ROOT / "config" / "experiment"
 PAGE, PICTURE = ROOT / "docs" / "recipes.md", ROOT / "docs" / "dialogues.svg"
 
 # Between these lines of the page stands what is generated.
@@ -84,14 +85,14 @@ def differences(methods: dict) -> str:
     known = {name: of for name, of in found.items() if of is not None and of["low"] is not None}
     above = [name for name, of in known.items() if of["low"] > 0]
     below = [name for name, of in known.items() if of["high"] < 0]
+    rest = [name for name in known if name not in above + below]
     if not known:
         return ""
-    if not above and not below:
-        return f"None of the {len(known)} differences from DPO's accuracy has an interval without 0."
-    parts = [f"{word} DPO's: {', '.join(names)}" for word, names in (("above", above), ("below", below)) if names]
-    rest = [name for name in known if name not in above + below]
-    parts += [f"not to be told from it: {', '.join(rest)}"] if rest else []
-    return f"Accuracies by their intervals: {'; '.join(parts)}."
+    if len(rest) == len(known):
+        return "No method's accuracy differs significantly from DPO's."
+    groups = ("higher for", above), ("lower for", below), ("no significant difference for", rest)
+    parts = [f"{words} {', '.join(names)}" for words, names in groups if names]
+    return f"Accuracy, compared with DPO's: {'; '.join(parts)}."
 
 
 def tables(file: Path | None) -> str:
@@ -130,6 +131,29 @@ def page() -> str:
     return between.sub(lambda _: f"{BEGIN}\n\n{tables(newest_results())}\n\n{END}", PAGE.read_text())
 
 
+# ---- the recipes ------------------------------------------------------------------------------------------------------------
+
+
+def recipes() -> dict[Path, str]:
+    """The text of each method's recipe, with what it reached."""
+    file = newest_results()
+    methods = json.loads(file.read_text())["methods"] if file else {}
+    line = re.compile("^# Reached.*$", flags=re.MULTILINE)
+    found = {}
+    for name, facts in methods.items():
+        path = RECIPES / f"dialogues_{name}.yaml"
+        found[path] = line.sub(lambda _, facts=facts: reached(facts), path.read_text())
+    return found
+
+
+def reached(facts: dict) -> str:
+    """What a method reached, in a comment."""
+    accuracy, rate = (cell(of, percent) for of in (facts["accuracy"], facts["win rate"]["rate"]))
+    return (
+        f"# Reached (docs/recipes.md): accuracy {accuracy}%, win rate {rate}%, {cell(facts['kl']['per_answer'], number)} nats."
+    )
+
+
 # ---- the picture ------------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +180,8 @@ def main() -> None:
 
     if file := newest_results():
         write_or_check(PICTURE, picture(file))
+    for path, text in recipes().items():
+        write_or_check(path, text)
     write_or_check(PAGE, page())
 
 

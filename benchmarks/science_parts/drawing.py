@@ -104,8 +104,8 @@ def _panel(panel: Panel, left: float, legend_rows: int) -> list[str]:
     for line in panel.series:
         places = [f"{to_x(a):.1f} {to_y(b):.1f}" for a, b in zip(line.x, line.y, strict=True)]
         edges = [[f"{to_x(a):.1f} {to_y(b):.1f}" for a, b in zip(line.x, edge, strict=True)] for edge in _edges(line)]
-        across = [[f"{to_x(a):.1f}" for a in edge] for edge in (line.x_low, line.x_high)]
-        parts += _intervals(line.color, places, edges, across) if line.is_points else []
+        sides = [[f"{to_x(a):.1f}" for a in edge] for edge in (line.x_low, line.x_high)]
+        parts += _intervals(line.color, places, edges, sides) if line.is_points else []
         parts += _drawn(line, places, edges)
     return parts
 
@@ -114,10 +114,10 @@ def _edges(line: Series) -> list[Sequence[float]]:
     return [line.low, line.high] if line.low else []
 
 
-def _intervals(color: int, places: list[str], edges: list[list[str]], across: list[list[str]]) -> list[str]:
+def _intervals(color: int, places: list[str], edges: list[list[str]], sides: list[list[str]]) -> list[str]:
     """The intervals of points, upright and across."""
     drawn = [f"M{low}L{high}" for low, high in zip(*edges, strict=True)] if edges else []
-    drawn += [f"M{a} {at.split()[1]}H{b}" for at, a, b in zip(places, *across, strict=True)] if across[0] else []
+    drawn += [f"M{a} {at.split()[1]}H{b}" for at, a, b in zip(places, *sides, strict=True)] if sides[0] else []
     return [f'<path class="l c{color}" d="{"".join(drawn)}"/>'] if drawn else []
 
 

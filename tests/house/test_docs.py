@@ -54,6 +54,7 @@ KINDS = {
     r"python my_run\.py": "test_the_page_on_python_can_be_followed",
     r"python benchmarks/gpu_check\.py$": "tests/integration/test_gpu_check.py runs every part of it",
     r"python benchmarks/science\.py (closed_form|beta_dpo|rates)$": "tests/losses/test_science.py runs it",
+    r"python benchmarks/dialogues\.py ": "tests/integration/test_dialogues.py runs it",
     r"python benchmarks/memory_options\.py$": "tests/integration/test_memory_options.py measures with it",
     r"eval \$\(python train.py -sc install=bash\)$": "tests/configuration/test_help.py completes",
     r"python -m pytest |python -c ": "followed in a clean clone, or run by test_what_is_run_in_one_line_runs",
@@ -467,6 +468,52 @@ def test_the_tables_of_options_are_those_of_the_raw_results(tmp_path, monkeypatc
         "| LoRA | all | 250 | 0.25 | 3.00 | 1.50 |",
         r"| other | LoRA | failed: OutOfMemoryError: a \| b | | | |",
     ]
+
+
+def test_what_the_recipes_for_dialogues_reach_is_what_the_raw_results_say(tmp_path, monkeypatch):
+    script = loaded("scripts/dialogues_page.py")
+    newest = script.newest_results()
+    assert script.PAGE.read_text() == script.page(), "run python scripts/dialogues_page.py"
+    for path, text in script.recipes().items():
+        assert path.read_text() == text, "run python scripts/dialogues_page.py"
+    if newest:
+        assert script.PICTURE.read_text() == script.picture(newest), "run python scripts/dialogues_page.py"
+
+    def of(mean, low, high):
+        return {"mean": mean, "low": low, "high": high}
+
+    def method(accuracy, difference, rate, kl):
+        won = {"wins": 3, "ties": 4, "losses": 1, "rate": rate}
+        tokens = {"policy": of(48.25, 44, 52), "other": of(50, 45, 55)}
+        own = {"accuracy of its own reward": accuracy, "accuracy minus DPO's": difference}
+        return {"accuracy": accuracy, **own, "win rate": won, "kl": {"per_answer": kl}, "tokens": tokens}
+
+    share, nats, same = of(0.625, 0.5, 0.75), of(2.5, 2, 12), of(0, 0, 0)
+    better, unclear = of(0.0625, 0.01, 0.115), of(-0.01, -0.03, 0.01)
+    methods = {"dpo": method(share, same, share, nats), "ipo": method(share, better, share, nats)}
+    times = {name: {"training": {"cpu_seconds": 630}, "load": 2.6} for name in ("sft", "dpo", "ipo", "kto")}
+    file = tmp_path / "raw.json"
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    file.write_text(json.dumps({"hardware": {"cores": 2}, "methods": methods, "times": times}))
+    assert script.tables(file).splitlines()[2:7] == [
+        "| SFT | | | | | 0 | 50.0 [45.0, 55.0] | 10 |",
+        "| DPO | 62.5 [50.0, 75.0] | 62.5 [50.0, 75.0] |  | 62.5 [50.0, 75.0] | 2.50 [2.00, 12.0] | 48.2 [44.0, 52.0] | 10 |",
+        "| IPO | 62.5 [50.0, 75.0] | 62.5 [50.0, 75.0] | +6.2 [+1.0, +11.5] | 62.5 [50.0, 75.0] | 2.50 [2.00, 12.0] "
+        "| 48.2 [44.0, 52.0] | 10 |",
+        "",
+        "Accuracy, compared with DPO's: higher for IPO.",
+    ]
+    assert "8 held-out prompts" in script.tables(file) and "(2 cores, load average at most 3)" in script.tables(file)
+    both = methods | {"kto": method(share, unclear, share, nats)}
+    assert script.differences(both) == "Accuracy, compared with DPO's: higher for IPO; no significant difference for KTO."
+    assert script.differences({"kto": both["kto"]}) == "No method's accuracy differs significantly from DPO's."
+    monkeypatch.undo()
+    # A dot and two intervals for each method, the SFT model's dot without.
+    drawn = script.picture(file)
+    assert drawn.count('r="2.6"') == 2 * 3 and "SFT, DPO, IPO" in drawn
+    assert script.reached(methods["dpo"]) == (
+        "# Reached (docs/recipes.md): accuracy 62.5 [50.0, 75.0]%, win rate 62.5 [50.0, 75.0]%, KL 2.50 [2.00, 12.0] nats."
+    )
 
 
 def test_a_units_sentence_becomes_a_cell_and_lines_that_are_set_in_stay_lines():

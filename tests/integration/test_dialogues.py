@@ -1,4 +1,4 @@
-"""The recipes for dialogues and `benchmarks/dialogues.py`, in seconds: SFT and six losses of a tiny model on made-up dialogues."""
+"""The recipes for dialogues and `benchmarks/dialogues.py`, in seconds: SFT and six losses of a tiny model on toy dialogues."""
 
 import json
 import subprocess

@@ -60,6 +60,11 @@ def cell(found: dict | None, write: Callable[[float], str]) -> str:
     return write(found["mean"]) + interval
 
 
+def length(facts: dict, model: str) -> str:
+    """The length of a model's responses; empty in raw results that have only their words."""
+    return cell(facts.get("tokens", {}).get(model), number)
+
+
 def minutes(times: dict) -> str:
     """The processor time of training."""
     return f"{times['training']['cpu_seconds'] / 60:.0f}"
@@ -73,7 +78,7 @@ def row(method: str, facts: dict, times: dict) -> str:
         "" if method == "dpo" else cell(facts["accuracy minus DPO's"], points),
         cell(facts["win rate"]["rate"], percent),
         cell(facts["kl"]["per_answer"], number),
-        cell(facts["tokens"]["policy"], number),
+        length(facts, "policy"),
         minutes(times),
     ]
     return f"| {NAMES[method]} | {' | '.join(cells)} |"
@@ -102,12 +107,12 @@ def tables(file: Path | None) -> str:
     facts = json.loads(file.read_text())
     times, one = facts["times"], next(iter(methods.values()))
     held_out = sum(one["win rate"][name] for name in ("wins", "ties", "losses"))
-    sft = f"| SFT | | | | | 0 | {cell(one['tokens']['other'], number)} | {minutes(times['sft'])} |"
+    sft = f"| SFT | | | | | 0 | {length(one, 'other')} | {minutes(times['sft'])} |"
     rows = [row(name, methods[name], times[name]) for name in NAMES if name in methods]
-    load = max(times[name]["load"] for name in methods)
+    loads = [times[name]["load"] for name in methods if "load" in times[name]]
+    machine = f"{facts['hardware']['cores']} cores" + (f", load average at most {max(loads):.0f}" if loads else "")
     about = (
-        f"Win rates, KL and lengths are of {held_out} held-out prompts. Raw results: `{file.relative_to(ROOT)}` "
-        f"({facts['hardware']['cores']} cores, load average at most {load:.0f})."
+        f"Win rates, KL and lengths are of {held_out} held-out prompts. Raw results: `{file.relative_to(ROOT)}` ({machine})."
     )
     parts = ["\n".join([*HEAD, sft, *rows]), differences(methods), picture_link(methods), about]
     return "\n\n".join(part for part in parts if part)
@@ -149,9 +154,8 @@ def recipes() -> dict[Path, str]:
 def reached(facts: dict) -> str:
     """What a method reached, in a comment."""
     accuracy, rate = (cell(of, percent) for of in (facts["accuracy"], facts["win rate"]["rate"]))
-    return (
-        f"# Reached (docs/recipes.md): accuracy {accuracy}%, win rate {rate}%, {cell(facts['kl']['per_answer'], number)} nats."
-    )
+    kl = cell(facts["kl"]["per_answer"], number)
+    return f"# Reached (docs/recipes.md): accuracy {accuracy}%, win rate {rate}%, KL {kl} nats."
 
 
 # ---- the picture ------------------------------------------------------------------------------------------------------------

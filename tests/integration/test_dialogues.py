@@ -74,8 +74,7 @@ def test_a_recipe_composes_says_how_it_is_called_and_is_on_the_page(name, compos
     data = write(tmp_path / "mine.jsonl", [{"chosen": "a", "rejected": "b"}])
     config = compose(f"+experiment={name}", f"datasets={data}", f"model.archive={archive}")
     # Its loss is the one that it is called after, with the defaults of its file; all else is what the recipes share.
-    assert config.loss.given() == compose(f"loss={config.loss.name}").loss.given()
-    assert config.loss.given().get("mode_loss", config.loss.name).lower() in (method, "dpo")
+    assert config.loss.given() == compose(f"loss={'beta_DPO' if method == 'beta_dpo' else method}").loss.given()
     assert (config.model.lora.r, config.lr, config.batch_size, config.max_length) == (16, 2e-4, 16, 192)
     assert f"python train.py +experiment={name} " in text
     assert [words for _, words in shown.commands(rf"python train\.py \+experiment={name} ", ["docs/recipes.md"])]

@@ -6,7 +6,7 @@
 Each method starts from the SFT model. It is evaluated as a policy of DPO, whatever its loss, on all held-out pairs and on
 responses that it samples: accuracy of the implicit reward, its difference from DPO's paired by prompt, win rate against the SFT
 model by `safety_rule.py`, KL divergence from it, length. KEY=VALUE, as on train.py's command line, holds for all runs. Without
---data the dialogues are the 160,000 of the Hub (datasets=hh), of which n_examples=900 trains on a part. The same command again runs
+--data the dialogues are the Hub's 160,000 (datasets=hh); n_examples=900 trains on a part of them. The same command again runs
 what is missing.
 
 Prints a row for each method, and writes numbers with 95% intervals to benchmarks/results/; `python scripts/dialogues_page.py`

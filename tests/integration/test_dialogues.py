@@ -88,8 +88,8 @@ THINGS = ("lock", "car", "bank", "door", "wall", "boat", "safe", "mail", "card",
 SMALL = (
     "model=tiny", "model.from_config.num_hidden_layers=2", "max_length=64", "max_prompt_length=48", "batch_size=8",
 )  # fmt: skip
-# All weights in SFT, since the tiny model's are random. ORPO's likelihood holds it where others go far, and SimPO's margins per token
-# need little.
+# All weights in SFT, since the tiny model's are random. ORPO's likelihood term holds it back; SimPO's margins per token need
+# little.
 LR = {"simpo": "5e-4", "orpo": "1e-2"}
 SFT = ("lr=5e-3", "n_epochs=6", "model.lora.r=null")
 

@@ -88,6 +88,13 @@ class LoraConfig(Section):
         ),
         NEWER,
     )
+    modules_to_save: list[str] | str | None = key(
+        expected(
+            "names of modules, as in [embed_tokens,lm_head], or null",
+            lambda value: value is None or (value != [] and all(isinstance(name, str) for name in listed(value))),
+        ),
+        NEWER,
+    )
     layers: list[int] | None = key(
         expected(
             "numbers of blocks from 0, as in [0,1,2], or null",
@@ -171,7 +178,7 @@ class ModelConfig(Section):
     @property
     def trains_low_precision(self) -> bool:
         """Whether weights in bfloat16 or float16 are trained; adapters are float32 whatever the base model's dtype."""
-        return self.policy_dtype in SPACINGS and self.lora.r is None
+        return self.policy_dtype in SPACINGS and (self.lora.r is None or self.lora.modules_to_save is not None)
 
     @property
     def smallest_kept_lr(self) -> float:

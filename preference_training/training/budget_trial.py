@@ -269,6 +269,7 @@ def measured_budget(
     config, ranks = placement.config, placement.ranks
     most = largest_micro_batch(prompts, config.batch_size // config.gradient_accumulation_steps, ranks.size)
     most = -(-most // ranks.context.size)
+    trial = None
     try:
         reference = placement.reference(policy) if live_reference else _no_reference if loss.needs_reference else None
         room = [round(size * (1 - RESERVE)) for size in meter.room()]
@@ -277,8 +278,11 @@ def measured_budget(
         trial.measure(min(FIRST, most))
         choice = largest_limit(trial.measure, room, most, ranks)
         trial.step.updater.expect_gradients(1)
-        del trial, reference
+        del reference
     finally:
+        if trial is not None:
+            trial.step.remove_hooks()
+        del trial
         loss.load_state_dict(remembered)
         restore_random_streams(streams)
         policy.train(was_training)

@@ -136,7 +136,8 @@ def adapter_notice(config: RunConfig) -> str | None:
     kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
     start = "" if lora.init == "default" else f" that start as {lora.init}"
     adapters = f"{kind} adapters of rank {lora.r} (alpha {lora.alpha:g}){start}"
-    return f"model.lora.r: {adapters} are trained, all other weights are frozen{quantized}"
+    whole = f" beside {', '.join(listed(lora.modules_to_save))}" if lora.modules_to_save else ""
+    return f"model.lora.r: {adapters} are trained{whole}, all other weights are frozen{quantized}"
 
 
 def vocabulary_notices(config: RunConfig, tokenizer) -> list[str]:

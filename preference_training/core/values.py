@@ -14,6 +14,15 @@ def dotted(values: dict, prefix: str = "") -> dict:
     return flat
 
 
+def size_of_model(parameters: int) -> str:
+    """A number of parameters as models are named by it: 1.2B, 135M, 0.3M; of less than 100,000 the number itself."""
+    if parameters >= 1e9:
+        return f"{parameters / 1e9:.1f}B"
+    if parameters < 1e5:
+        return f"{parameters:,}"
+    return f"{parameters / 1e6:.{0 if parameters >= 1e7 else 1}f}M"
+
+
 # What reading damaged JSON, and looking something up in it, may raise.
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 

@@ -21,6 +21,13 @@ JOB, PRUNED = "job.json", "pruned.json"
 REPORT = "report.html"
 # Of a loop of rounds: what it was started with.
 ROUNDS_FILE = "rounds.json"
+
+
+def is_of_loop(run_dir: Path) -> bool:
+    """Whether a run directory is that of a round's training in a loop: LOOP/round-N/run."""
+    return (run_dir.absolute().parent.parent / ROUNDS_FILE).is_file()
+
+
 # Of an evaluation: the sampled answers, and the verdicts on them.
 ANSWERS, JUDGEMENTS = "answers.jsonl", "judgements.jsonl"
 # Directories of dashboards.

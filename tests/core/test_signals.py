@@ -67,7 +67,7 @@ def test_a_run_that_is_stopped_while_it_starts_leaves_no_directory(tmp_path):
         process.send_signal(stopping.signal.SIGTERM)
         _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + stopping.signal.SIGTERM and "SIGTERM: stopped before its first step" in said
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "mine").exists()
 
 
 def test_sigterm_ends_a_starting_process_by_an_exception_and_leaves_other_handlers():

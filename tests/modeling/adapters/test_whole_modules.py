@@ -18,6 +18,7 @@ from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.sharing import scores_in_head, share_prefixes
 from preference_training.modeling.state import weights_hash
 from preference_training.modeling.tokenizer import load_tokenizer
+from preference_training.rounds.served.choice import check_sampler
 from preference_training.training.optimizers.groups import hidden_matrices
 from tests.modeling.test_adapters import (
     BATCH,
@@ -189,6 +190,14 @@ def test_modules_that_cannot_be_trained_whole_are_refused(overrides, message, co
     with pytest.raises(UserError, match=f"model.lora.modules_to_save: .*{message}"):
         config = configured("+adapter=lora", *overrides).model
         check_model(replace(config, head="value") if "loss=reward" in overrides else config, tokenizer)
+
+
+def test_a_server_of_rounds_does_not_take_them_and_a_pattern_has_to_be_one(configured):
+    rounds = ("+rounds=default", "rounds.prompts=prompts.jsonl", "rounds.judge=toy", "rounds.sampler=http://localhost:1")
+    with pytest.raises(UserError, match="model.lora.modules_to_save: found .*, and vLLM serves adapters without modules"):
+        check_sampler(configured("+adapter=lora", ENDS, *rounds))
+    with pytest.raises(UserError, match="model.lora.modules_to_save: found '.norm', expected a list of names, or a regular"):
+        configured("+adapter=lora", "model.lora.modules_to_save='(norm'")
 
 
 def test_without_an_adapter_they_are_refused(configured):

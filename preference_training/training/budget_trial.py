@@ -225,6 +225,11 @@ class Trial:
         needed = [peak + more for peak, more in zip(peaks, self.to_come, strict=False)]
         return Measured(whole.packs[0].num_computed, needed) if peaks else None
 
+    def remove_hooks(self) -> None:
+        """Leave the policy as it was: the run's own step adds hooks again."""
+        self.step.balance.recorder.remove()
+        self.step.noise.remove()
+
     def _clear(self) -> None:
         self.step.updater.optimizer.zero_grad(set_to_none=True)
         gc.collect()
@@ -281,7 +286,7 @@ def measured_budget(
         del reference
     finally:
         if trial is not None:
-            trial.step.remove_hooks()
+            trial.remove_hooks()
         del trial
         loss.load_state_dict(remembered)
         restore_random_streams(streams)

@@ -146,11 +146,6 @@ class TrainingStep:
         self.balance = ExpertBalance(models.policy, placement.ranks, placement.config.model.router_aux_loss)
         self.noise = EmbeddingNoise(models.policy, placement.config.model.neftune_alpha, placement.config.seed)
 
-    def remove_hooks(self) -> None:
-        """Leave the policy as it was, of a step that is on trial."""
-        self.balance.recorder.remove()
-        self.noise.remove()
-
     def take(
         self,
         micro_batches: Sequence[MicroBatch],

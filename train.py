@@ -31,7 +31,7 @@ from preference_training.configuration.validation import validate
 from preference_training.core.errors import UserError
 from preference_training.core.machine import release_memory
 from preference_training.core.processes import in_worker
-from preference_training.core.signals import STOPPED, StoppedError, StopRequests
+from preference_training.core.signals import STOPPED, StoppedError, StopRequests, exit_on_sigterm
 from preference_training.data.entries import read_entries
 from preference_training.losses.registry import example_kind, model_head
 from preference_training.sweeps.gpus import jobs_at_once, take_gpus
@@ -50,6 +50,9 @@ def main(composed: DictConfig) -> float | None:
     settings = HydraConfig.get()
     run_dir, in_sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
     StopRequests.ends_process = not in_sweep
+    if not in_worker():
+        # One that waits for the others would not see it.
+        exit_on_sigterm()
     composed.sweep_dir = str(Path(settings.sweep.dir).absolute()) if in_sweep else None
     start_in = partial(validate_and_start, composed, in_sweep)
     try:

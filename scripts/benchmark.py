@@ -11,6 +11,7 @@ import argparse
 import sys
 
 import preference_datasets  # noqa: F401  its data sets register themselves
+import train  # noqa: F401  what the configuration refers to registers itself
 from preference_training.core.errors import UserError
 from preference_training.generation.settings import LoadOptions
 
@@ -48,11 +49,16 @@ def main() -> None:
     """Run a benchmark. A user's mistake is reported as one message, with exit status 2."""
     options = arguments()
     from preference_training.core.machine import quiet_libraries
-    from preference_training.evaluation.benchmarks.command import benchmark_win_rate, pair_accuracy
+    from preference_training.evaluation.benchmarks.arguments import check_arguments
 
-    quiet_libraries()
     try:
-        lines = pair_accuracy(options) if options.command == "pairs" else benchmark_win_rate(options, *judging(options))
+        check_arguments(options)
+        judged_by = judging(options) if options.command == "win-rate" else ()
+        quiet_libraries()
+        # Heavy, and so imported after what takes no time is checked.
+        from preference_training.evaluation.benchmarks.command import benchmark_win_rate, pair_accuracy
+
+        lines = benchmark_win_rate(options, *judged_by) if judged_by else pair_accuracy(options)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

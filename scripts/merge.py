@@ -47,10 +47,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Merge. A user's mistake is reported as one message, with exit status 2."""
     options = arguments()
-    from preference_training.core.machine import quiet_libraries
     from preference_training.merging.command import merge_as_asked
 
-    quiet_libraries()
     try:
         lines = merge_as_asked(options)
     except UserError as error:

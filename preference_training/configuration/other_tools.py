@@ -35,7 +35,7 @@ class Answer:
 
 _OFF = ("false", "none", "null", "no", "off")
 # Keys whose values are lists, which other tools write without brackets.
-_LISTS = ("datasets=", "tracking=", "target_modules=")
+_LISTS = ("datasets=", "tracking=", "target_modules=", "modules_to_save=")
 _LOSSES = {
     "sigmoid": "dpo", "rm": "reward", "pt": "sft", "rlhf": "dpo", "robust": "robust", "kto_pair": "kto", "exo_pair": "exo_pair",
     "nca_pair": "nca_pair", "bco_pair": "bco", "sppo_hard": "sppo_hard", "aot_pair": "aot_unpaired", "discopop": "discopop",
@@ -104,7 +104,11 @@ OTHER_NAMES: dict[str, Answer] = {
     ),
     **_each(
         "modules_to_save lora_modules_to_save additional_target",
-        note="embedding and head get adapters where model.lora.target_modules names them; without one all weights are trained",
+        *("+adapter=lora model.lora.modules_to_save={}", "[embed_tokens,lm_head]"),
+    ),
+    **_each(
+        "lora_bias lora_train_bias peft_bias bias",
+        note="biases are trained in place, so that the model under the adapter would no longer be the reference. Leave it none",
     ),
     **_each("unfrozen_parameters trainable_parameters", "model.trainable={}", "[norm]"),
     **_each("freeze_parameters", "model.freeze={}", "[embed_tokens]"),

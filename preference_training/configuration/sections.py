@@ -66,6 +66,17 @@ def _init_problem(value: Any) -> str | None:
     return None if is_iterated else known_name("initialization", (*LORA_INITS, "pissa_niter_16"))(value)
 
 
+def _modules_problem(value: Any) -> str | None:
+    """Names of modules, or a regular expression for whole names, or None."""
+    if value == [] or not all(isinstance(name, str) for name in ([] if value is None else listed(value))):
+        return f"found {value!r}, expected names of modules, as in [embed_tokens,lm_head], or null."
+    try:
+        re.compile(value if isinstance(value, str) else "")
+    except re.error as error:
+        return f"found {value!r}, expected a list of names, or a regular expression for whole names: {error}."
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(Section):
     """model.lora"""
@@ -88,6 +99,7 @@ class LoraConfig(Section):
         ),
         NEWER,
     )
+    modules_to_save: list[str] | str | None = key(_modules_problem, NEWER)
     layers: list[int] | None = key(
         expected(
             "numbers of blocks from 0, as in [0,1,2], or null",
@@ -171,7 +183,7 @@ class ModelConfig(Section):
     @property
     def trains_low_precision(self) -> bool:
         """Whether weights in bfloat16 or float16 are trained; adapters are float32 whatever the base model's dtype."""
-        return self.policy_dtype in SPACINGS and self.lora.r is None
+        return self.policy_dtype in SPACINGS and (self.lora.r is None or self.lora.modules_to_save is not None)
 
     @property
     def smallest_kept_lr(self) -> float:

@@ -10,7 +10,7 @@ from typing import IO
 
 import xxhash
 
-from preference_training.core.errors import first_line
+from preference_training.core.errors import UserError, first_line
 
 # The suffix of a file that is not complete yet.
 PARTIAL = ".partial"
@@ -161,3 +161,13 @@ def first_existing(folders: str | Iterable[str]) -> Path:
     """The first of `folders` (one or several) that exists, else the last one; absolute, not created."""
     paths = [Path(folder).expanduser().absolute() for folder in ([folders] if isinstance(folders, str) else folders)]
     return next((path for path in paths if path.is_dir()), paths[-1])
+
+
+def check_destination(path: Path) -> None:
+    """Raise UserError where a directory cannot be created, or holds files already."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"--to: {path} is not a directory. Expected a new directory, or an empty one.")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--to: {path} is not empty. Expected a new directory, or an empty one.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--to: {path.absolute().parent} does not exist. Create it first.")

@@ -6,6 +6,7 @@ there is nothing to write. A second SIGINT ends it at once.
 
 import os
 import signal
+import sys
 import threading
 import time
 from typing import ClassVar
@@ -86,3 +87,17 @@ def restore_handlers(usual: dict) -> None:
     """Restore the handlers of signals that were in force before a run, or ignore signals if the process ends with the run."""
     for number, handler in usual.items():
         signal.signal(number, signal.SIG_IGN if StopRequests.ends_process else handler)
+
+
+def exit_on_sigterm() -> None:
+    """Have SIGTERM end this process by SystemExit, so that a run that is still starting clears away what it has begun.
+
+    Not in a thread, nor where something else handles the signal.
+    """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _exit)
+
+
+def _exit(number: int, _frame) -> None:
+    os.write(2, f"{signal.Signals(number).name}: stopped before its first step\n".encode())
+    sys.exit(128 + number)

@@ -14,6 +14,14 @@ def dotted(values: dict, prefix: str = "") -> dict:
     return flat
 
 
+def size_of_model(parameters: int) -> str:
+    """A number of parameters as models are named by it: 7B, 1.2B, 135M, 0.82M; of less than 100,000 the number itself."""
+    if parameters < 1e5:
+        return f"{parameters:,}"
+    size, unit = (parameters / 1e9, "B") if parameters >= 1e9 else (parameters / 1e6, "M")
+    return f"{size:.{3 if size >= 100 else 2}g}{unit}"
+
+
 # What reading damaged JSON, and looking something up in it, may raise.
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 

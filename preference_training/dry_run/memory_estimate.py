@@ -97,7 +97,8 @@ class StorageCounter(TorchDispatchMode):
             # Some optimizers look at a number, which a fake tensor lacks; what they keep does not depend on it.
             return 1.0 if args[0].is_floating_point() else 1
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
+        is_grouped = func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor)
+        output = _grouped_product(*args, **kwargs) if is_grouped else func(*args, **kwargs)
         for tensor in tree_iter(output):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
@@ -141,6 +142,13 @@ class StorageCounter(TorchDispatchMode):
         for held, change in self._changes[:moment]:
             kinds[held.kind] += change
         return kinds
+
+
+def _grouped_product(first: Tensor, second: Tensor, ends: Tensor | None = None, *_: object, **__: object) -> Tensor:
+    """The shape of torch's `_grouped_mm`, the products of experts, which for fake tensors knows bfloat16 only."""
+    groups = [len(ends)] if first.ndim == second.ndim == 2 and ends is not None else []
+    groups = [len(first)] if first.ndim == second.ndim == 3 else groups
+    return first.new_empty(*groups, first.shape[-2], second.shape[-1])
 
 
 @contextmanager

@@ -4,6 +4,8 @@
 MIN_PROMPTS = 10
 # What is to be done then.
 MORE_HELD_OUT = "Raise held_out_share, or n_eval_examples if it leaves some out."
+# And in the training of a loop's round.
+OF_LOOPS = "Rounds are compared on the prompts of rounds.held_out, not on these."
 
 
 def too_few(prompts: int, what: str) -> str | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preference_training.core.errors import UserError
+from preference_training.core.files import check_destination
 from preference_training.export.gguf_model import check_type
 from preference_training.export.quantization import check_quantization
 
@@ -53,13 +54,3 @@ def check_options(options: ExportOptions, is_adapter: bool, head: str = "lm") ->
     if options.gguf:
         check_type(options.gguf)
     check_destination(options.to)
-
-
-def check_destination(path: Path) -> None:
-    """Raise UserError where a directory cannot be created, or holds files already."""
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise UserError(f"--to: {path} is not a directory. Expected a new directory, or an empty one.")
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"--to: {path} is not empty. Expected a new directory, or an empty one.")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--to: {path.absolute().parent} does not exist. Create it first.")

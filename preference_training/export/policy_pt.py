@@ -11,9 +11,8 @@ from preference_training.configuration.composition import compose_overrides, gro
 from preference_training.configuration.saved import model_config
 from preference_training.configuration.sections import ModelConfig
 from preference_training.core.errors import UserError, nearest
-from preference_training.core.files import load_tensors
+from preference_training.core.files import check_destination, load_tensors
 from preference_training.export.directory import new_directory, save_weights
-from preference_training.export.options import check_destination
 from preference_training.export.verification import compare_exported, refuse_other_model
 from preference_training.modeling import loading
 from preference_training.modeling.tokenizer import load_tokenizer

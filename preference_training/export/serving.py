@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from preference_training.modeling.adapters.files import CONFIG_FILE
+from preference_training.modeling.adapters.files import CONFIG_FILE, saved_modules
 from preference_training.reporting.model_card import CardFacts
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -56,6 +56,8 @@ class Served:
             settings = json.loads((self.directory / CONFIG_FILE).read_text(encoding="utf-8"))
             if settings.get("use_dora"):
                 return "it serves no DoRA adapters: export with --merge"
+            if saved_modules(settings):
+                return "it serves no adapters with modules that are trained whole: export with --merge"
             return shlex.join(self._vllm_adapter(settings))
         # Without it, vLLM casts float32 to bfloat16.
         dtype = ["--dtype", "float32"] if self.dtype == "float32" else []

@@ -1,15 +1,13 @@
-"""What a command line of scripts/merge.py asks for."""
+"""What a command line of scripts/merge.py asks for. It is checked before the libraries of models are imported."""
 
 from argparse import Namespace
 from functools import partial
 
 from preference_training.core.errors import UserError
-from preference_training.evaluation.runs import load_run_config
-from preference_training.merging.held_out import HeldOutRows
-from preference_training.merging.ingredients import Ingredient
-from preference_training.merging.merge import Merge, merge
-from preference_training.merging.recipe import NUMBERS, read_recipe
-from preference_training.merging.soup import Soup, make_soup
+from preference_training.core.files import check_destination
+from preference_training.core.machine import quiet_libraries
+from preference_training.merging.places import check_place
+from preference_training.merging.recipe import NUMBERS, Recipe, read_recipe
 
 # Options of one of the two kinds of merges.
 OF_SOUPS = {"top": "--top", "greedy": "--greedy", "metric": "--metric"}
@@ -27,6 +25,10 @@ def merge_as_asked(options: Namespace) -> list[str]:
                 f"--soup: found {(models + given)[0]} beside it. A soup is the plain mean of a sweep's best runs, measured on "
                 "what they hold out: drop it, or name the models without --soup."
             )
+        check_destination(options.to)
+        quiet_libraries()
+        from preference_training.merging.soup import Soup, make_soup
+
         top = 3 if options.top is None else options.top
         trust = options.trust_remote_code
         return make_soup(Soup(options.soup, top, options.greedy, options.metric, overrides, trust), options.to)
@@ -39,6 +41,19 @@ def merge_as_asked(options: Namespace) -> list[str]:
         raise UserError(f"{overrides[0]}: overrides the configuration of the run of --held-out, and none is given. Drop it.")
     numbers = {name: getattr(options, name) for name in ("weights", *NUMBERS)}
     recipe = read_recipe(options.method or "linear", len(models), options.base is not None, **numbers)
+    check_destination(options.to)
+    for name in (*models, *([options.base] if options.base else []), *([str(options.held_out)] if options.held_out else [])):
+        check_place(name)
+    return _merged(options, recipe, models, overrides)
+
+
+def _merged(options: Namespace, recipe: Recipe, models: list[str], overrides: list[str]) -> list[str]:
+    quiet_libraries()
+    from preference_training.evaluation.runs import load_run_config
+    from preference_training.merging.held_out import HeldOutRows
+    from preference_training.merging.ingredients import Ingredient
+    from preference_training.merging.merge import Merge, merge
+
     read = [Ingredient.read(name, options.trust_remote_code, options.cache_dir) for name in models]
     base = Ingredient.read(options.base, options.trust_remote_code, options.cache_dir) if options.base else None
     task = Merge(recipe, read, base)

@@ -17,13 +17,12 @@ from preference_training.checkpointing.saved_run import newest_checkpoint
 from preference_training.configuration.sections import DTYPES
 from preference_training.core.errors import UserError, first_line
 from preference_training.export.source import Source
+from preference_training.merging.places import EXPECTED, check_place
 from preference_training.modeling import loading
 from preference_training.modeling.adapters.files import is_adapter, read_adapter_config
 from preference_training.modeling.archives import MODEL_CONFIG
 from preference_training.reporting.model_card import is_hub_id
 from preference_training.tracking.run_files import STATE
-
-EXPECTED = "Expected a run directory, a checkpoint (step-N), an adapter, a model directory with safetensors, or a hub id."
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,8 @@ class Ingredient:
     def read(cls, name: str, trust_remote_code: bool = False, cache_dir: str | None = None) -> "Ingredient":
         """The model of a name. Raises UserError where there is none."""
         path = Path(name).expanduser()
+        check_place(name)
         if not path.is_dir():
-            if not is_hub_id(name) or name.count("/") > 1 or path.exists():
-                raise UserError(f"{name}: no such directory. {EXPECTED}")
             return cls(name, name, None, trust_remote_code, cache_dir)
         checkpoint = newest_checkpoint(path).resolve()
         if (checkpoint / STATE).is_file():

@@ -14,12 +14,12 @@ from torch import Tensor
 from preference_training.checkpointing.model_files import save_tokenizer, set_end_tokens
 from preference_training.checkpointing.saved_models import DifferentModelError, load_plain
 from preference_training.core.errors import UserError, first_line
+from preference_training.core.files import check_destination
 from preference_training.core.machine import said_while_slow
 from preference_training.data.chat_templates import PLAIN_PROMPT, end_tokens, run_format, serve_as_trained
 from preference_training.data.rows.records import Turn
 from preference_training.data.rows.templates import build_template
 from preference_training.export.directory import new_directory
-from preference_training.export.options import check_destination
 from preference_training.merging.card import MergeFacts, merge_card
 from preference_training.merging.held_out import HeldOutRows
 from preference_training.merging.ingredients import Ingredient, all_on_disk, check_alike

@@ -1,16 +1,19 @@
-"""What a merge computes: the method, its numbers, and the checks that need no model."""
+"""What a merge computes: the method, its numbers, and the checks that need no model, and so import no library of tensors."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 from preference_training.core.errors import UserError
 from preference_training.core.values import hash_values
-from preference_training.merging import formulas
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # How far weights of a mean may be from a sum of 1.
 ROUNDING = 1e-6
@@ -33,6 +36,8 @@ class Recipe:
 
     def generators(self, name: str) -> list[torch.Generator]:
         """A random stream for each model's tensor of a name: what is drawn depends on no other tensor, and on no file."""
+        import torch
+
         numbers = [int(hash_values([self.seed, number, name])[:15], 16) for number in range(len(self.weights))]
         return [torch.Generator().manual_seed(number) for number in numbers]
 
@@ -51,24 +56,30 @@ class Method(NamedTuple):
     needs_base: bool = True
 
 
+def _formulas() -> ModuleType:
+    from preference_training.merging import formulas
+
+    return formulas
+
+
 def _linear(recipe: Recipe, _name: str, _base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
-    return formulas.linear(models, recipe.weights)
+    return _formulas().linear(models, recipe.weights)
 
 
 def _slerp(recipe: Recipe, _name: str, _base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
-    return formulas.slerp(models[0], models[1], recipe.t)
+    return _formulas().slerp(models[0], models[1], recipe.t)
 
 
 def _task_arithmetic(recipe: Recipe, _name: str, base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
-    return formulas.task_arithmetic(base, models, recipe.weights, recipe.scale)
+    return _formulas().task_arithmetic(base, models, recipe.weights, recipe.scale)
 
 
 def _ties(recipe: Recipe, _name: str, base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
-    return formulas.ties(base, models, recipe.weights, recipe.density, recipe.scale)
+    return _formulas().ties(base, models, recipe.weights, recipe.density, recipe.scale)
 
 
 def _dare_ties(recipe: Recipe, name: str, base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
-    return formulas.dare_ties(base, models, recipe.weights, recipe.density, recipe.scale, recipe.generators(name))
+    return _formulas().dare_ties(base, models, recipe.weights, recipe.density, recipe.scale, recipe.generators(name))
 
 
 METHODS = {

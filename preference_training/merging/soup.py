@@ -11,11 +11,11 @@ from tempfile import TemporaryDirectory
 
 from preference_training.checkpointing.checkpoint import Checkpoint, list_checkpoints
 from preference_training.core.errors import UserError
+from preference_training.core.files import check_destination
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, smaller_is_better
 from preference_training.core.values import dotted
 from preference_training.evaluation.phrasing import with_interval
 from preference_training.export.directory import new_directory
-from preference_training.export.options import check_destination
 from preference_training.merging.card import MergeFacts, merge_card
 from preference_training.merging.held_out import HeldOutRows, Measured
 from preference_training.merging.ingredients import Ingredient, all_on_disk

@@ -27,7 +27,7 @@ from preference_training.losses.base import Loss, TokenLogps
 from preference_training.modeling.adapters.weights import has_adapter, reference_mode
 from preference_training.modeling.prefix_sharing.context import assemble
 from preference_training.modeling.prefix_sharing.longest_row import forget_longest_row, frequency_groups, frequency_limits
-from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead, score_tokens
+from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead, heads_of, score_tokens
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
 from preference_training.modeling.state import spans_devices
 from preference_training.modeling.value_head import has_value_head
@@ -173,15 +173,15 @@ def _to_float64(values: Tensor) -> Tensor:
 
 def _score_trie(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
     """`scored_tokens` in one forward of the packed tokens; the head computes the scored positions only."""
-    head, computed = model.get_output_embeddings(), _own_tokens(model, batch)
-    scores_in_head = isinstance(head, ScoringHead)
-    if scores_in_head:
+    heads, computed = heads_of(model), _own_tokens(model, batch)
+    scores_in_head = all(isinstance(head, ScoringHead) for head in heads)
+    for head in heads if scores_in_head else ():
         head.scored_ids, head.collision = computed.scored_ids, collision
     try:
         # [S, V] logits, or [S, K] of a ScoringHead.
         output = model(**_packed_inputs(computed), logits_to_keep=_head_index(model, computed.predicted_at)).logits[0]
     finally:
-        if scores_in_head:
+        for head in heads if scores_in_head else ():
             head.scored_ids = None
     values = _to_float64(output if scores_in_head else score_tokens(output, computed.scored_ids, collision))
     if isinstance(computed, PackPart):

@@ -36,7 +36,7 @@ from preference_training.core.files import write_atomically
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_bytes
 from preference_training.core.values import hash_values
 from preference_training.data.prompt_table import PromptTable, Selection
-from preference_training.modeling.adapters.weights import INITIAL_ADAPTER
+from preference_training.modeling.adapters.weights import INITIAL_ADAPTER, is_added
 from preference_training.modeling.loading import CONFIG_METADATA
 from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing.attention_choice import MEASURED, VARLEN, asked_for, in_use
@@ -108,7 +108,7 @@ def _effective_budget(budget: TokenBudget, prompts: Selection, examples: int) ->
 def model_facts(model: nn.Module) -> dict:
     """What the log-probs of a model depend on besides its weights, as plain values; excludes the trained adapter."""
     base = [(name, module) for name, module in model.named_modules() if not _belongs_to_adapter(name, module)]
-    weights = [(name, weight) for name, weight in model.named_parameters() if ".lora_" not in name]
+    weights = [(name, weight) for name, weight in model.named_parameters() if not is_added(name)]
     starting = getattr(model, "peft_config", {}).get(INITIAL_ADAPTER)
     return {
         "configuration": _without_metadata(model.config.to_dict()),
@@ -117,7 +117,7 @@ def model_facts(model: nn.Module) -> dict:
         "classes": sorted({_class_name(module) for _, module in base}),
         "dtypes": sorted({str(weight.dtype) for _, weight in weights}),
         "autocast": str(getattr(model, "autocast_dtype", None)),
-        "buffers": [[name, *_tensor_facts(buffer)] for name, buffer in model.named_buffers() if ".lora_" not in name],
+        "buffers": [[name, *_tensor_facts(buffer)] for name, buffer in model.named_buffers() if not is_added(name)],
         "adapter": None if starting is None else [starting.lora_alpha, starting.r, starting.use_rslora],
         # Only where it may differ from what it was before there was a choice, so that older caches are found.
         **({"prefix_attention": [asked_for(), MEASURED]} if VARLEN in in_use(compute_device(model)) else {}),
@@ -130,7 +130,7 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _belongs_to_adapter(name: str, module: nn.Module) -> bool:
-    return ".lora_" in name or type(module).__module__.startswith("peft.")
+    return is_added(name) or type(module).__module__.startswith("peft.")
 
 
 def _has_config(module: nn.Module) -> bool:

@@ -25,11 +25,12 @@ from preference_training.core.metric_names import (
 from preference_training.core.values import UNREADABLE
 from preference_training.data.tokenization import RESPONSE_CUT
 from preference_training.evaluation.improvement import Improvement, held_out_improvement, training_improvement
-from preference_training.evaluation.phrasing import MIN_PROMPTS, MORE_HELD_OUT, too_few, with_interval
+from preference_training.evaluation.phrasing import MIN_PROMPTS, MORE_HELD_OUT, OF_LOOPS, too_few, with_interval
 from preference_training.losses.registry import evaluation_depends_on_run
 from preference_training.reporting.experts.balance import balance_findings
 from preference_training.reporting.observations import finite_values
 from preference_training.reporting.run_record import RunRecord
+from preference_training.tracking.run_files import is_of_loop
 from preference_training.training.defaults import FAR, far_from_usual
 from preference_training.training.monitors import warmup_warning
 
@@ -112,6 +113,9 @@ def _warmup(run: RunRecord) -> Iterator[Finding]:
     settings, steps = run.settings, total_steps(run)
     share, warmup = settings.get("warmup_share"), settings.get("warmup_steps")
     if steps and share is None and (text := warmup_warning(warmup, steps, settings["lr"])):
+        if lower := _far_above_usual(run):
+            # To rise to such a rate would not help.
+            text = f"{text.partition(', and the run will')[0]}. {lower}"
         yield Finding("warm-up", "error", text)
 
 
@@ -148,7 +152,7 @@ def _training(run: RunRecord) -> Improvement | None:
 
 def _what_to_do(run: RunRecord) -> str:
     if _readable(_warmup, run):
-        return "Its learning rate never rose to lr: set warmup_share=0.1."
+        return _far_above_usual(run) or "Its learning rate never rose to lr: set warmup_share=0.1."
     lr, usual = run.settings.get("lr"), run.about.get("usual_lr")
     # Steps of SGD are not of the size of lr.
     if isinstance(lr, float) and isinstance(usual, float) and lr < usual / FAR and _has_usual_lr(run):
@@ -161,16 +165,29 @@ def _has_usual_lr(run: RunRecord) -> bool:
     return OPTIMIZERS.get(str(run.settings.get("optimizer")), OptimizerFacts()).lr_factor is not None
 
 
-def _high_lr(run: RunRecord) -> Iterator[Finding]:
-    """A learning rate far above what is usual, in a run of which other findings say that it went badly."""
+def _far_above_usual(run: RunRecord) -> str | None:
+    """What to do about a learning rate far above what is usual that a warm-up has not let rise; None for any other."""
+    lr, usual = run.settings.get("lr"), run.about.get("usual_lr")
+    if not isinstance(usual, float) or not (far := _times_usual(run)):
+        return None
+    return f"lr={lr:g} is {far} what is usual for such a loss and model, {usual:g}: set lr={usual:g} and warmup_share=0.1."
+
+
+def _times_usual(run: RunRecord) -> str | None:
+    """How far a learning rate is above what is usual, in words; None where it is not, or nothing is usual."""
     settings, lr, usual = run.settings, run.settings["lr"], run.about["usual_lr"]
     from_scratch = settings.get("model.name_or_path") is None and settings.get("model.archive") is None
-    if lr > usual and (far := far_from_usual(lr, usual)) and not from_scratch and _has_usual_lr(run):
+    return far_from_usual(lr, usual) if lr > usual and not from_scratch and _has_usual_lr(run) else None
+
+
+def _high_lr(run: RunRecord) -> Iterator[Finding]:
+    """A learning rate far above what is usual, in a run of which other findings say that it went badly."""
+    if (far := _times_usual(run)) and not _readable(_warmup, run):
         yield Finding(
             "learning rate",
             "warning",
-            f"lr={lr:g} is {far} what is usual for such a loss and model, {usual:g} (docs/defaults.md), which may be why: "
-            "lower it.",
+            f"lr={run.settings['lr']:g} is {far} what is usual for such a loss and model, {run.about['usual_lr']:g} "
+            "(docs/defaults.md), which may be why: lower it.",
         )
 
 
@@ -264,7 +281,7 @@ def _few_prompts(run: RunRecord) -> Iterator[Finding]:
     if f"{EVAL_ACCURACY}{LOW}" in last:
         low, high = (last[f"{EVAL_ACCURACY}{end}"] for end in (LOW, HIGH))
         accuracy = f". A reward accuracy of {last[EVAL_ACCURACY]:.3g} may be anything from {low:.2g} to {high:.2g}"
-    yield Finding(FEW_PROMPTS, "note", f"{warning}{accuracy}. {MORE_HELD_OUT}")
+    yield Finding(FEW_PROMPTS, "note", f"{warning}{accuracy}. {OF_LOOPS if is_of_loop(run.directory) else MORE_HELD_OUT}")
 
 
 def _decides(run: RunRecord) -> bool:

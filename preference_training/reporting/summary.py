@@ -23,6 +23,7 @@ from preference_training.core.metric_names import (
     LOW,
     TIME,
 )
+from preference_training.core.values import size_of_model
 from preference_training.data.files import is_data_file
 from preference_training.data.registry import dataset_entries
 from preference_training.losses.registry import find_loss, model_head, parts_of
@@ -203,7 +204,7 @@ def _size(run: RunRecord) -> str:
     number = run.about.get("parameters")
     if not isinstance(number, int):
         return ""
-    return f" of {number / 1e9:.2g}B parameters" if number >= 1e9 else f" of {number / 1e6:.2g}M parameters"
+    return f" of {size_of_model(number)} parameters"
 
 
 def short_path(name: str) -> str:

@@ -73,6 +73,7 @@ def run_found_loop(config: RunConfig, directory: Path, report: Callable | None =
     # A loop that goes on has its prompts, whatever has become of their file.
     prompts, said = (read_stored(stored), Counter()) if stored.is_file() else read_prompts(config.rounds)
     check_rows(config, prompts)
+    _check_weights(config)
     held_out = [prompt for prompt in prompts if prompt.held_out]
     sampled = prompts_of_round(prompts, 1, config.rounds.prompts_per_round, config.seed)
     rounds = config.rounds
@@ -147,11 +148,6 @@ def check(config: RunConfig) -> list[str]:
         raise UserError(
             f"loss: {loss} trains a reward model, which writes no responses. Train it first; rounds can be judged by it."
         )
-    if not (config.model.name_or_path or config.model.archive):
-        raise UserError(
-            "model: rounds sample from the model, and this one would have random weights. Train it with loss=sft first, then "
-            "set model.archive to its checkpoint."
-        )
     kind = example_kind(loss)
     pairs = rounds.pairs or USUAL_PAIRS[kind]
     if pairs not in PAIRS_FOR[kind]:
@@ -167,6 +163,15 @@ def check(config: RunConfig) -> list[str]:
     others, why = (OF_LOCAL, "a server") if is_served(config) else (OF_SERVERS, "local")
     unused += [f"rounds.{key}: without effect, since sampler is {why}" for key in others if f"rounds.{key}" in given]
     return unused + check_sampler(config)
+
+
+def _check_weights(config: RunConfig) -> None:
+    """Raise UserError for a model of random weights. After the files are checked, which takes less time than to train one."""
+    if not (config.model.name_or_path or config.model.archive):
+        raise UserError(
+            "model: rounds sample from the model, and this one would have random weights. Train it with loss=sft first, then "
+            "set model.archive to its checkpoint."
+        )
 
 
 def _given(config: RunConfig) -> Sequence[str]:

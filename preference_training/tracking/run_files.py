@@ -33,6 +33,11 @@ OPTIMIZER_DIR, REFERENCE_DIR = "optimizer", "reference"
 ASIDE = "set_aside_"
 
 
+def is_of_loop(run_dir: Path) -> bool:
+    """Whether a run directory is that of a round's training in a loop: LOOP/round-N/run."""
+    return (run_dir.absolute().parent.parent / ROUNDS_FILE).is_file()
+
+
 # ---- rows -----------------------------------------------------------------------------------------------------------------
 
 

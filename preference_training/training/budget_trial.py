@@ -225,6 +225,11 @@ class Trial:
         needed = [peak + more for peak, more in zip(peaks, self.to_come, strict=False)]
         return Measured(whole.packs[0].num_computed, needed) if peaks else None
 
+    def remove_hooks(self) -> None:
+        """Leave the policy as it was: the run's own step adds hooks again."""
+        self.step.balance.recorder.remove()
+        self.step.noise.remove()
+
     def _clear(self) -> None:
         self.step.updater.optimizer.zero_grad(set_to_none=True)
         gc.collect()
@@ -269,6 +274,7 @@ def measured_budget(
     config, ranks = placement.config, placement.ranks
     most = largest_micro_batch(prompts, config.batch_size // config.gradient_accumulation_steps, ranks.size)
     most = -(-most // ranks.context.size)
+    trial = None
     try:
         reference = placement.reference(policy) if live_reference else _no_reference if loss.needs_reference else None
         room = [round(size * (1 - RESERVE)) for size in meter.room()]
@@ -277,8 +283,11 @@ def measured_budget(
         trial.measure(min(FIRST, most))
         choice = largest_limit(trial.measure, room, most, ranks)
         trial.step.updater.expect_gradients(1)
-        del trial, reference
+        del reference
     finally:
+        if trial is not None:
+            trial.remove_hooks()
+        del trial
         loss.load_state_dict(remembered)
         restore_random_streams(streams)
         policy.train(was_training)

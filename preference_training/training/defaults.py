@@ -17,7 +17,7 @@ from preference_training.checkpointing.resume import find_run
 from preference_training.configuration.optimizers import OPTIMIZERS
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
-from preference_training.core.values import dotted
+from preference_training.core.values import dotted, size_of_model
 from preference_training.losses.base import Learns
 
 # What a run has in its checkpoints, and takes from there when it is resumed with null.
@@ -179,9 +179,8 @@ def far_from_usual(lr: float, usual: float) -> str | None:
 
 def _kind_of_training(config: RunConfig, parameters: int) -> str:
     what = "a LoRA adapter" if config.model.lora.r is not None else "all weights"
-    size = f"{parameters / 1e9:.1f}B" if parameters >= SMALL else f"{parameters / 1e6:.0f}M"
     by = f" with {config.optimizer}" if config.optimizer_facts.lr_factor not in (None, 1.0) else ""
-    return f"loss={config.loss.name} on {what} of a model of {size} parameters{by}"
+    return f"loss={config.loss.name} on {what} of a model of {size_of_model(parameters)} parameters{by}"
 
 
 # ---- what depends on the number of steps ------------------------------------------------------------------------------------

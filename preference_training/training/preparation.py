@@ -37,6 +37,7 @@ from preference_training.modeling.quantization import check_float8
 from preference_training.modeling.sources.checks import check_sources
 from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
+from preference_training.tracking.run_files import is_of_loop
 from preference_training.training.defaults import fit_lr, fit_steps, settle_dtypes, unusual_lr
 from preference_training.training.optimizers.building import check_optimizer
 from preference_training.training.optimizers.groups import lr_group_lines
@@ -118,7 +119,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     data = prepare_data(config, entries, tokenizer, loss, splits, data_version(earlier))
     check_rows(config, tokenizer, limits, [split.table for split in data])
     if "train" in splits:
-        if few := few_held_out(config, data[-1].table):
+        if few := few_held_out(config, data[-1].table, is_of_loop(run_dir)):
             print(few, flush=True)
         said, schedule = config.chosen, run_schedule(config, data[0].table)
         config = fit_steps(config, schedule.total_examples, schedule.total_steps)
@@ -136,7 +137,8 @@ def adapter_notice(config: RunConfig) -> str | None:
     kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
     start = "" if lora.init == "default" else f" that start as {lora.init}"
     adapters = f"{kind} adapters of rank {lora.r} (alpha {lora.alpha:g}){start}"
-    return f"model.lora.r: {adapters} are trained, all other weights are frozen{quantized}"
+    whole = f" beside {', '.join(listed(lora.modules_to_save))}" if lora.modules_to_save else ""
+    return f"model.lora.r: {adapters} are trained{whole}, all other weights are frozen{quantized}"
 
 
 def vocabulary_notices(config: RunConfig, tokenizer) -> list[str]:
@@ -308,8 +310,13 @@ def prepare_data(
     return tuple(splits)
 
 
-def few_held_out(config: RunConfig, held_out: PromptTable) -> str | None:
-    """The warning for too few held-out prompts to decide anything by; None for enough, or none at all."""
+def few_held_out(config: RunConfig, held_out: PromptTable, of_loop: bool = False) -> str | None:
+    """The warning for too few held-out prompts to decide anything by; None for enough, or none at all.
+
+    of_loop: whether the run is a round's training, by whose held-out prompts nothing is decided.
+    """
+    if of_loop:
+        return None
     prompts = evaluation_prompts(held_out, config.n_eval_examples, config.seed)
     text = too_few(len(prompts), "held-out metrics") if len(prompts) else None
     remedy = "Raise held_out_share." if len(prompts) == len(held_out) else "Raise n_eval_examples, which leaves some out."

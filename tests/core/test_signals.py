@@ -57,6 +57,34 @@ def test_a_first_signal_asks_the_run_to_stop_and_ends_nothing(name, listener):
     assert listener.process.wait(30) == 0
 
 
+@pytest.mark.long
+def test_a_run_that_is_stopped_while_it_starts_leaves_no_directory(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), f"local_run_dir={tmp_path / 'runs' / 'mine'}", "loss=sft"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        # Its data is read before its model.
+        assert next(line for line in process.stdout if line.startswith("train: "))
+        assert (tmp_path / "runs" / "mine").is_dir()
+        process.send_signal(stopping.signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + stopping.signal.SIGTERM and "SIGTERM: stopped before its first step" in said
+    assert not (tmp_path / "runs" / "mine").exists()
+
+
+def test_sigterm_ends_a_starting_process_by_an_exception_and_leaves_other_handlers():
+    number, usual = stopping.signal.SIGTERM, stopping.signal.getsignal(stopping.signal.SIGTERM)
+    try:
+        stopping.signal.signal(number, stopping.signal.SIG_DFL)
+        stopping.exit_on_sigterm()
+        with pytest.raises(SystemExit) as ended:
+            stopping.signal.raise_signal(number)
+        assert ended.value.code == 128 + number
+        stopping.signal.signal(number, stopping.signal.SIG_IGN)
+        stopping.exit_on_sigterm()
+        assert stopping.signal.getsignal(number) is stopping.signal.SIG_IGN
+    finally:
+        stopping.signal.signal(number, usual)
+
+
 def test_a_run_that_is_to_stop_says_so_at_once_and_once(listener):
     for _ in range(2):
         listener.process.send_signal(stopping.signal.SIGTERM)

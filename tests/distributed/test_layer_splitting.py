@@ -202,6 +202,33 @@ def test_master_weights_are_joined_in_a_checkpoint_and_split_again(build, tmp_pa
         assert all(torch.equal(weights_of(second)[name], weight) for name, weight in weights_of(first).items())
 
 
+def test_an_average_of_the_weights_is_that_of_one_process_and_is_saved_whole_and_continued_exactly(build, tmp_path):
+    def make(placement_class):
+        batches = BatchIterator(Schedule(PromptTable.of(prompts()), 6, length=RunLength(n_epochs=1)))
+        return build(placement_class, whole_model("gpt2"), "ema_decay=0.5", batches=batches)
+
+    split, single, second = make(SplitLayers), make(OneProcess), make(SplitLayers)
+    for trainer in (split, single):
+        take_steps(trainer, until=3)
+    trained = {name: weight.clone() for name, weight in weights_of(split).items()}
+    for trainer, folder in ((split, tmp_path / "split"), (single, tmp_path / "single")):
+        folder.mkdir()
+        writer = CheckpointWriter(folder, trainer.models.policy, trainer.placement.tokenizer)
+        with writer, trainer.step.updater.averages_in_place():
+            writer.write(trainer.snapshot())
+    loaded, expected = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "LATEST", dtype=torch.float32).state_dict()
+        for name in ("split", "single")
+    )
+    assert_same_weights(loaded, expected)
+    assert not all(torch.equal(trained[name], weight) for name, weight in loaded.items())
+    assert all(torch.equal(trained[name], weight) for name, weight in weights_of(split).items())
+    second.continue_from(Checkpoint.read(tmp_path / "split" / "LATEST"))
+    for trainer in (split, second):
+        take_steps(trainer, until=4)
+    assert all(torch.equal(weights_of(second)[name], weight) for name, weight in weights_of(split).items())
+
+
 def test_held_out_metrics_and_sampled_answers_are_those_of_one_process(build, tokenizer):
     model = whole_model("bloom")
     batches = evaluation_batches(PromptTable.of(prompts()), 8, None, seed=0)

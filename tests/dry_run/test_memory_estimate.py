@@ -39,10 +39,11 @@ def weight_bytes(config, tokenizer) -> int:
         *("optimizer=AdamW", "optimizer=RMSprop", "optimizer=AdamW8bit"),
         *("optimizer=Muon", "optimizer=Adafactor", "optimizer=GaLore", "optimizer=AdamWScheduleFree", "ema_decay=0.9"),
         *("activation_checkpointing=true", "activation_checkpointing=selective"),
+        "+model.from_config.num_local_experts=4 model.from_config.model_type=mixtral",
     ],
 )
 def test_the_estimate_on_fake_tensors_is_what_a_real_step_allocates(compose, override):
-    config = compose("loss=dpo", "model.from_config.hidden_size=64", override)
+    config = compose("loss=dpo", "model.from_config.hidden_size=64", *override.split())
     tokenizer = load_tokenizer(config.model)
     estimated = step_memory(OneProcess(config, tokenizer), build_loss("dpo"), True, [pack()])
     policy, reference = build_untrained(config.model, tokenizer), build_untrained(config.model, tokenizer)

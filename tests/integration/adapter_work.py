@@ -39,3 +39,28 @@ def save_and_resume(settings: dict, case: dict, folder: str) -> dict:
         differing += [name for name, weight in found.items() if not torch.equal(full_tensor(weight).detach(), kept[name])]
     end_group()
     return {"differing": differing, "shape": list(kept[min(kept)].shape), "count": len(kept)}
+
+
+def follow_and_save(settings: dict, cases: list[dict], folder: str) -> list[dict]:
+    """What `Adapted.follow` finds in each case, and the names of weights that one process reads otherwise from a checkpoint."""
+    world = World(settings)
+    results = []
+    for number, case in enumerate(cases):
+        adapted = Adapted(world, case)
+        found = adapted.follow(list(iterate_examples(golden_prompts(world.tokenizer, adapted.single.models.loss.examples))))
+        kept = {name: full_tensor(weight).detach().clone() for name, weight in weights_of(adapted.sharded).items()}
+        run_dir, policy = Path(folder) / str(number), adapted.sharded.models.policy
+        if adapted.ranks.is_rank_zero:
+            run_dir.mkdir()
+        adapted.ranks.barrier()
+        options = SaveOptions(timeout_minutes=1)
+        with CheckpointWriter(run_dir, policy, adapted.single.placement.tokenizer, adapted.ranks, options) as writer:
+            writer.write(adapted.sharded.snapshot())
+        adapted.ranks.barrier()
+        weights = weights_of(adapted.single)
+        Checkpoint.read(run_dir / f"step-{adapted.sharded.state.examples}").read_weights(weights)
+        adapted.single.placement.set_weights(adapted.single.models.policy, weights)
+        read = weights_of(adapted.single)
+        results.append(found | {"differing": [name for name, weight in kept.items() if not torch.equal(weight, read[name])]})
+    end_group()
+    return results

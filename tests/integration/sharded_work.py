@@ -43,6 +43,7 @@ from preference_training.modeling.logprobs import LiveReference, response_scores
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cache_path, cached_reference, compute_logps
 from preference_training.modeling.state import free_memory, weights_hash
+from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.training import budget_trial
 from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
@@ -249,23 +250,29 @@ def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
 
 
 class Adapted:
-    """A trainer of an adapter on the golden Llama over all ranks, and the same alone."""
+    """A trainer of an adapter on the golden Llama over all ranks, and the same alone. Of all or some weights by SFT."""
 
     def __init__(self, world: World, changes: dict, local_size: int | None = None):
         fixed = {"optimizer": "AdamW", "lr": 1e-3, "warmup_steps": 0, "model.lora.r": 4}
         config = world.config.changed(fixed | {"model.name_or_path": str(GOLDEN / "llama")} | changes)
-        sharding = config.trainer.sharding
-        placement = Sharded(config, world.tokenizer, world.device, world.mesh(sharding, local_size=local_size))
+        sharding, tokenizer = (
+            config.trainer.sharding,
+            load_tokenizer(config.model) if config.model.added_tokens else world.tokenizer,
+        )
+        placement = Sharded(config, tokenizer, world.device, world.mesh(sharding, local_size=local_size))
         self.ranks = placement.ranks
         seed_everything(0)
         policy = placement.load_policy()
         seed_everything(0)
-        own = load_model(config.model, world.tokenizer)
+        own = load_model(config.model, tokenizer)
         share_prefixes(own, "on")
         assert placement.began_with in (None, weights_hash(own))
         self.share_held = _share_held(policy)
-        self.sharded = build_trainer(config, policy, build_loss("dpo"), LiveReference(policy), placement=placement)
-        self.single = build_trainer(config, own, build_loss("dpo"), LiveReference(own), tokenizer=world.tokenizer)
+        self.has_reference = config.model.lora.r is not None
+        loss = build_loss("dpo" if self.has_reference else "sft")
+        references = [LiveReference(model) if self.has_reference else None for model in (policy, own)]
+        self.sharded = build_trainer(config, policy, loss, references[0], placement=placement)
+        self.single = build_trainer(config, own, loss, references[1], tokenizer=tokenizer)
 
     def follow(self, examples: list) -> dict[str, float]:
         """Four steps of both: the largest differences of log-probs before, of numbers, and of the adapter's weights after."""
@@ -280,7 +287,7 @@ class Adapted:
                 trainer.train_step([MicroBatch.of(part, TokenBudget(10**6, 10**6), on)])
                 for trainer, on in ((self.sharded, self.ranks), (self.single, SINGLE_PROCESS))
             )
-            assert step or metrics["rewards_train/margins"] == wanted["rewards_train/margins"] == 0
+            assert step or not self.has_reference or metrics["rewards_train/margins"] == wanted["rewards_train/margins"] == 0
             worst = max(worst, *(abs(metrics[name] / wanted[name] - 1) for name in ("loss/train", "grad_norm")))
         kept = weights_of(self.single)
         pairs = [(full_tensor(weight).detach(), kept[name].detach()) for name, weight in weights_of(self.sharded).items()]
@@ -295,7 +302,7 @@ def _share_held(model) -> float:
     held, whole = (
         sum(weight.numel() * weight.element_size() for weight in weights) for weights in (map(to_local, frozen), frozen)
     )
-    return held / whole
+    return held / whole if whole else math.nan
 
 
 def follow_adapters(settings: dict, cases: list[dict], local_size: int | None = None) -> list[dict]:

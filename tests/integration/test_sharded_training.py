@@ -5,8 +5,12 @@ from transformers import AutoModelForCausalLM
 
 from preference_training.distributed.launching import launch
 from tests.integration import adapter_work, sharded_work
+from tests.modeling import test_adapters
+from tests.modeling.adapters.test_experts import FAMILIES
+from tests.modeling.test_adapters import small
 from tests.support.files import GOLDEN
 
+__all__ = ["small"]
 pytestmark = pytest.mark.usefixtures("forked_workers")
 TRAJECTORIES = sharded_work.TRAJECTORIES
 
@@ -104,7 +108,8 @@ FOUR_BITS = {"model.quantization": "nf4"}
 
 def test_an_adapter_over_two_ranks_is_trained_as_on_one(settings):
     kinds = [{"model.lora.use_dora": True}, {"model.lora.init": "pissa", "model.lora.loraplus_lr_ratio": 4.0}]
-    cases = [{"trainer.sharding": "full"}, {"trainer.sharding": "none"}, FOUR_BITS, *kinds]
+    whole = {"model.lora.modules_to_save": ["embed_tokens", "norm"]}
+    cases = [{"trainer.sharding": "full"}, {"trainer.sharding": "none"}, FOUR_BITS, *kinds, whole]
     assert_adapters_equal(cases, launch(sharded_work.follow_adapters, (settings, cases), 2, None))
 
 
@@ -112,6 +117,41 @@ def test_an_adapter_that_is_joined_with_its_start_is_saved_by_two_ranks_and_read
     found = launch(adapter_work.save_and_resume, (settings, {"model.lora.init": "pissa"}, str(tmp_path)), 2, None)
     # Seven matrices in each of two blocks, an A and a B of each; the first by name is an A of rank 4 + 4.
     assert found["differing"] == [] and found["count"] == 2 * 7 * 2 and found["shape"][0] == 8
+
+
+WHOLE: dict = {"model.lora.r": None}
+TUNED = {
+    "Spectrum": WHOLE | {"model.spectrum_share": 0.5},
+    "chosen by name": WHOLE | {"model.trainable": [r"layers\.1\.", "norm"], "model.freeze": ["mlp"]},
+    "NEFTune": WHOLE | {"model.neftune_alpha": 5.0},
+    "NEFTune on chosen weights": WHOLE | {"model.neftune_alpha": 5.0, "model.freeze": ["embed_tokens"]},
+    "added tokens": WHOLE | {"model.add_tokens": ["wonderful"], "model.add_special_tokens": ["<tool>"]},
+    "added tokens, adapter": {"model.add_tokens": ["wonderful"]},
+    "added tokens, whole": {"model.add_tokens": ["wonderful"], "model.lora.modules_to_save": ["embed_tokens", "lm_head"]},
+    "DoRA on four bits": FOUR_BITS | {"model.lora.use_dora": True},
+    "whole head on four bits": FOUR_BITS | {"model.lora.modules_to_save": ["lm_head"]},
+}
+
+
+def assert_tuned_equal(settings: dict, cases: dict[str, dict], folder) -> None:
+    """Each case over two ranks follows one process within 1e-6 in log-probs and numbers, and its checkpoint is exact."""
+    results = launch(adapter_work.follow_and_save, (settings, list(cases.values()), str(folder)), 2, None)
+    for name, found in zip(cases, results, strict=True):
+        assert found["logps"] <= 1e-6 and found["numbers"] <= 1e-6 and found["weights"] <= 1e-5, f"{name}: {found}"
+        assert found["differing"] == [], name
+
+
+def test_what_is_tuned_in_part_is_trained_over_two_ranks_as_on_one(settings, tmp_path):
+    names = ("Spectrum", "NEFTune", "added tokens, whole")
+    assert_tuned_equal(settings, {name: TUNED[name] for name in names}, tmp_path)
+
+
+@pytest.mark.long
+def test_every_way_to_tune_a_part_is_trained_over_two_ranks_as_on_one(settings, small, monkeypatch, tmp_path):
+    monkeypatch.setattr(test_adapters, "SMALL", test_adapters.SMALL | FAMILIES)
+    stacked = {"model.lora.target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    experts = {f"experts of {name}": stacked | {"model.name_or_path": str(small(name))} for name in ("gpt_oss", "qwen3_moe")}
+    assert_tuned_equal(settings, TUNED | experts, tmp_path)
 
 
 BFLOAT16 = {"model.policy_dtype": "bfloat16", "model.reference_dtype": "bfloat16"}

@@ -20,6 +20,7 @@ from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.state import reference_copy
 from preference_training.modeling.token_budget import token_budget
 from preference_training.modeling.tokenizer import byte_level_tokenizer, load_tokenizer
+from tests.architectures.tiny_models import build
 from tests.support.files import GOLDEN
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -274,6 +275,29 @@ def test_compilation_leaves_log_probs_as_they_were(tiny):
     assert model.model.layers[0].self_attn._compiled_call_impl is None
     torch.testing.assert_close(again, logps, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(compiled, gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("mixtral", "aot_eager"), ("qwen3_moe", "aot_eager"), pytest.param("mixtral", "inductor", marks=pytest.mark.long)],
+)
+def test_experts_that_are_compiled_are_trained_as_they_would_be(name, backend):
+    """aot_eager generates no code. A second length has the graphs made for any."""
+    steps = []
+    for is_compiled in (False, True):
+        model = build(name).train()
+        if is_compiled:
+            compile_between_attentions(model, backend)
+        optimizer, losses = torch.optim.SGD(model.parameters(), 1e-3), []
+        for length in (24, 37, 24):
+            ids = torch.arange(length)[None] * 7 % 250
+            losses.append(model(ids, labels=ids).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        steps.append((torch.stack(losses).detach(), *(weight.detach() for weight in model.parameters())))
+    for one, other in zip(*steps, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_directory_that_is_not_there_is_named_by_the_key_that_names_it(compose):

@@ -193,6 +193,15 @@ def test_a_filter_that_keeps_next_to_nothing_is_said():
     assert kinds(steps(rows, **{"beta_DPO/kept_fraction": 0.2})) == set()
 
 
+def test_of_a_high_learning_rate_that_a_warm_up_has_not_let_rise_one_thing_is_said():
+    config, about = {"warmup_steps": 150, "lr": 1e-4, "model": {"name_or_path": "a/b"}}, {"usual_lr": 5e-7}
+    first, second = findings(run_of(steps([LN2] * 9), config, about))
+    assert (first.kind, second.kind) == ("warm-up", "nothing learned")
+    for finding in (first, second):
+        assert finding.text.endswith("model, 5e-07: set lr=5e-07 and warmup_share=0.1.")
+        assert "lower" not in finding.text and "hardly learn" not in finding.text
+
+
 @pytest.mark.parametrize(
     ("lr", "more", "said"),
     [

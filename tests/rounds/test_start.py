@@ -37,9 +37,16 @@ def test_a_loop_that_cannot_work_is_refused(compose, given, words):
         check(compose(*LOOP, *given))
 
 
-def test_a_model_with_random_weights_is_not_sampled_from(compose):
+def test_a_model_with_random_weights_is_not_sampled_from_after_the_files_are_checked(compose, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = compose(*OF_ROUNDS, "model=tiny")
+    with pytest.raises(UserError, match="rounds.prompts: .*prompts.jsonl"):
+        start_loop(config, tmp_path / "loop")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "How are you?"}\n' * 3)
+    with pytest.raises(UserError, match="rounds.judge: .*mine.py"):
+        start_loop(compose(*OF_ROUNDS, "model=tiny", "rounds.judge=mine.py:score"), tmp_path / "loop")
     with pytest.raises(UserError, match="model: rounds sample from the model, and this one would have random weights"):
-        check(compose(*OF_ROUNDS, "model=tiny"))
+        start_loop(config, tmp_path / "loop")
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto", "plackett_luce", "sft", "simpo", "orpo"])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.packing import TokenBudget
@@ -33,6 +33,7 @@ from preference_training.training.budget_trial import (
     measured_budget,
     optimizer_bytes,
 )
+from tests.architectures.tiny_models import DENSE
 from tests.support.building import build_trainer, take_steps, weights_of
 from tests.support.files import GOLDEN
 from tests.support.losses import of_every_kind
@@ -263,3 +264,17 @@ def test_without_a_meter_the_estimate_stays(tables, compose, tokenizer):
         measured_budget(OneProcess(config, tokenizer), model("llama_policy"), build_loss("sft"), tables["targets"], False)
         is None
     )
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "llama"])
+def test_a_trial_leaves_no_hooks_on_the_policy(kind, tables, compose, tokenizer, monkeypatch):
+    monkeypatch.setattr(budget_trial, "memory_meter", lambda _: SavedTensors(10_000_000))
+    sizes = DENSE | ({"num_local_experts": 4} if kind == "mixtral" else {})
+    policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes))
+    attend_over_tries(policy)
+    modules = list(policy.modules())
+    before = [[*module._forward_hooks, *module._forward_pre_hooks] for module in modules]
+    config = compose("batch_size=8", "loss=sft", "model.neftune_alpha=5")
+    placement = OneProcess(config, tokenizer)
+    assert measured_budget(placement, policy, build_loss("sft"), tables["targets"], live_reference=False) is not None
+    assert [[*module._forward_hooks, *module._forward_pre_hooks] for module in modules] == before

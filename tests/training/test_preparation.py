@@ -9,6 +9,7 @@ from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.tokenizer import byte_level_tokenizer
+from preference_training.tracking.run_files import is_of_loop
 from preference_training.training.preparation import (
     adapter_notice,
     few_held_out,
@@ -60,6 +61,13 @@ def test_it_is_said_that_nothing_is_evaluated_where_nothing_is_held_out():
 def test_too_few_held_out_prompts_are_warned_of_before_anything_is_loaded(prompts, overrides, said):
     text = few_held_out(configured("model=tiny", *overrides), labeled(*[1.0] * prompts))
     assert (text is None) if said is None else text.startswith(f"warning: held-out metrics: {said}")
+
+
+def test_of_a_rounds_training_few_held_out_prompts_are_not_said_and_the_report_names_the_loops(tmp_path):
+    run_dir = tmp_path / "round-1" / "run"
+    assert not is_of_loop(run_dir)
+    (tmp_path / "rounds.json").write_text("{}")
+    assert is_of_loop(run_dir) and few_held_out(configured("model=tiny"), labeled(1.0), of_loop=True) is None
 
 
 def test_one_prompt_and_one_response_are_said_in_the_singular(capsys):

@@ -60,6 +60,7 @@ def _check_kind_of_adapter(config: RunConfig) -> None:
         "init": "default",
         "layers": None,
         "target_parameters": None,
+        "modules_to_save": None,
         "loraplus_lr_ratio": None,
     }
     given = [name for name, default in defaults.items() if getattr(lora, name) != default]

@@ -12,6 +12,7 @@ from preference_training.core.machine import pick_device, said_while_slow
 from preference_training.core.values import UNREADABLE
 from preference_training.data.rows.records import message_of
 from preference_training.evaluation.benchmarks import text
+from preference_training.evaluation.benchmarks.arguments import check_arguments, named_files
 from preference_training.evaluation.benchmarks.graded_judge import build_graded_judge
 from preference_training.evaluation.benchmarks.outputs import Output, joined, read_outputs
 from preference_training.evaluation.benchmarks.pairs import (
@@ -24,7 +25,7 @@ from preference_training.evaluation.benchmarks.pairs import (
     score_by_reward_model,
 )
 from preference_training.evaluation.benchmarks.sections import by_category, sections
-from preference_training.evaluation.benchmarks.win_rates import check_names, compare_with_baseline
+from preference_training.evaluation.benchmarks.win_rates import compare_with_baseline
 from preference_training.evaluation.judges import Judge, build_judge
 from preference_training.evaluation.reward_models import RewardModel
 from preference_training.evaluation.runs import write_results, write_text
@@ -41,10 +42,7 @@ BENCHMARKS = "benchmarks"
 
 def pair_accuracy(options: Namespace) -> list[str]:
     """Score the pairs of a file by the models that are named; returns the lines to print. Raises UserError."""
-    if options.model is None and not options.reward_model:
-        raise UserError("pairs: nothing to score them by. Add --model MODEL, or --reward-model MODEL.")
-    if options.reference and options.model is None:
-        raise UserError("--reference: what the log-probs of --model are compared with, and none is given. Drop it.")
+    check_arguments(options)
     path = _results_path(options, f"pairs_{Path(options.file).name.partition('.')[0]}.json")
     pairs = read_pairs(options.file, options.by)
     results: dict = {"file": options.file, "category_column": pairs.column, "models": {}}
@@ -94,8 +92,7 @@ def benchmark_win_rate(options: Namespace, config: RunConfig, judge: Judge | Non
 
     config: the project's, whose section `evaluation` names the judge. judge: one that was built already.
     """
-    if bool(options.outputs) == bool(options.model):
-        raise UserError("--outputs: expected files of outputs, or --model, which writes them now: one of both.")
+    check_arguments(options)
     baseline = read_outputs(options.baseline, "--baseline")
     settings = config.evaluation
     if options.graded and (judge is not None or settings.judge.partition(":")[0] not in ("openai", "ollama")):
@@ -115,10 +112,8 @@ def benchmark_win_rate(options: Namespace, config: RunConfig, judge: Judge | Non
 
 
 def _outputs_of_files(given: Sequence[str], baseline: dict[str, Output]) -> dict[str, list[Output]]:
-    named = [each.partition("=")[::2] if "=" in each and not Path(each).exists() else (Path(each).stem, each) for each in given]
-    check_names([name for name, _ in named])
     models = {}
-    for name, file in named:
+    for name, file in named_files(given):
         models[name], others = joined(baseline, read_outputs(file, "--outputs"), name)
         if others:
             print(f"{file}: {others:,} outputs to other instructions are not read", flush=True)

@@ -12,6 +12,7 @@ What differs here from AlpacaEval's own fit, of a hundred models with one judge:
   has a coefficient psi, as there. With one model and no such column all instructions count as equally difficult: no such term.
 - There, L1 penalties chosen by cross-validation, and the baseline's verbose and concise outputs beside the model's, keep phi
   from explaining what quality does. Here a weak ridge does: a normal prior of standard deviation PRIOR on each coefficient.
+  Those outputs have to be judged too, which few have. benchmarks/length_control.py measures the difference.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,6 @@ The judge is asked once for all three: in both orders, if it may have a position
 from collections.abc import Sequence
 from pathlib import Path
 
-from preference_training.core.errors import UserError
 from preference_training.data.rows.records import prompt_text
 from preference_training.evaluation.benchmarks.arena import GRADES, Battle, arena_scores
 from preference_training.evaluation.benchmarks.length_control import length_controlled
@@ -67,10 +66,3 @@ def battles_of(judge: Judge, comparisons: Sequence[Comparison], judged: Judged, 
             # In the second order the baseline's output comes first.
             battles.append(Battle(prompt, model, 0, 1 - outcome if order else outcome, weight))
     return battles
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raise UserError where two models have one name."""
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--outputs: two models are called {name}. Name them: --outputs one=FILE other=FILE")

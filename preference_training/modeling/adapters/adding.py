@@ -16,7 +16,6 @@ from preference_training.modeling.adapters.files import (
     VALUE_TASK,
     base_archive,
     is_adapter,
-    is_value_adapter,
     read_adapter_config,
     reference_adapter,
 )
@@ -28,7 +27,8 @@ from preference_training.modeling.adapters.targets import (
     shorten_names,
     unsupported_layers,
 )
-from preference_training.modeling.adapters.weights import INITIAL_ADAPTER, SUBTRACTED_ADAPTER, TRAINED_ADAPTER
+from preference_training.modeling.adapters.weights import INITIAL_ADAPTER, SUBTRACTED_ADAPTER, TRAINED_ADAPTER, is_added
+from preference_training.modeling.adapters.whole import describe_whole, train_whole, whole_modules
 from preference_training.modeling.quantization import INSTALL
 from preference_training.modeling.value_head import VALUE_HEAD, has_value_head, is_head_weight, output_head
 
@@ -42,13 +42,16 @@ def build_lora_config(model_config: ModelConfig, model: nn.Module, unsupported: 
 
     lora, archive = model_config.lora, model_config.archive
     targets = lora.target_modules
+    whole = whole_modules(model, lora.modules_to_save) if lora.modules_to_save else None
     if is_adapter(archive):
         config = _load_lora_config(archive)
+        config.modules_to_save = whole
         config.target_modules = config.target_modules if targets is None else targets
         config.lora_dropout = lora.dropout
         return config
     task = VALUE_TASK if model_config.head == "value" else "CAUSAL_LM"
     kind = {"use_dora": lora.use_dora, "use_rslora": lora.use_rslora, "layers_to_transform": lora.layers}
+    kind["modules_to_save"] = whole
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type=task, **kind)
     config.target_parameters = lora.target_parameters and _known_parameters(lora.target_parameters, model)
     if lora.init in ("gaussian", "orthogonal"):
@@ -92,7 +95,6 @@ def _load_lora_config(archive: str):
         raise UserError(f"model.archive: {archive}: its {CONFIG_FILE} is damaged: {first_line(error)}.") from error
     unsupported = [
         (config.peft_type != "LORA", f"peft_type {config.peft_type}"),
-        (config.modules_to_save and not is_value_adapter(archive), "modules_to_save"),
         (config.bias != "none", f"bias {config.bias!r}"),
         (config.layer_replication, "layer_replication"),
         (not isinstance(config.init_lora_weights, bool) and config.init_lora_weights not in ("gaussian", "orthogonal"),
@@ -101,8 +103,7 @@ def _load_lora_config(archive: str):
     for is_unsupported, feature in unsupported:
         if is_unsupported:
             raise UserError(f"model.archive: {archive}: an adapter with {feature} is not supported. Expected plain LoRA.")
-    # The head is trained in place.
-    config.inference_mode, config.modules_to_save = False, None
+    config.inference_mode = False
     return config
 
 
@@ -143,6 +144,7 @@ def add_adapter(model: nn.Module, model_config: ModelConfig, base: str | None = 
     if reasons := sorted({unsupported[name] for name in unsupported.keys() & adapted_modules(model)}):
         raise _target_error(model, model_config, "; ".join(reasons))
     model.set_adapter(TRAINED_ADAPTER)
+    train_whole(model, config.modules_to_save or [], [INITIAL_ADAPTER] * has_initial)
     for name, weight in model.named_parameters():
         if ".lora_" in name or (has_value_head(model) and is_head_weight(name)):
             weight.data = weight.data.float()
@@ -186,7 +188,10 @@ def describe_frozen_layers(model: nn.Module, model_config: ModelConfig) -> list[
             lines.append(
                 f"adapter: {', '.join(skipped)} stay frozen: for {model.config.model_type} peft adapts the routed experts only"
             )
-    experts = [name for name in fused_experts(model) if not {name, name.removesuffix(".base_layer")} & adapted]
+    lines += describe_whole(model)
+    experts = [
+        name for name in fused_experts(model) if not is_added(name) and not {name, name.removesuffix(".base_layer")} & adapted
+    ]
     if frozen := sorted({_pattern(name) for name in experts}):
         lines.append(
             f"adapter: the routed experts of {type(model).__name__} stay frozen ({', '.join(frozen)}); "

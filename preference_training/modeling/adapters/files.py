@@ -46,7 +46,8 @@ def reference_adapter(model_config: ModelConfig) -> str | None:
 def save_adapter_config(model: nn.Module, folder: Path) -> None:
     """Write peft's adapter_config.json of the trained adapter."""
     config = copy.copy(model.peft_config[TRAINED_ADAPTER])
-    config.modules_to_save = [VALUE_HEAD] if config.task_type == VALUE_TASK else None
+    head = [VALUE_HEAD] if config.task_type == VALUE_TASK else []
+    config.modules_to_save = [*head, *(config.modules_to_save or [])] or None
     if SUBTRACTED_ADAPTER in model.peft_config:
         # Joined with what is subtracted, in twice the rank, at the same scale.
         config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
@@ -57,7 +58,7 @@ def save_adapter_config(model: nn.Module, folder: Path) -> None:
 def is_value_adapter(archive: str | Path) -> bool:
     """Whether an adapter on disk is a reward model's. Raises UserError where it is damaged."""
     config = read_adapter_config(archive)
-    return config.get("task_type") == VALUE_TASK and config.get("modules_to_save") == [VALUE_HEAD]
+    return config.get("task_type") == VALUE_TASK and VALUE_HEAD in (config.get("modules_to_save") or ())
 
 
 def base_archive(model_config: ModelConfig) -> Path | None:
@@ -95,7 +96,13 @@ def adapter_options(archive: str) -> dict:
     config = read_adapter_config(archive)
     kind = {name: bool(config.get(name)) for name in ("use_dora", "use_rslora")}
     own = {"target_modules": None, "target_parameters": None, "layers": None, "init": "default"}
+    own["modules_to_save"] = saved_modules(config) or None
     return {"r": config["r"], "alpha": config["lora_alpha"], **kind, **own}
+
+
+def saved_modules(config: dict) -> list[str]:
+    """The modules that an adapter's configuration has trained whole beside it, the value head aside."""
+    return [name for name in config.get("modules_to_save") or () if name != VALUE_HEAD]
 
 
 def read_adapter_config(archive: str | Path) -> dict:
@@ -121,6 +128,11 @@ def _validated_adapter_config(archive: str, model_config: ModelConfig) -> dict:
     for key, value, found in (("r", config["r"], lora.r), ("alpha", config["lora_alpha"], lora.alpha), *kinds):
         if value != found:
             raise UserError(f"model.lora.{key}: found {found}, expected {value}: the adapter {archive} was trained with that.")
+    if bool(whole := saved_modules(config)) != bool(lora.modules_to_save):
+        raise UserError(
+            f"model.lora.modules_to_save: found {lora.modules_to_save}, expected {whole or 'null'}: the adapter {archive} was "
+            "trained with that."
+        )
     if lora.init != "default":
         raise UserError(f"model.lora.init: found {lora.init}, and training starts from the adapter {archive}.")
     if lora.layers is not None and lora.layers != (own := config.get("layers_to_transform")):

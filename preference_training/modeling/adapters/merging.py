@@ -5,18 +5,23 @@ from torch import nn
 
 from preference_training.core.errors import UserError
 from preference_training.modeling.adapters.weights import TRAINED_ADAPTER
+from preference_training.modeling.adapters.whole import original, wrapped_modules
 
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
     """Merge the trained adapter into the base weights, in float32, rounded once to `dtype`, and remove it.
 
-    Layers without an adapter stay as they are. A head and an embedding that were tied are untied where either has an adapter,
-    because training has changed only one of them. Raises UserError where several adapted layers share one base weight.
+    Layers without an adapter stay as they are; modules that were trained whole take the place of their originals. A head and an
+    embedding that were tied are untied where either was trained, because each differs then. Raises UserError where several
+    adapted layers share one base weight.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     _untie(model)
+    for name, wrapper in wrapped_modules(model).items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, wrapper.modules_to_save[TRAINED_ADAPTER])
     adapted = _outermost_adapted(model)
     _refuse_shared_weights(model, adapted)
     for name, layer in adapted.items():
@@ -59,13 +64,10 @@ def _refuse_shared_weights(model: nn.Module, adapted: dict[str, nn.Module]) -> N
 
 
 def _untie(model: nn.Module) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or not any(isinstance(layer, BaseTunerLayer) for layer in (head, embedding)):
+    layers = model.get_output_embeddings(), model.get_input_embeddings()
+    if layers[0] is None or all(original(layer) is layer for layer in layers):
         return
-    head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-    embedding = embedding.get_base_layer() if isinstance(embedding, BaseTunerLayer) else embedding
+    head, embedding = map(original, layers)
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.data.clone(), requires_grad=False)
         for config in (model.config, model.config.get_text_config()):

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from preference_training.modeling.adapters.weights import is_added
 from preference_training.modeling.value_head import output_head
 
 
@@ -19,7 +20,10 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and ".lora_" not in name
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and not is_added(name)
+        and ".original_module" not in name
     }
 
 

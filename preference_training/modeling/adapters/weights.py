@@ -36,8 +36,13 @@ def adapter_weights(named_weights: dict[str, Tensor], adapter: str = TRAINED_ADA
 
 
 def _of_adapter(named_weights: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
-    part = re.compile(rf"(\.lora_\w+)\.{adapter}(?=\.|$)")
+    part = re.compile(rf"(?:(\.lora_\w+)|\.modules_to_save)\.{adapter}(?=\.|$)")
     return {PREFIX + part.sub(r"\1", name): weight for name, weight in named_weights.items() if part.search(name)}
+
+
+def is_added(name: str) -> bool:
+    """Whether a weight or module of this name is an adapter's, or a module's trained beside it, and not the base model's."""
+    return ".lora_" in name or ".modules_to_save." in name
 
 
 @torch.no_grad()
@@ -85,11 +90,11 @@ def initial_weights(named_weights: dict[str, Tensor]) -> tuple[dict[str, Tensor]
 
     A value head that is trained beside an adapter belongs to neither.
     """
-    adapted = any(".lora_" in name for name in named_weights)
+    adapted = any(map(is_added, named_weights))
     base = {
-        name.replace(".base_layer.", "."): weight
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): weight
         for name, weight in named_weights.items()
-        if ".lora_" not in name and not (adapted and is_head_weight(name))
+        if not is_added(name) and not (adapted and is_head_weight(name))
     }
     return base, adapter_weights(named_weights, INITIAL_ADAPTER)
 
@@ -98,8 +103,9 @@ def initial_weights(named_weights: dict[str, Tensor]) -> tuple[dict[str, Tensor]
 def reference_mode(model: nn.Module):
     """Context in which a model with an adapter computes as its reference: as it did before training."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)]
     has_initial = INITIAL_ADAPTER in model.peft_config
     # peft's own switches also change requires_grad, and a graph may still be waiting for its backward pass.
     for layer in layers:

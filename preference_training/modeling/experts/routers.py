@@ -93,6 +93,9 @@ def find_routers(model: nn.Module) -> list[Router]:
     places = _declared(model)
     found: dict[str, Router] = {}
     for name, module in model.named_modules():
+        if ".original_module" in name:
+            # What is trained is a copy of it.
+            continue
         place = next((at for kind, at in places if isinstance(module, kind)), None)
         if place is None and _looks_like_router(module):
             place = 0
@@ -121,7 +124,7 @@ def _looks_like_router(module: nn.Module) -> bool:
 
 
 def _router(model: nn.Module, name: str, module: nn.Module, place: int) -> Router:
-    layer = model.get_submodule(name.rpartition(".")[0])
+    layer = model.get_submodule(name.partition(".modules_to_save.")[0].rpartition(".")[0])
     biased = any(hasattr(each, bias) for each in (module, layer) for bias in SELECTION_BIASES)
     by_sigmoid = biased or model.config.get_text_config().model_type in SIGMOID_WITHOUT_BIAS
     own = getattr(module, "top_k", None)
@@ -139,8 +142,9 @@ class RouterRecorder:
 
     def __post_init__(self) -> None:
         self.forget()
-        for number, router in enumerate(self.routers):
-            router.module.register_forward_hook(self._hook(number, router))
+        self.hooks = [
+            router.module.register_forward_hook(self._hook(number, router)) for number, router in enumerate(self.routers)
+        ]
 
     def _hook(self, number: int, router: Router):
         # Not a part of compiled code, which would differ between a forward and its repetition.
@@ -172,6 +176,12 @@ class RouterRecorder:
         found = self.forwards
         self.forget()
         return found
+
+    def remove(self) -> None:
+        """Leave the routers as they were."""
+        self.forget()
+        for hook in self.hooks:
+            hook.remove()
 
     def forget(self) -> None:
         """Forget what was recorded."""

@@ -28,6 +28,13 @@ def score_tokens(logits: Tensor, ids: Tensor, collision: bool = False) -> Tensor
     return torch.stack([logps, (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)], dim=1)
 
 
+def heads_of(model: nn.Module) -> list[nn.Module]:
+    """The modules of which one computes a model's logits: its head; of one that is trained beside an adapter each copy."""
+    head = model.get_output_embeddings()
+    copies = getattr(head, "modules_to_save", None)
+    return [head] if copies is None else [head.original_module, *copies.values()]
+
+
 class ScoringHead(nn.Linear):
     """A language-model head that, given the tokens to score, returns `score_tokens` of them instead of logits.
 

@@ -9,7 +9,7 @@ from preference_training.core.machine import said_while_slow
 from preference_training.modeling.prefix_sharing.attention_choice import AUTO, VARLEN, ask_for, in_use
 from preference_training.modeling.prefix_sharing.block_attention import unsupported_device
 from preference_training.modeling.prefix_sharing.proof import find_sharing_failure
-from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead
+from preference_training.modeling.prefix_sharing.scoring_head import ScoringHead, heads_of
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION, register_tree_attention
 from preference_training.modeling.prefix_sharing.varlen_kernels import device_refusal
 from preference_training.modeling.state import compute_device
@@ -26,15 +26,15 @@ def share_prefixes(model: nn.Module, mode: str, attention: str = AUTO) -> bool:
     ask_for(attention)
     began = time.perf_counter()
     register_tree_attention()
-    head = model.get_output_embeddings()
-    is_plain_head = type(head) is nn.Linear
+    heads = heads_of(model)
+    is_plain_head = all(type(head) is nn.Linear for head in heads)
     if is_plain_head:
-        head.__class__ = ScoringHead
+        _become(heads, ScoringHead)
     with said_while_slow("prefix sharing: its proof on this model (prefix_sharing=off does without)"):
         failure = find_sharing_failure(model)
         if failure and is_plain_head:
             # Logits may be changed after the head, by a soft-cap for instance: then prefixes are shared without a scoring head.
-            head.__class__ = nn.Linear
+            _become(heads, nn.Linear)
             failure = find_sharing_failure(model)
     if failure is None:
         model.set_attn_implementation(TREE_ATTENTION)
@@ -54,13 +54,18 @@ def share_prefixes(model: nn.Module, mode: str, attention: str = AUTO) -> bool:
 
 def scores_in_head(model: nn.Module) -> bool:
     """Whether a model's head returns log-probs of the scored tokens, so that logits exist in chunks only."""
-    return isinstance(model.get_output_embeddings(), ScoringHead)
+    return all(isinstance(head, ScoringHead) for head in heads_of(model))
+
+
+def _become(heads: list[nn.Module], kind: type[nn.Module]) -> None:
+    for head in heads:
+        head.__class__ = kind
 
 
 def attend_over_tries(model: nn.Module, scoring_head: bool = True) -> None:
     """Switch prefix sharing on without the proof: for a model on meta or fake tensors, or a copy of one that has passed."""
     register_tree_attention()
-    head = model.get_output_embeddings()
-    if scoring_head and type(head) is nn.Linear:
-        head.__class__ = ScoringHead
+    heads = heads_of(model)
+    if scoring_head and all(type(head) is nn.Linear for head in heads):
+        _become(heads, ScoringHead)
     model.set_attn_implementation(TREE_ATTENTION)

@@ -31,9 +31,17 @@ class EmbeddingNoise:
         self.alpha, self.seed = alpha, seed
         self.step, self.longest = 0, 0
         self.positions: Tensor | None = None
+        self.hooks = []
         if alpha is not None:
-            model.register_forward_pre_hook(self._note_positions, with_kwargs=True)
-            model.get_input_embeddings().register_forward_hook(self._add)
+            self.hooks = [
+                model.register_forward_pre_hook(self._note_positions, with_kwargs=True),
+                model.get_input_embeddings().register_forward_hook(self._add),
+            ]
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for hook in self.hooks:
+            hook.remove()
 
     @contextmanager
     def on(self, step: int, micro_batches: Sequence[MicroBatch], ranks: Ranks = SINGLE_PROCESS) -> Iterator[None]:

@@ -36,6 +36,11 @@ def check_sampler(config: RunConfig) -> list[str]:
         return []
     if find_spec("tenacity") is None:
         raise UserError(f"rounds.sampler: a server needs the package tenacity. Run: {EVALUATION_REQUIREMENTS}")
+    if is_policy_served(config) and config.model.lora.modules_to_save is not None:
+        raise UserError(
+            f"model.lora.modules_to_save: found {config.model.lora.modules_to_save}, and vLLM serves adapters without modules "
+            "that are trained beside them. Expected null, or rounds.sampler=local."
+        )
     server, _ = find_server(config)
     if not is_policy_served(config):
         return [f"rounds.sampler: {server.model} of {server.base} writes the responses of all rounds, not the policy"]

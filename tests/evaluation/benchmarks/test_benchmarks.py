@@ -113,7 +113,7 @@ def test_pair_accuracy_is_printed_by_category_and_written_as_json(tmp_path, monk
         (["win-rate", "--baseline", "base.jsonl", "--judge", "toy"], "--outputs: expected files of outputs, or --model"),
         (["win-rate", "--baseline", "base.jsonl", "--judge", "toy", "--outputs", "less.jsonl"], "no output for 1 of .* 2 ins"),
         (["win-rate", "--baseline", "base.jsonl", "--judge", "toy", "--outputs", "pairs.jsonl"], "none of the columns .* outp"),
-        (["win-rate", "--baseline", "twice.jsonl", "--judge", "toy", "--outputs", "x"], "row 2: the instruction .* already"),
+        (["win-rate", "--baseline", "twice.jsonl", "--judge", "toy", "--outputs", "base.jsonl"], "row 2: .* already"),
         (["win-rate", "--baseline", "base.jsonl", "--judge", "toy", "--outputs", "base.jsonl", "--graded"], "gives no degrees"),
         (["win-rate", "--baseline", "base.jsonl", "--judge", "rules:word<=3", "--outputs", "x"], "no unit 'word'; did you mea"),
         (["win-rate", "--baseline", "base.jsonl", "--judge", "toi", "--outputs", "x"], "evaluation.judge"),

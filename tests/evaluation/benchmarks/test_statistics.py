@@ -10,10 +10,12 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit
 from scipy.stats import beta
 
+from preference_training.core.files import run_file
 from preference_training.evaluation.benchmarks import arena, length_control, sections
 from preference_training.evaluation.benchmarks.arena import Battle, arena_scores, bradley_terry
 from preference_training.evaluation.benchmarks.length_control import length_controlled
 from preference_training.evaluation.benchmarks.logistic import fit_logistic
+from tests.support.files import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +56,31 @@ def test_the_minimum_is_that_of_another_optimizer(seed):
 def test_targets_that_a_feature_separates_have_a_finite_fit():
     found = fit_logistic(numpy.array([[-1.0], [-0.5], [0.5], [1.0]]), numpy.array([0, 0, 1, 1]), 0.01)
     assert numpy.isfinite(found).all() and found[0] > 3
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.1, 1.0, 100.0]))
+def test_the_l1_fit_that_the_ridge_is_compared_with_is_that_of_another_optimizer(seed, strength):
+    generator = numpy.random.default_rng(seed)
+    features, targets, weights = generator.normal(size=(30, 3)), generator.random(30).round(1), generator.integers(1, 4, 30)
+
+    def objective(b):
+        scores = features @ b
+        return abs(b).sum() + strength * (weights * (numpy.logaddexp(0, scores) - targets * scores)).sum()
+
+    script = run_file(ROOT / "benchmarks" / "length_control.py", "script")
+    found = script.fit_l1(features, targets, weights, strength)
+    # Not differentiable where a coefficient is 0.
+    others = [
+        minimize(objective, start, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-9})
+        for start in (found, numpy.zeros(3))
+    ]
+    assert objective(found) <= min(other.fun for other in others) + 1e-6
+
+
+def test_the_ridge_is_near_the_published_fit_where_outputs_are_about_as_long():
+    script = run_file(ROOT / "benchmarks" / "length_control.py", "script")
+    raw, true, ridge, l1, with_baseline = script.win_rates(0, 0.5, 1.0, 0.0)
+    assert abs(ridge - l1) < 0.5 and abs(ridge - with_baseline) < 0.5 and abs(ridge - true) < 5 < raw
 
 
 # ---- length control ---------------------------------------------------------------------------------------------------------

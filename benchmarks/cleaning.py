@@ -179,7 +179,9 @@ class Experiment:
         if not path.is_file():
             return {}
         numbers = numpy.array(self._rows_of(path.name))
-        values = numpy.array([json.loads(line)["probability"] for line in path.read_text().splitlines()])
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        # Probabilities fall with the margin, and may be 1 or 0 to the last digit.
+        values = -numpy.array([row["margin"] for row in rows])
         wrong = numpy.isin(numbers, self.flipped)
         draw, drawn = numpy.random.default_rng(0), []
         for _ in range(BOOTSTRAPS):
@@ -189,6 +191,10 @@ class Experiment:
         return {
             "pairs": len(wrong),
             "flipped": int(wrong.sum()),
+            "mean_probability": {
+                name: float(numpy.mean([row["probability"] for row, is_in in zip(rows, some, strict=True) if is_in]))
+                for name, some in (("flipped", wrong), ("right", ~wrong))
+            },
             "auroc": [auroc(values, wrong), *numpy.nanquantile(drawn, (0.025, 0.975)).tolist()],
             "fit": json.loads((path.parent / "label_noise.json").read_text()),
             "flipped_among_the_first": [len(first & set(self.flipped)), len(first)],

@@ -306,6 +306,18 @@ class QualityConfig(Section):
     contamination_ngram: int = key(whole(8))
 
 
+# Of data.weights: the run trains on halves of its own data first.
+FROM_HALVES = "ledger"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """data: which training pairs count, and how much."""
+
+    weights: str | None = key(text(null=True), NEWER)
+    half: int | None = key(one_of((1, 2), "1, 2", null=True), NEWER)
+
+
 PAIRINGS = ("best_worst", "all", "top_k", "ranking", "unpaired", "best_of_n")
 # What becomes of responses that were cut at max_new_tokens.
 TRUNCATED = ("keep", "skip", "worst")

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from preference_training.checkpointing.checkpoint import list_checkpoints
 from preference_training.checkpointing.resume import candidate_run_dirs, check_set_aside, set_aside
 from preference_training.cleaning.labels import judge_labels
+from preference_training.configuration.checks.run import check_weights
 from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, is_within
 from preference_training.configuration.rerun import keep_presets, rerun_values
 from preference_training.configuration.run_dirs import writable
@@ -23,7 +24,9 @@ from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
 from preference_training.core.processes import in_worker
+from preference_training.losses.registry import example_kind
 from preference_training.rounds.processes import StepFailedError, handling, locked_loop, run_step, stop_at_signal
+from preference_training.rounds.start import MISTAKE
 from preference_training.rounds.training import TRAIN
 from preference_training.tracking.run_files import CHECKPOINT, HALF_MARGINS, HALVES, LABEL_WEIGHTS
 
@@ -45,8 +48,9 @@ BATCHES_BETWEEN = 100
 def train_halves(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> tuple[RunConfig, Path]:
     """Run what is missing of the halves; the configuration and the directory with which the run on all pairs goes on.
 
-    Exits as a run on a half does that fails. Raises UserError, and StoppedError.
+    Exits as a run on a half does that a bug has ended. Raises UserError, and StoppedError.
     """
+    check_weights(config, example_kind(config.loss.name))
     check_start(in_sweep)
     directory = find_directory(config, run_dir)
     if directory is None:
@@ -64,7 +68,10 @@ def train_halves(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> tu
                 with writable(directory):
                     print(*judge_labels(directory), sep="\n", flush=True)
     except StepFailedError as failed:
-        print(f"data.weights: {failed}; what it said is above", file=sys.stderr, flush=True)
+        said = f"data.weights: {failed}; what it said is above"
+        if failed.status == MISTAKE:
+            raise UserError(said) from failed
+        print(said, file=sys.stderr, flush=True)
         sys.exit(failed.status if failed.status > 0 else 1)
     return config.changed({"resume": None, "local_run_dir": str(directory)}), directory
 

@@ -89,7 +89,6 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     if config.eval_only and loss.model_head == "value":
         check_asks_for_no_text(config)
     check_objective(config.objective, config.loss.name, loss.examples, loss.model_head)
-    check_weights(config, loss.examples)
     check_live(config, loss)
     check_noise(config, loss.needs_reference)
     if config.model.reference_archive is not None and not loss.needs_reference:
@@ -121,8 +120,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     check_limits(config, entries, tokenizer, limits)
     # Before the processes join: those that wait for the data have no time-out then.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
-    weighted = with_label_weights(config, earlier.path.parent if earlier else run_dir)
-    data = prepare_data(weighted, entries, tokenizer, loss, splits, data_version(earlier))
+    data = prepare_data(with_label_weights(config, run_dir, earlier), entries, tokenizer, loss, splits, data_version(earlier))
     check_rows(config, tokenizer, limits, [split.table for split in data])
     if "train" in splits:
         if few := few_held_out(config, data[-1].table):
@@ -296,6 +294,7 @@ def prepare_data(
     version: `data_version`, None for the newest. Responses of the held-out split are numbered behind those of the training
     split. Raises UserError where the first of the splits has no example.
     """
+    check_weights(config, loss.examples)
     directory = first_existing(config.local_dirs) / "prepared_data"
     settings = token_settings(config, loss, version)
     splits = [prepare(entries, split, tokenizer, settings, directory, config.cache_dir) for split in names]
@@ -329,13 +328,14 @@ def weighed_or_halved(config: RunConfig, train: Prepared, held_out: Prepared, di
     return [weighed.prepared, held_out]
 
 
-def with_label_weights(config: RunConfig, run_dir: Path) -> RunConfig:
-    """The configuration whose data.weights=ledger has become the run directory with the weights.
+def with_label_weights(config: RunConfig, run_dir: Path, earlier: Checkpoint | None = None) -> RunConfig:
+    """The configuration whose data.weights=ledger has become the run directory with the weights, or that of `earlier`.
 
     Where nothing is trained, there may be none. Raises UserError for a run that lacks them.
     """
     if config.data.weights != FROM_HALVES:
         return config
+    run_dir = earlier.path.parent if earlier else run_dir
     found = str(run_dir) if (run_dir / LABEL_WEIGHTS).is_file() else None
     if found is None and config.dry_run:
         print(

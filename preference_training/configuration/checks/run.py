@@ -220,7 +220,8 @@ def _check_data(config: RunConfig) -> None:
         raise UserError(
             f"data.weights: found {weights}, and a loop of rounds makes its own pairs in each round. Set it to null."
         )
-    if weights not in (None, FROM_HALVES) and not Path(weights).expanduser().is_dir():
+    # An evaluation weighs nothing.
+    if weights not in (None, FROM_HALVES) and not config.eval_only and not Path(weights).expanduser().is_dir():
         raise UserError(
             f"data.weights: {weights}: no such directory. Expected {FROM_HALVES}, or the directory of a run that was started "
             f"with data.weights={FROM_HALVES}; paths are relative to {Path.cwd()}."

@@ -182,7 +182,7 @@ def test_the_script_has_the_probabilities_of_the_halves(folder, monkeypatch):
 NO_OTHERS = dict.fromkeys(("sft_target", "chosen", "rejected"))
 
 
-# ---- what is started ----------------------------------------------------------------------------------------------------------
+# ---- what is started ------------------------------------------------------------------------------------------------------
 
 
 def test_a_half_is_the_same_configuration_on_half_of_the_examples(here):

@@ -33,7 +33,7 @@ def test_of_a_pair_without_a_margin_nothing_is_known_but_the_share():
 
 
 def test_a_probability_is_bayes_rule():
-    # sigmoid(ln 4) = 4/5. The label disagrees: right 4/5 * 1/5, flipped 1/5 * 4/5. It agrees: right 4/5 * 4/5, flipped 1/5 * 1/5.
+    # sigmoid(ln 4) = 4/5. A label against it: right 4/5 * 1/5, flipped 1/5 * 4/5; one with it: 4/5 * 4/5 and 1/5 * 1/5.
     against, with_it = noise(1.0, 0.2).probabilities(numpy.array([-math.log(4), math.log(4)]))
     assert against == pytest.approx(1 / 2)
     assert with_it == pytest.approx((1 / 25) / (17 / 25))
@@ -73,7 +73,7 @@ def test_margins_in_other_units_change_tau_and_nothing_else():
 
 
 def test_where_all_disagreement_is_confident_the_share_is_the_mode_of_its_posterior():
-    """Of n pairs k disagree, and all are confident: the density is e**(k + 1) * (1 - e)**(n - k + 9), its mode (k + 1) / (n + 10)."""
+    """If k of n confident labels disagree, it is e**(k + 1) (1 - e)**(n - k + 9), with its mode at (k + 1) / (n + 10)."""
     # The few small margins agree, as a small tau would not have it.
     margins = numpy.array([0.01] * 30 + [1.0] * 50 + [-1.0] * 20)
     found = fit_label_noise(margins)

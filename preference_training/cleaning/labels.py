@@ -6,6 +6,7 @@ label_noise.json      what was fitted
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +42,7 @@ def judge_labels(run_dir: Path) -> list[str]:
     questioned = int((probabilities > QUESTIONED).sum())
     found = asdict(noise) | {"mean_weight": float(raw.mean()), "questioned": questioned, "tells": noise.tells}
     # NaN is no JSON.
-    found = {name: None if value != value else value for name, value in found.items()}
+    found = {name: None if math.isnan(value) else value for name, value in found.items()}
     order = order_of_checks(margins)
     write_rows(run_dir / LABEL_QUEUE, queue_rows([rows[k] for k in order], probabilities[order]))
     write_atomically(run_dir / LABEL_NOISE, json.dumps(found, indent=1) + "\n")
@@ -81,9 +82,7 @@ def lines(noise: LabelNoise, mean_weight: float, questioned: int, run_dir: Path)
     if not noise.tells:
         return [f"{agreement}: the halves tell nothing about labels, and all pairs count the same"]
     share = f"{noise.flipped_share:.1%} of the labels are flipped"
-    error = (
-        f" (standard error {noise.flipped_share_error:.1%})" if noise.flipped_share_error == noise.flipped_share_error else ""
-    )
+    error = "" if math.isnan(noise.flipped_share_error) else f" (standard error {noise.flipped_share_error:.1%})"
     return [
         f"{agreement}; by estimate {share}{error}",
         f"{questioned:,} labels are more likely wrong than right; the mean weight was {mean_weight:.3f}, and is set to 1",

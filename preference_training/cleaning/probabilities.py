@@ -41,7 +41,8 @@ LEAST = 1e-300
 class LabelNoise:
     """What was fitted: tau, and the share e of labels that are flipped, with their standard errors.
 
-    Both are 0 where the margins tell nothing. agreement: the share of pairs whose margin agrees with the label, ties half.
+    Both are 0 where the margins tell nothing. The error of a tau at its bound is NaN. agreement: the share of pairs
+    whose margin agrees with the label, ties half.
     """
 
     tau: float
@@ -92,7 +93,9 @@ def fit_label_noise(margins: Numbers) -> LabelNoise:
         return nothing
     tau = float(numpy.exp(log_tau))
     share = _best_share(expit(tau * h))
-    return LabelNoise(tau, share, *_errors(h, tau, share), agreement, len(h))
+    tau_error, share_error = _errors(h, tau, share)
+    at_bound = tau * scale > 0.99 * SCALES[1]
+    return LabelNoise(tau, share, float("nan") if at_bound else tau_error, share_error, agreement, len(h))
 
 
 def _log_density(agree: Numbers, flipped: float) -> float:

@@ -315,7 +315,7 @@ class DataConfig(Section):
     """data: which training pairs count, and how much."""
 
     weights: str | None = key(text(null=True), NEWER)
-    half: int | None = key(one_of((1, 2), "1, 2", null=True), NEWER)
+    half: int | None = key(expected("1, 2", lambda value: type(value) is int and value in (1, 2), null=True), NEWER)
 
 
 PAIRINGS = ("best_worst", "all", "top_k", "ranking", "unpaired", "best_of_n")

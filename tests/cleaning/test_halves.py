@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -14,10 +17,12 @@ from preference_collection.exchange.importing import import_into
 from preference_collection.store.store import open_store
 from preference_training.cleaning import halves
 from preference_training.core.errors import UserError
-from preference_training.core.signals import StoppedError
+from preference_training.core.signals import STOPPED, StoppedError
+from preference_training.data.toy_preferences import response_kind
 from preference_training.losses.registry import build_loss
 from preference_training.tracking.run_files import json_lines
 from tests.rounds.loops import TINY, in_this_process
+from tests.support.files import ROOT
 from utils import compose, train
 
 FLIPPED, ROWS = 0.2, 160
@@ -43,10 +48,11 @@ def is_wrong(row: dict) -> bool:
     return row["preferred"].strip().isdigit()
 
 
-def auroc(rows: list[dict]) -> float:
+def auroc(rows: list[dict], wrong: list[bool]) -> float:
     """How often a flipped pair has the larger probability than a right one; ties count half."""
-    wrong, right = ([row["probability"] for row in rows if is_wrong(row) is kind] for kind in (True, False))
-    return float(numpy.mean([(one > other) + 0.5 * (one == other) for one in wrong for other in right]))
+    values, wrong = numpy.array([row["probability"] for row in rows]), numpy.array(wrong)
+    one, other = values[wrong][:, None], values[~wrong]
+    return float(((one > other) + 0.5 * (one == other)).mean())
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +92,7 @@ def weights_of(run: Path) -> list[dict]:
 
 def test_flipped_labels_have_larger_probabilities_and_smaller_weights(folder):
     rows, noise = weights_of(folder / "run"), json.loads((folder / "run" / "label_noise.json").read_text())
-    assert auroc(rows) >= 0.85
+    assert auroc(rows, [is_wrong(row) for row in rows]) >= 0.85
     wrong, right = (numpy.mean([row["weight"] for row in rows if is_wrong(row) is kind]) for kind in (True, False))
     assert wrong < 0.5 * right
     assert numpy.mean([row["weight"] for row in rows]) == pytest.approx(1, abs=1e-4)
@@ -182,6 +188,48 @@ def test_the_script_has_the_probabilities_of_the_halves(folder, monkeypatch):
 NO_OTHERS = dict.fromkeys(("sft_target", "chosen", "rejected"))
 
 
+@pytest.mark.long
+def test_a_command_that_is_stopped_in_a_half_goes_on_and_finds_the_flipped_labels_of_the_toy_data(tmp_path):
+    """The command line: SIGTERM in the middle of the first half, resume=auto, and the same numbers as without a stop."""
+    (tmp_path / "mine.py").write_text(LOADER)
+    given = [text for text in RUN if not text.startswith(("datasets", "n_epochs", "max_"))]
+    given += ["datasets=mine.py:flipped", "n_epochs=1", "save_every=64", "max_length=128", "max_prompt_length=64"]
+    command = [sys.executable, str(ROOT / "train.py"), *given]
+    stopped = subprocess.Popen([*command, "local_run_dir=run"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / "run" / "halves" / "1" / "step-64"
+    while stopped.poll() is None and not checkpoint.is_dir():
+        time.sleep(0.1)
+    stopped.terminate()
+    said, _ = stopped.communicate()
+    assert stopped.returncode == STOPPED and "stopped during the run on half 1: SIGTERM" in said, said
+    done = subprocess.run([*command, "local_run_dir=run", "resume=auto"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resume: continuing the halves of {tmp_path / 'run'}" in done.stdout and "resume: continuing from" in done.stdout
+    rows = weights_of(tmp_path / "run")
+    kinds = [response_kind(row["preferred"]) != "preferred" for row in rows]
+    assert auroc(rows, kinds) >= 0.85
+    weights = numpy.array([row["weight"] for row in rows])
+    assert weights[kinds].mean() < 0.5 * weights[~numpy.array(kinds)].mean()
+    # The run on all pairs is resumed with the same weights: other ones would be other data.
+    again = [*command, "local_run_dir=run", "resume=run", "n_epochs=2", "n_examples=1820"]
+    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and f"{len(rows):,} of {len(rows):,} training pairs weighted" in done.stdout, done.stderr
+
+
+LOADER = """
+import random
+from preference_training.data.registry import register
+from preference_training.data.toy_preferences import toy_records
+
+@register("flipped")
+def get_flipped(split, silent=False, cache_dir=None):
+    draw, records = random.Random(0), toy_records(split)
+    for record in records.values() if split == "train" else ():
+        record["pairs"] = [pair[::-1] if draw.random() < 0.2 else pair for pair in record["pairs"]]
+    return records
+"""
+
+
 # ---- what is started ------------------------------------------------------------------------------------------------------
 
 
@@ -235,14 +283,19 @@ def test_a_start_that_is_resumed_finds_its_halves_until_the_run_on_all_pairs_has
         (("loss=kto",), "data.weights: found ledger, and loss=kto learns no pairs"),
         (("data.half=1",), "data.half: found 1 with data.weights=ledger. Expected one of them"),
         (("data.half=3", "data.weights=null"), "data.half: found 3, expected 1, 2 or null"),
-        (("+rounds=default", "rounds.prompts=rows.jsonl"), "data.weights: found ledger, and a loop of rounds makes its own"),
+        (
+            ("+rounds=default", "rounds.prompts=rows.jsonl", "rounds.judge=toy"),
+            "data.weights: found ledger, and a loop of rounds makes its own",
+        ),
         (("data.weights=nowhere",), "data.weights: nowhere: no such directory. Expected ledger, or the directory of a run"),
         (("data.weights=runs",), "data.weights: runs has no label_weights.jsonl with weights. Expected the directory"),
     ],
 )
 def test_what_cannot_be_weighed_is_refused(here, given, told):
+    # SFT has no beta.
+    run = [text for text in RUN if "loss=sft" not in given or not text.startswith("loss.beta")]
     with pytest.raises(UserError) as error:
-        train(compose(*RUN, "local_run_dir=refused", *given), quiet=True)
+        train(compose(*run, "local_run_dir=refused", *given), quiet=True)
     assert str(error.value).startswith(told)
 
 

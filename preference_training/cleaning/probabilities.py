@@ -23,11 +23,9 @@ tau has no prior.
 from dataclasses import dataclass
 
 import numpy
-from numpy.typing import NDArray
 from scipy import optimize
 from scipy.special import expit
 
-Numbers = NDArray[numpy.float64]
 # The labels, flipped and right, that the prior on e is worth.
 PRIOR_FLIPPED, PRIOR_RIGHT = 1.0, 9.0
 # tau times the median absolute margin, from and to: beyond it margins are signs.
@@ -57,18 +55,18 @@ class LabelNoise:
         """Whether it distinguishes pairs: at tau = 0 all are equally likely to be flipped."""
         return self.tau > 0 and self.flipped_share > 0
 
-    def probabilities(self, margins: Numbers) -> Numbers:
+    def probabilities(self, margins: numpy.ndarray) -> numpy.ndarray:
         """The probability that each label is flipped: [N]."""
         agree = expit(self.tau * margins)
         return self.flipped_share * (1 - agree) / _likelihood(agree, self.flipped_share)
 
 
-def _likelihood(agree: Numbers, flipped: float) -> Numbers:
+def _likelihood(agree: numpy.ndarray, flipped: float) -> numpy.ndarray:
     """The probability of each label, where `agree` is that of the preference before flips: [N]."""
     return numpy.maximum(agree + flipped * (1 - 2 * agree), LEAST)
 
 
-def fit_label_noise(margins: Numbers) -> LabelNoise:
+def fit_label_noise(margins: numpy.ndarray) -> LabelNoise:
     """Fit tau >= 0 and e in [0, 0.5) to margins [N] by the largest posterior density."""
     h = numpy.asarray(margins, numpy.float64)
     agreement = float(((h > 0) + 0.5 * (h == 0)).mean()) if len(h) else float("nan")
@@ -98,12 +96,12 @@ def fit_label_noise(margins: Numbers) -> LabelNoise:
     return LabelNoise(tau, share, float("nan") if at_bound else tau_error, share_error, agreement, len(h))
 
 
-def _log_density(agree: Numbers, flipped: float) -> float:
+def _log_density(agree: numpy.ndarray, flipped: float) -> float:
     prior = PRIOR_FLIPPED * numpy.log(flipped) + PRIOR_RIGHT * numpy.log1p(-flipped)
     return float(numpy.log(_likelihood(agree, flipped)).sum() + prior)
 
 
-def _best_share(agree: Numbers) -> float:
+def _best_share(agree: numpy.ndarray) -> float:
     """The e with the largest density at a tau. Its logarithm is concave in e: its slope has one root, or none below 1/2."""
     change = 1 - 2 * agree
 
@@ -115,7 +113,7 @@ def _best_share(agree: Numbers) -> float:
     return most if slope(most) >= 0 else float(optimize.brentq(slope, least, most, xtol=1e-7))
 
 
-def _errors(h: Numbers, tau: float, share: float) -> tuple[float, float]:
+def _errors(h: numpy.ndarray, tau: float, share: float) -> tuple[float, float]:
     """The standard errors of tau and e, by the information in the scores of the pairs and in the prior."""
     agree = expit(tau * h)
     by_tau, by_share = (1 - 2 * share) * h * agree * (1 - agree), 1 - 2 * agree
@@ -131,7 +129,7 @@ def _errors(h: Numbers, tau: float, share: float) -> tuple[float, float]:
 # ---- what follows from probabilities --------------------------------------------------------------------------------------
 
 
-def label_weights(probabilities: Numbers) -> Numbers:
+def label_weights(probabilities: numpy.ndarray) -> numpy.ndarray:
     """The weight of each pair in training: max(0, 1 - 2 p), [N].
 
     The expected sign of the label. A loss is l(m) of the margin m if the label is right, and l(-m) if it is flipped; at m = 0
@@ -141,7 +139,7 @@ def label_weights(probabilities: Numbers) -> Numbers:
     return numpy.maximum(0.0, 1 - 2 * numpy.asarray(probabilities, numpy.float64))
 
 
-def normalized(weights: Numbers) -> Numbers:
+def normalized(weights: numpy.ndarray) -> numpy.ndarray:
     """The weights divided by their mean, [N]; all 1 where none is above 0.
 
     A common factor says nothing of the pairs, only of the step: with mean 1, lr, max_grad_norm and the loss mean what they do
@@ -152,7 +150,7 @@ def normalized(weights: Numbers) -> Numbers:
     return weights / weights.mean()
 
 
-def gains(probabilities: Numbers) -> Numbers:
+def gains(probabilities: numpy.ndarray) -> numpy.ndarray:
     """What checking each label is worth while the pairs are weighted: 1 - max(0, 1 - 2 p)**2, [N], from 0 to 1.
 
     The gradient of a pair points along s = +1 where its label is right, with probability 1 - p, and along s = -1 where it is
@@ -165,7 +163,7 @@ def gains(probabilities: Numbers) -> Numbers:
     return 1 - label_weights(probabilities) ** 2
 
 
-def order_of_checks(margins: Numbers) -> NDArray[numpy.int64]:
+def order_of_checks(margins: numpy.ndarray) -> numpy.ndarray:
     """The pairs in the order in which checking pays: the smallest margin first.
 
     Probability and gain fall with the margin; among pairs of gain 1, the likeliest to be flipped come first.

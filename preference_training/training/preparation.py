@@ -301,7 +301,7 @@ def prepare_data(
     if len(splits) == 2 and splits[0].version > 1:
         splits[0] = exclude_held_out(splits[0], splits[1], entries, directory)
     if len(splits) == 2:
-        splits = weighed_or_halved(config, *splits, directory)
+        splits = weighed_or_halved(config, splits[0], splits[1], directory)
     for split, data in zip(names, splits, strict=True):
         report_split(data, entries, split, EXAMPLE_WORDS[loss.examples], needed=split == names[0])
         if data.version == 1 and (count := count_identical_pairs(data.table)):

@@ -22,11 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import preference_datasets  # noqa: F401  its data sets register themselves
-from preference_training.configuration.checks.run import check_objective
+from preference_training.configuration.checks.run import check_objective, check_weights
 from preference_training.configuration.command_line import prepare_arguments, refuse
 from preference_training.configuration.composition import CONFIG_DIR, explain_composition_error, own_folder
 from preference_training.configuration.run_dirs import check_resume, new_run_dir, not_writable_message, remove_empty
 from preference_training.configuration.schema import RunConfig
+from preference_training.configuration.sections import FROM_HALVES
 from preference_training.configuration.validation import validate
 from preference_training.core.errors import UserError
 from preference_training.core.machine import release_memory
@@ -83,6 +84,7 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
     config = validate(composed, list(settings.overrides.task), dict(settings.runtime.choices), folder)
     name = config.loss.name
     check_objective(config.objective, name, example_kind(name), model_head(name), config.rounds is not None)
+    check_weights(config, example_kind(name))
     read_entries(config)
     check_resume(config.resume)
     if config.pruner and not in_sweep:
@@ -92,12 +94,16 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
 
 
 def start(config: RunConfig, run_dir: Path, in_sweep: bool, callbacks: Sequence[object] = ()) -> float | None:
-    """Run in this process, or launch several where the trainer needs them; a loop of rounds starts one for each step."""
+    """Run in this process, or launch several where the trainer needs them; rounds and halves of data are runs by themselves."""
     if config.rounds is not None:
         from preference_training.reporting.loops.page import write_loop_report
         from preference_training.rounds.start import start_loop
 
         return start_loop(config, run_dir, in_sweep, write_loop_report)
+    if config.data.weights == FROM_HALVES and not (config.dry_run or config.eval_only):
+        from preference_training.cleaning.halves import train_halves
+
+        config, run_dir = train_halves(config, run_dir, in_sweep)
     from preference_training.distributed.launching import run_or_launch
     from preference_training.training.defaults import settle_dtypes
 

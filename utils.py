@@ -12,6 +12,7 @@ import train as command_line
 from preference_training.configuration.command_line import prepare_arguments
 from preference_training.configuration.run_dirs import remove_empty
 from preference_training.configuration.schema import RunConfig
+from preference_training.configuration.sections import FROM_HALVES
 from preference_training.configuration.validation import configured
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
@@ -75,7 +76,7 @@ def train(config: RunConfig, callbacks: Sequence[object] = (), quiet: bool | Non
 
     callbacks: objects with any of the methods of `Callback`; with several processes they are pickled. quiet: print nothing
     but what callbacks print; None is quiet in notebooks. Raises UserError for a mistake; what a callback raises passes through.
-    A loop of rounds trains in processes of its own, and takes no callbacks.
+    A loop of rounds trains in processes of its own, and takes no callbacks; halves of the data do so too, before the run.
     """
     from preference_training.checkpointing.resume import checkpoint_to_resume
 
@@ -89,6 +90,10 @@ def train(config: RunConfig, callbacks: Sequence[object] = (), quiet: bool | Non
             opened.enter_context(redirect_stdout(opened.enter_context(Path(os.devnull).open("w"))))
         if config.rounds is not None:
             return _train_loop(config, run_dir, callbacks)
+        if config.data.weights == FROM_HALVES:
+            from preference_training.rounds.start import check_not_changed
+
+            check_not_changed(config)
         found = checkpoint_to_resume(config.resume, run_dir, config.exp_name) if config.resume else None
         try:
             command_line.start(config, run_dir, in_sweep=False, callbacks=tuple(callbacks))

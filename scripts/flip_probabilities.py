@@ -1,15 +1,16 @@
-"""How likely the labels of given pairs are wrong, by the margins that a run has recorded in its ledger.
+"""How likely the labels of given pairs are wrong, by a run: by its halves where it has any, else by its margin ledger.
 
 python scripts/flip_probabilities.py RUN PAIRS.jsonl TO.jsonl
 
 PAIRS has rows of an id, a prompt and its responses, as records have them. They are tokenized as the run's data was, and matched
 with the run's pairs by their token ids. TO gets a row {id, probability} for each that is matched: of its pairs the likeliest.
+A run with data.weights=ledger has probabilities by models that have not seen the pair; of any other, the ledger is read.
 The labeling app calls this for `score --ledger RUN`.
 """
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from itertools import combinations
 from pathlib import Path
@@ -19,17 +20,19 @@ from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
 from preference_training.data.entries import read_entries
 from preference_training.data.files import read_rows
+from preference_training.data.pairs.weights import pair_key
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.answers import listed_answer
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import DataReport, PreferenceRecord, Turn, response_of
-from preference_training.data.tokenization import tokenize_records
+from preference_training.data.tokenization import TokenizedPrompt, tokenize_records
 from preference_training.evaluation.runs import load_run_config
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.reporting.flagged_pairs import Pairs, wrong_label_probability
+from preference_training.tracking.label_weights import read_label_numbers
 from preference_training.tracking.ledger import Observations, read_ledger
-from preference_training.training.preparation import fit_templates, prepare_data, token_settings
+from preference_training.training.preparation import fit_templates, prepare_data, token_settings, with_label_weights
 
 # A prompt and two of its responses, in no order, as token ids.
 Key = tuple[tuple[int, ...], frozenset[tuple[int, ...]]]
@@ -44,6 +47,27 @@ def probabilities_of_run(table: PromptTable, seen: Observations) -> dict[Key, fl
         key = tuple(prompt.prompt_ids), two
         found[key] = max(float(value), found.get(key, 0.0))
     return found
+
+
+def pairs_of_halves(run: Path) -> Callable[[TokenizedPrompt, tuple[int, int]], float | None] | None:
+    """The probability that the label of a pair is wrong, by the run's halves, or None; None for a run without halves."""
+    known = read_label_numbers(run, "probability")
+
+    def probability(prompt: TokenizedPrompt, pair: tuple[int, int]) -> float | None:
+        keys = [pair_key(prompt.prompt_ids, prompt.responses[i], prompt.responses[j]) for i, j in (pair, pair[::-1])]
+        return max((known[key] for key in keys if key in known), default=None)
+
+    return probability if known else None
+
+
+def pairs_of_ledger(run: Path, table: PromptTable) -> Callable[[TokenizedPrompt, tuple[int, int]], float | None]:
+    """The same by the run's ledger, whose pairs are in a table."""
+    known = probabilities_of_run(table, read_ledger(run))
+
+    def probability(prompt: TokenizedPrompt, pair: tuple[int, int]) -> float | None:
+        return known.get((tuple(prompt.prompt_ids), frozenset(tuple(prompt.responses[k]) for k in pair)))
+
+    return probability
 
 
 def records_of(rows: Iterable[tuple[int, dict]]) -> Iterator[tuple[str, PreferenceRecord]]:
@@ -73,7 +97,7 @@ def load_run(run: Path):
     tokenizer = load_tokenizer(config.with_head(loss.model_head).model, config.cache_dir)
     config, entries = fit_templates(config, read_entries(config), tokenizer, checkpoint)
     version = checkpoint.data_version
-    train, _ = prepare_data(config, entries, tokenizer, loss, ("train", "test"), version)
+    train, _ = prepare_data(with_label_weights(config, run), entries, tokenizer, loss, ("train", "test"), version)
     if checkpoint.run["data"][0] != train.fingerprint:
         raise UserError(f"{run}: its data has changed, so that its ledger names other pairs. Expected the data of the run.")
     settings = token_settings(config, loss, version)
@@ -83,23 +107,22 @@ def load_run(run: Path):
 def flip_probabilities(run: Path, rows: Iterable[tuple[int, dict]]) -> dict[str, float]:
     """The probability that a label of each row's pairs is wrong: id -> probability, of the rows that the run has seen.
 
-    Raises UserError for a directory that is no run with a ledger.
+    Raises UserError for a directory that is no run with a ledger, or halves.
     """
-    seen = read_ledger(run)
-    if not len(seen):
+    probability = pairs_of_halves(run)
+    if probability is None and not len(read_ledger(run)):
         raise UserError(f"{run}: no ledger. Expected the directory of a run of a preference loss with ledger=true.")
     tokenizer, table, settings = load_run(run)
-    known = probabilities_of_run(table, seen)
+    probability = probability or pairs_of_ledger(run, table)
     given = list(records_of(rows))
     ids, found = {record.number: id for id, record in given}, {}
     for each in settings:
         report = DataReport(skip_bad_rows=True)
         for prompt in tokenize_records((record for _, record in given), tokenizer, each, report):
-            for i, j in prompt.pairs:
-                key = tuple(prompt.prompt_ids), frozenset((tuple(prompt.responses[i]), tuple(prompt.responses[j])))
-                if key in known:
+            for pair in prompt.pairs:
+                if (value := probability(prompt, pair)) is not None:
                     id = ids[prompt.number]
-                    found[id] = max(known[key], found.get(id, 0.0))
+                    found[id] = max(value, found.get(id, 0.0))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Which comparisons a training run calls into question: the margins in its ledger, matched with what was judged.
+"""Which comparisons a training run calls into question: what its halves or its ledger say, matched with what was judged.
 
 The run's data is tokenized by the training package, in a process of its own: scripts/flip_probabilities.py.
 """
@@ -20,13 +20,13 @@ QUESTIONED = 0.5
 
 
 def check_run(run: Path) -> None:
-    """Raise UserError for a directory that is no run with a ledger."""
-    if not any((run / "ledger").glob("*.parquet")):
+    """Raise UserError for a directory that is no run with a ledger, or with halves that have judged each other's labels."""
+    if not (run / "label_weights.jsonl").is_file() and not any((run / "ledger").glob("*.parquet")):
         raise UserError(f"score: {run}: no ledger. Expected the directory of a run of a preference loss with ledger=true.")
 
 
 def add_ledger(store: Store, run: Path) -> str:
-    """Save the probability that the label of each comparison is wrong, as the margins of a run say; returns it in words.
+    """Save the probability that the label of each comparison is wrong, as a run says; returns it in words.
 
     A comparison is matched by the token ids of its prompt and of two of its answers; of several pairs the likeliest counts.
     Raises UserError for a run that cannot be read, or whose data has changed.

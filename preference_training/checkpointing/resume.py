@@ -7,6 +7,7 @@ resume=PATH   a run directory's newest usable checkpoint, or a checkpoint
 import json
 import re
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -40,9 +41,11 @@ from preference_training.tracking.run_files import (
     CHECKPOINT,
     EVENTS,
     FLAGGED,
+    HELD_OUT_EXAMPLES,
     JUDGEMENTS,
     LATEST,
     METRICS,
+    OF_LABELS,
     PRUNED,
     REPORT,
     RESULTS_FILE,
@@ -172,13 +175,14 @@ def check_same_run(checkpoint: Checkpoint, about: dict) -> None:
 
 RUN_FILES = (
     METRICS, SAMPLES, BAD_STEPS, EVENTS, RESULTS_FILE, ABOUT, FLAGGED, PRUNED, CONFIG, RERUN, REPORT, ANSWERS,
-    JUDGEMENTS, LATEST, LEDGER, TENSORBOARD, WANDB, BASE_DIR, f"{CHECKPOINT}*",
+    HELD_OUT_EXAMPLES, JUDGEMENTS, LATEST, LEDGER, TENSORBOARD, WANDB, BASE_DIR, f"{CHECKPOINT}*",
+    *OF_LABELS,
 )  # fmt: skip
 
 
-def find_run_files(run_dir: Path) -> list[Path]:
-    """The files and directories of a run in its directory; none that are not a run's."""
-    parts = sorted(path for pattern in RUN_FILES for path in run_dir.glob(pattern))
+def find_run_files(run_dir: Path, but: Collection[str] = ()) -> list[Path]:
+    """The files and directories of a run in its directory; none that are not a run's, nor those of some names."""
+    parts = sorted(path for pattern in RUN_FILES for path in run_dir.glob(pattern) if path.name not in but)
     # A directory of that name alone is not a run's.
     return [] if [path.name for path in parts] == [BASE_DIR] else parts
 
@@ -205,9 +209,12 @@ def check_set_aside(run_dir: Path, archive: str | None, eval_only: bool) -> None
         )
 
 
-def set_aside(run_dir: Path) -> Path | None:
-    """Move an earlier run in a directory into a subdirectory of it, and return that; None where there is none."""
-    parts = find_run_files(run_dir)
+def set_aside(run_dir: Path, but: Collection[str] = ()) -> Path | None:
+    """Move an earlier run in a directory into a subdirectory of it, and return that; None where there is none.
+
+    but: names of files that stay.
+    """
+    parts = find_run_files(run_dir, but)
     if not parts:
         return None
     place = run_dir / f"{ASIDE}{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from preference_training.configuration.composition import GROUPS, OPTIONAL_GROUPS, group_choices
 from preference_training.configuration.schema import RunConfig
+from preference_training.configuration.sections import FROM_HALVES
 
 RERUN = "rerun.yaml"
 HEAD = """# What this run was started with. To repeat it:
@@ -27,8 +28,8 @@ OF_THE_START = ("resume", "dry_run", "local_run_dir", "sweep_dir", "hydra")
 PATHS = (
     "model", "model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "model.reference_archive",
     "model.chat_template", "datasets",
-    "contamination_files", "loss.function", "evaluation.to", "evaluation.against", "evaluation.task_path", "cache_dir",
-    "local_dirs", "rounds.prompts", "rounds.judge", "rounds.second_judge",
+    "contamination_files", "data.weights", "loss.function", "evaluation.to", "evaluation.against", "evaluation.task_path",
+    "cache_dir", "local_dirs", "rounds.prompts", "rounds.judge", "rounds.second_judge",
     "rounds.judging.rubric", "rounds.held_out",
 )  # fmt: skip
 
@@ -79,7 +80,12 @@ def _absolute(value: Any, key: str) -> Any:
         paths = ("path", "test_path", "data_dir", "name", "judge", "rubric")
         keys = {name: "rounds.judging.rubric" if name == "rubric" else key for name in paths}
         return {name: _absolute(each, keys[name]) if name in paths else each for name, each in value.items()}
-    if not isinstance(value, str) or "://" in value or (key == "model" and value in group_choices("model")):
+    if (
+        not isinstance(value, str)
+        or "://" in value
+        or (key, value) == ("data.weights", FROM_HALVES)
+        or (key == "model" and value in group_choices("model"))
+    ):
         return value
     if value.startswith(MODEL_JUDGE):
         return MODEL_JUDGE + _absolute(value.removeprefix(MODEL_JUDGE), "model.name_or_path")

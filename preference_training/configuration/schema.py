@@ -40,6 +40,7 @@ from preference_training.configuration.keys import (
 )
 from preference_training.configuration.optimizers import OPTIMIZERS, OptimizerFacts, states_kept
 from preference_training.configuration.sections import (
+    DataConfig,
     EvaluationConfig,
     LossConfig,
     ModelConfig,
@@ -103,6 +104,7 @@ class RunConfig(Section):
         *(MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN),
     )
     datasets: list[Any] | str | dict[str, Any] = key(anything, NOT_SHOWN)
+    data: DataConfig = section(DataConfig)
     held_out_share: float = key(share())
     template: str | None = key(one_of(TEMPLATES, null=True))
     system_prompt: str | None = key(text(null=True))

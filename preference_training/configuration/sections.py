@@ -318,6 +318,18 @@ class QualityConfig(Section):
     contamination_ngram: int = key(whole(8))
 
 
+# Of data.weights: the run trains on halves of its own data first.
+FROM_HALVES = "ledger"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """data: which training pairs count, and how much."""
+
+    weights: str | None = key(text(null=True), NEWER)
+    half: int | None = key(expected("1, 2", lambda value: type(value) is int and value in (1, 2), null=True), NEWER)
+
+
 PAIRINGS = ("best_worst", "all", "top_k", "ranking", "unpaired", "best_of_n")
 # What becomes of responses that were cut at max_new_tokens.
 TRUNCATED = ("keep", "skip", "worst")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy
 import xxhash
@@ -295,7 +295,7 @@ def exclude_held_out(train: Prepared, held_out: Prepared, entries: Sequence[Entr
                 reduced = replace(report, left_out=dict(report.left_out), num_prompts=int(kept.sum()))
                 examples = numpy.concatenate([columns.num_examples for columns in part.batches])
                 reduced.skip(HELD_OUT_ELSEWHERE, int(examples[~kept].sum()))
-                part, report = _kept(part, kept, directory), reduced
+                part, report = kept_part(part, kept, directory), reduced
         parts += [part] if part and part.num_prompts else []
         reports.append(report)
     return replace(train, table=PromptTable(parts, train.table.first_row), reports=reports)
@@ -308,20 +308,25 @@ def _by_entry(prepared: Prepared, entries: Sequence[Entry]) -> Iterator[tuple[En
         yield entry, next(parts) if report.num_prompts else None, report
 
 
-def _kept(part: TablePart, kept: numpy.ndarray, directory: Path) -> TablePart:
+def kept_part(part: TablePart, kept: numpy.ndarray, directory: Path) -> TablePart:
     """The prompts of a part for which `kept` [N] is true, in a separate file, which is written if needed."""
     name = xxhash.xxh3_128_hexdigest(part.fingerprint.encode() + numpy.flatnonzero(~kept).astype(numpy.int64).tobytes())
+    return derived_part(part, name, int(kept.sum()), lambda file: write_selected(file, part, kept), directory)
+
+
+def derived_part(part: TablePart, name: str, num_prompts: int, write: Callable[[IO], None], directory: Path) -> TablePart:
+    """What is made of a part, in a file of its own in `directory`: found there by its name, or written by `write`."""
     path = directory / f"{name}.arrow"
     with _writable(directory), locked(path.with_suffix(".lock"), f"{part.source}: waiting for the process that prepares it"):
         if path.exists():
             try:
                 found = TablePart.of_file(path, part.source, part.weight)
-                if found.num_prompts == kept.sum():
+                if found.num_prompts == num_prompts:
                     return found
             except (OSError, ValueError) as error:
                 print(_prepared_again(path, error), flush=True)
         with atomic_file(path, "wb", durable=True) as file:
-            write_selected(file, part, kept)
+            write(file)
         return TablePart.of_file(path, part.source, part.weight)
 
 

@@ -99,6 +99,13 @@ def write_selected(file, part: TablePart, kept: numpy.ndarray) -> None:
     part.release()
 
 
+def write_batches(file, batches: Iterable[Columns]) -> None:
+    """Write batches of columns to an open binary file."""
+    with pyarrow.ipc.new_file(file, SCHEMA) as writer:
+        for columns in batches:
+            writer.write_batch(columns.as_arrow())
+
+
 class PromptTable(Sequence[TokenizedPrompt]):
     """The prompts of one or more data sets, concatenated. Responses are numbered from `first_row` on."""
 

@@ -48,7 +48,8 @@ class RunRows:
     @classmethod
     def of(cls, source: Source) -> "RunRows":
         """Read them again. Raises UserError where they are gone, or would execute code."""
-        config = load_run_config(source.checkpoint, [])
+        # Held-out rows have no weights.
+        config = load_run_config(source.checkpoint, []).changed({"data.weights": None})
         loss = build_loss(**config.loss.given(), seed=config.seed)
         earlier = Checkpoint.read(source.checkpoint)
         tokenizer = source.load_tokenizer()

@@ -104,7 +104,7 @@ def check_not_changed(config: RunConfig) -> None:
     if changed:
         raise UserError(
             f"{changed[0]}: changed to {now[changed[0]]!r} after compose(), of whose overrides the steps of a "
-            f"loop are composed. Expected compose(..., '{changed[0]}=...')."
+            f"loop and the runs on halves of the data are composed. Expected compose(..., '{changed[0]}=...')."
         )
 
 

@@ -13,15 +13,18 @@ from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.resume import check_same_config, checkpoint_to_resume, find_run
 from preference_training.configuration.checks.model import check_noise
-from preference_training.configuration.checks.run import check_objective
+from preference_training.configuration.checks.run import check_objective, check_weights
 from preference_training.configuration.keys import listed
 from preference_training.configuration.schema import RunConfig
+from preference_training.configuration.sections import FROM_HALVES
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.core.machine import allow_tf32, quiet_libraries, tune_malloc
 from preference_training.core.random_streams import seed_everything
 from preference_training.core.values import counted
 from preference_training.data.entries import Entry, check_examples, is_path, read_entries
+from preference_training.data.pairs.halves import halves
+from preference_training.data.pairs.weights import weigh
 from preference_training.data.preparation import Prepared, count_identical_pairs, exclude_held_out, overlap, prepare
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rendering.choice import choose_templates
@@ -37,7 +40,8 @@ from preference_training.modeling.quantization import check_float8
 from preference_training.modeling.sources.checks import check_sources
 from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
-from preference_training.tracking.run_files import is_of_loop
+from preference_training.tracking.label_weights import read_label_weights
+from preference_training.tracking.run_files import LABEL_WEIGHTS, is_of_loop
 from preference_training.training.defaults import fit_lr, fit_steps, settle_dtypes, unusual_lr
 from preference_training.training.optimizers.building import check_optimizer
 from preference_training.training.optimizers.groups import lr_group_lines
@@ -116,7 +120,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     check_limits(config, entries, tokenizer, limits)
     # Before the processes join: those that wait for the data have no time-out then.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
-    data = prepare_data(config, entries, tokenizer, loss, splits, data_version(earlier))
+    data = prepare_data(with_label_weights(config, run_dir, earlier), entries, tokenizer, loss, splits, data_version(earlier))
     check_rows(config, tokenizer, limits, [split.table for split in data])
     if "train" in splits:
         if few := few_held_out(config, data[-1].table, is_of_loop(run_dir)):
@@ -291,11 +295,14 @@ def prepare_data(
     version: `data_version`, None for the newest. Responses of the held-out split are numbered behind those of the training
     split. Raises UserError where the first of the splits has no example.
     """
+    check_weights(config, loss.examples)
     directory = first_existing(config.local_dirs) / "prepared_data"
     settings = token_settings(config, loss, version)
     splits = [prepare(entries, split, tokenizer, settings, directory, config.cache_dir) for split in names]
     if len(splits) == 2 and splits[0].version > 1:
         splits[0] = exclude_held_out(splits[0], splits[1], entries, directory)
+    if len(splits) == 2:
+        splits = weighed_or_halved(config, splits[0], splits[1], directory)
     for split, data in zip(names, splits, strict=True):
         report_split(data, entries, split, EXAMPLE_WORDS[loss.examples], needed=split == names[0])
         if data.version == 1 and (count := count_identical_pairs(data.table)):
@@ -308,6 +315,41 @@ def prepare_data(
         if found := overlap(train_split.table, held_out.table):
             print(found.line(tokenizer), flush=True)
     return tuple(splits)
+
+
+def weighed_or_halved(config: RunConfig, train: Prepared, held_out: Prepared, directory: Path) -> list[Prepared]:
+    """Training and held-out data as the section `data` asks for it; prints what that is. Raises UserError."""
+    if config.data.half is not None:
+        print(f"data.half: half {config.data.half} of the training prompts is trained on, the other one held out", flush=True)
+        return list(halves(train, config.data.half, directory))
+    if config.data.weights is None:
+        return [train, held_out]
+    weighed = weigh(train, read_label_weights(Path(config.data.weights).expanduser()), directory)
+    print(weighed.line, flush=True)
+    return [weighed.prepared, held_out]
+
+
+def with_label_weights(config: RunConfig, run_dir: Path, earlier: Checkpoint | None = None) -> RunConfig:
+    """The configuration whose data.weights=ledger has become the run directory with the weights, or that of `earlier`.
+
+    Where nothing is trained, there may be none. Raises UserError for a run that lacks them.
+    """
+    if config.data.weights != FROM_HALVES:
+        return config
+    run_dir = earlier.path.parent if earlier else run_dir
+    found = str(run_dir) if (run_dir / LABEL_WEIGHTS).is_file() else None
+    if found is None and config.dry_run:
+        print(
+            "data.weights: before this run, the same configuration would be trained on each half of the training pairs, which "
+            "takes about as long again; the pairs are shown as they are, without weights",
+            flush=True,
+        )
+    elif found is None and not config.eval_only:
+        raise UserError(
+            f"data.weights: found {FROM_HALVES}, and {run_dir} has no {LABEL_WEIGHTS}. Expected a start by train.py, which "
+            "trains on the halves first, or the directory of a run that has done so."
+        )
+    return replace(config, data=replace(config.data, weights=found))
 
 
 def few_held_out(config: RunConfig, held_out: PromptTable, of_loop: bool = False) -> str | None:

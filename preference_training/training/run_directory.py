@@ -22,12 +22,13 @@ from preference_training.configuration.rerun import write_rerun
 from preference_training.configuration.run_dirs import writable
 from preference_training.configuration.saved import save_config
 from preference_training.configuration.schema import RunConfig
+from preference_training.configuration.sections import FROM_HALVES
 from preference_training.core.errors import UserError
 from preference_training.data.chat_templates import detect_format
 from preference_training.distributed.placement import Placement
 from preference_training.tracking.dashboards.base import RunStart
 from preference_training.tracking.dashboards.starting import start_dashboards
-from preference_training.tracking.run_files import LOCK
+from preference_training.tracking.run_files import LOCK, OF_LABELS
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.preparation import PreparedRun
 
@@ -59,7 +60,8 @@ def prepare_run_dir(config: RunConfig, run_dir: Path, checkpoint: Checkpoint | N
                 remove_kept_base(run_dir)
             return None
         check_set_aside(run_dir, config.model.archive, config.eval_only)
-        aside = set_aside(run_dir)
+        # This start has trained on the halves already.
+        aside = set_aside(run_dir, OF_LABELS if config.data.weights == FROM_HALVES else ())
     return aside and f"local_run_dir: {run_dir} held an earlier run, which is now in {aside.name}/"
 
 

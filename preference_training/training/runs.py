@@ -4,14 +4,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import evaluation_prompts
+from preference_training.batching.packing import iterate_examples
 from preference_training.batching.schedule import Schedule
 from preference_training.checkpointing.best import best_checkpoint
 from preference_training.checkpointing.resume import checkpoint_to_resume
 from preference_training.configuration.run_dirs import remove_empty, writable
 from preference_training.core.errors import UserError, first_line
+from preference_training.core.metric_names import EVAL_MARGIN
 from preference_training.core.signals import StoppedError, StopRequests
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import Placement
@@ -20,6 +24,7 @@ from preference_training.modeling.adapters.weights import has_adapter
 from preference_training.modeling.quantization import weight_numels
 from preference_training.tracking.about import write_about
 from preference_training.tracking.callbacks import Callbacks
+from preference_training.tracking.half_margins import write_half_margins
 from preference_training.tracking.tracker import NoTracker, Tracker
 from preference_training.training.assembly import assemble, checkpoint_writer, observe
 from preference_training.training.defaults import usual_lr
@@ -102,6 +107,8 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
             trainer.train()
             if readers.conclude and ranks.is_rank_zero:
                 last_lines = _conclude(partial(readers.conclude, run_dir, not prepared.in_sweep), tracker)
+        if config.data.half is not None:
+            _write_margins(trainer, data[-1].table, run_dir)
         if observers.writer and observers.writer.failed:
             raise UserError(
                 f"local_dirs: the last checkpoint of {run_dir} could not be written. Make room, then resume={run_dir}."
@@ -110,6 +117,23 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
     if config.load_best and (best := best_checkpoint(run_dir, config.objective)) is not None:
         return best.held_out(config.objective)
     return trainer.state.held_out[config.objective] if trainer.state.held_out else None
+
+
+def _write_margins(trainer, held_out: PromptTable, run_dir: Path) -> None:
+    """Write the margins of the half that a run has not trained on, of its last evaluation."""
+    config, evaluator = trainer.config, trainer.evaluator
+    if evaluator.held_out is None:
+        # Of a run that was complete but for these.
+        trainer.models.start_check, trainer.state.evaluated_at = None, None
+        with trainer.step.updater.averages_in_place():
+            evaluator.evaluate(may_stop=False)
+    if trainer.placement.ranks.is_rank_zero:
+        prompts = evaluation_prompts(held_out, config.n_eval_examples, config.seed)
+        examples = islice(iterate_examples(prompts), config.n_eval_examples)
+        with writable(run_dir):
+            write_half_margins(
+                run_dir, examples, evaluator.held_out.examples[EVAL_MARGIN].tolist(), trainer.placement.tokenizer
+            )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from preference_training.configuration.checks.model import check_model_keys
 from preference_training.configuration.keys import listed, refuse, texts
 from preference_training.configuration.model_names import is_gguf, local_gguf
 from preference_training.configuration.schema import RunConfig
-from preference_training.configuration.sections import BASE_MODEL
+from preference_training.configuration.sections import BASE_MODEL, FROM_HALVES
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.metric_names import (
     EVAL_ACCURACY,
@@ -44,6 +44,7 @@ def check_together(config: RunConfig) -> None:
     if config.per_device_batch_size is None:
         check_sizes(config)
     _check_paths(config)
+    _check_data(config)
     _check_contamination(config)
     check_evaluation(config.evaluation, config)
     _check_tracking(config.tracking)
@@ -208,6 +209,32 @@ def _check_paths(config: RunConfig) -> None:
             raise UserError(
                 f"model.chat_template: found {model.chat_template}, but template is {config.template}, which does not read it. "
                 "Set template=chat or null."
+            )
+
+
+def _check_data(config: RunConfig) -> None:
+    weights, half = config.data.weights, config.data.half
+    if weights is not None and half is not None:
+        raise UserError(f"data.half: found {half} with data.weights={weights}. Expected one of them: halves have no weights.")
+    if weights is not None and config.rounds is not None:
+        raise UserError(
+            f"data.weights: found {weights}, and a loop of rounds makes its own pairs in each round. Set it to null."
+        )
+    # An evaluation weighs nothing.
+    if weights not in (None, FROM_HALVES) and not config.eval_only and not Path(weights).expanduser().is_dir():
+        raise UserError(
+            f"data.weights: {weights}: no such directory. Expected {FROM_HALVES}, or the directory of a run that was started "
+            f"with data.weights={FROM_HALVES}; paths are relative to {Path.cwd()}."
+        )
+
+
+def check_weights(config: RunConfig, examples: str) -> None:
+    """Raise UserError where the examples of a loss are no pairs, of which data.weights and data.half are."""
+    for name, found in {"weights": config.data.weights, "half": config.data.half}.items():
+        if found is not None and examples != "pairs":
+            raise UserError(
+                f"data.{name}: found {found}, and loss={config.loss.name} learns no pairs. Expected a loss of pairs, such as "
+                f"dpo, or data.{name}=null."
             )
 
 

@@ -1,0 +1,1 @@
+"""Training pairs: two halves of them, and weights by their content."""

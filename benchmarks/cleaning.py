@@ -13,7 +13,7 @@ checked     noisy, with the tenth of the labels corrected that the queue of `wei
 random      noisy, with a tenth of the labels corrected at random
 
 Prints accuracy on held-out pairs with 95% intervals and the share that each arm recovers of what the flipped labels cost, and
-writes them to benchmarks/results/. The same command goes on where it was stopped. Further arguments are keys of train.py.
+writes them to benchmarks/results/. The same command goes on where it was stopped; with `--report` it trains nothing. Further arguments are keys of train.py.
 """
 
 import argparse
@@ -236,6 +236,14 @@ def table(facts: dict) -> str:
     return "\n".join(lines)
 
 
+def report(work: Experiment, facts: dict, path: Path) -> str:
+    """Write what is known of the arms in a folder, those of earlier commands among them; the table of it."""
+    known = {arm: work.run(arm) for arm in ARMS if (work.folder / f"{arm}.json").is_file()}
+    facts |= {"arms": known, "recovered": recovered(known), "labels": work.labels()}
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    return table(facts)
+
+
 def main() -> None:
     """Train the arms, and report."""
     from measure import hardware, versions
@@ -245,6 +253,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="JSON lines of chosen and rejected, also .gz")
     parser.add_argument("--labels", choices=("human", "shorter"), default="shorter")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--report", action="store_true", help="train nothing: report on what is in the folder")
     parser.add_argument("--train", type=int, default=560, help="rows to train on, at most")
     parser.add_argument("--held-out", type=int, default=300, help="rows to evaluate on, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the flipped and checked labels, and of the runs")
@@ -257,13 +266,10 @@ def main() -> None:
     facts = {"command": sys.argv, "overrides": [*COMMON, *more], "hardware": hardware(), "versions": versions()}
     facts["rows"] = {"usable": len(rows), "skipped": skipped, "train": len(work.train), "held_out": len(work.held_out)}
     print(json.dumps(facts["rows"]), flush=True)
-    for arm in (arm for arm in ARMS if arm in options.arms):
+    for arm in (arm for arm in ARMS if arm in options.arms and not options.report):
         work.run(arm)
-        # Arms of earlier commands in the same folder belong to the table.
-        known = {arm: work.run(arm) for arm in ARMS if (work.folder / f"{arm}.json").is_file()}
-        facts |= {"arms": known, "recovered": recovered(known), "labels": work.labels()}
-        path.write_text(json.dumps(facts, indent=1) + "\n")
-    print(table(facts), path, sep="\n")
+        report(work, facts, path)
+    print(report(work, facts, path), path, sep="\n")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def _wait_for(file: IO, directory: Path) -> None:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if time.monotonic() > until:
             raise UserError(
-                f"local_run_dir: another loop has worked in {directory} for {PATIENCE:g} s now. Wait for it, stop it, or name "
+                f"local_run_dir: another command has worked in {directory} for {PATIENCE:g} s now. Wait for it, stop it, or name "
                 "another directory."
             )
         time.sleep(POLL)

@@ -75,7 +75,7 @@ def test_a_directory_in_which_another_loop_goes_on_working_is_refused(tmp_path, 
     monkeypatch.setattr(processes, "PATIENCE", 0.2)
     with locked_loop(tmp_path):
         inherited = os.environ.pop(LOCKED)
-        told = r"local_run_dir: another loop has worked in .* Wait for it, stop it, or name"
+        told = r"local_run_dir: another command has worked in .* Wait for it, stop it, or name"
         with pytest.raises(UserError, match=told), locked_loop(tmp_path):
             pass
         os.environ[LOCKED] = inherited

@@ -13,7 +13,8 @@ checked     noisy, with the tenth of the labels corrected that the queue of `wei
 random      noisy, with a tenth of the labels corrected at random
 
 Prints accuracy on held-out pairs with 95% intervals and the share that each arm recovers of what the flipped labels cost, and
-writes them to benchmarks/results/. The same command goes on where it was stopped; with `--report` it trains nothing. Further arguments are keys of train.py.
+writes them to benchmarks/results/. The same command goes on where it was stopped; `--report` trains nothing. Further arguments
+are keys of train.py.
 """
 
 import argparse

@@ -12,9 +12,9 @@ weighted    noisy, with data.weights=ledger
 checked     noisy, with the tenth of the labels corrected that the queue of `weighted` puts first
 random      noisy, with a tenth of the labels corrected at random
 
-Prints accuracy on held-out pairs with 95% intervals and the share that each arm recovers of what the flipped labels cost, and
-writes them to benchmarks/results/. The same command goes on where it was stopped; `--report` trains nothing. Further arguments
-are keys of train.py.
+Prints accuracy, loss and margin on held-out pairs with 95% intervals, and the share that each arm recovers of the held-out loss
+that flipped labels cost, and writes them to benchmarks/results/. The same command goes on where it was stopped; `--report`
+trains nothing. Further arguments are keys of train.py.
 """
 
 import argparse
@@ -210,23 +210,24 @@ def auroc(values: numpy.ndarray, positive: numpy.ndarray) -> float:
     return float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros)) if ones and zeros else float("nan")
 
 
-def recovered(arms: dict[str, dict]) -> dict[str, float | None]:
-    """The share of the accuracy lost between clean and noisy that each other arm has."""
+def recovered(arms: dict[str, dict], name: str) -> dict[str, float | None]:
+    """The share that each other arm recovers of what flips cost in `accuracy` or `loss`; None where they cost nothing."""
     if not {"clean", "noisy"} <= arms.keys():
         return {}
-    clean, noisy = (arms[arm]["accuracy"][0] for arm in ("clean", "noisy"))
-    others = {arm: facts["accuracy"][0] - noisy for arm, facts in arms.items() if arm not in ("clean", "noisy")}
-    return {arm: gain / (clean - noisy) if clean > noisy else None for arm, gain in others.items()}
+    clean, noisy = (arms[arm][name][0] for arm in ("clean", "noisy"))
+    cost = noisy - clean if name == "loss" else clean - noisy
+    others = {arm: facts[name][0] - noisy for arm, facts in arms.items() if arm not in ("clean", "noisy")}
+    return {arm: change / (clean - noisy) if cost > 0 else None for arm, change in others.items()}
 
 
 def table(facts: dict) -> str:
     """The results as text."""
-    lines = [f"{'arm':<10}{'wrong labels':>14}{'accuracy':>26}{'margin':>28}{'recovered':>12}{'seconds':>10}"]
+    lines = [f"{'arm':<10}{'wrong labels':>14}{'accuracy':>24}{'loss':>24}{'margin':>24}{'recovered':>12}{'CPU s':>8}"]
     for arm, found in facts["arms"].items():
-        intervals = ("{:.3f} [{:.3f}, {:.3f}]".format(*found[name]) for name in ("accuracy", "margin"))
-        share = facts["recovered"].get(arm)
-        end = f"{'' if share is None else f'{share:.0%}':>12}{found['seconds']:>10.0f}"
-        lines.append("{:<10}{:>14}{:>26}{:>28}".format(arm, found["wrong_labels"], *intervals) + end)
+        intervals = ("{:.3f} [{:.3f}, {:.3f}]".format(*found[name]) for name in ("accuracy", "loss", "margin"))
+        share = facts["recovered"]["loss"].get(arm)
+        end = f"{'' if share is None else f'{share:.0%}':>12}{found['cpu_seconds']:>8.0f}"
+        lines.append("{:<10}{:>14}{:>24}{:>24}{:>24}".format(arm, found["wrong_labels"], *intervals) + end)
     if labels := facts["labels"]:
         lines.append(
             "AUROC of the probabilities: {:.3f} [{:.3f}, {:.3f}]; ".format(*labels["auroc"])
@@ -240,7 +241,8 @@ def table(facts: dict) -> str:
 def report(work: Experiment, facts: dict, path: Path) -> str:
     """Write what is known of the arms in a folder, those of earlier commands among them; the table of it."""
     known = {arm: work.run(arm) for arm in ARMS if (work.folder / f"{arm}.json").is_file()}
-    facts |= {"arms": known, "recovered": recovered(known), "labels": work.labels()}
+    shares = {name: recovered(known, name) for name in ("accuracy", "loss")}
+    facts |= {"arms": known, "recovered": shares, "labels": work.labels()}
     path.write_text(json.dumps(facts, indent=1) + "\n")
     return table(facts)
 

@@ -74,6 +74,9 @@ def test_auroc_counts_pairs_of_a_flipped_and_a_right_label(cleaning):
 
 
 def test_what_is_recovered_is_a_share_of_what_the_flips_cost(cleaning):
-    arms = {arm: {"accuracy": [value, 0, 1]} for arm, value in {"clean": 0.9, "noisy": 0.7, "weighted": 0.85}.items()}
-    assert cleaning.recovered(arms) == {"weighted": pytest.approx(0.75)}
-    assert cleaning.recovered(arms | {"clean": {"accuracy": [0.6, 0, 1]}}) == {"weighted": None}
+    values = {"clean": (0.9, 0.4), "noisy": (0.7, 0.6), "weighted": (0.85, 0.35)}
+    arms = {arm: {"accuracy": [accuracy, 0, 1], "loss": [loss, 0, 1]} for arm, (accuracy, loss) in values.items()}
+    assert cleaning.recovered(arms, "accuracy") == {"weighted": pytest.approx(0.75)}
+    # Below the loss of clean labels: more than all of it.
+    assert cleaning.recovered(arms, "loss") == {"weighted": pytest.approx(1.25)}
+    assert cleaning.recovered(arms | {"clean": {"accuracy": [0.6, 0, 1]}}, "accuracy") == {"weighted": None}

@@ -10,6 +10,7 @@ Heavy libraries are imported after the configuration has been validated, so that
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb
@@ -32,7 +33,7 @@ from preference_training.configuration.validation import validate
 from preference_training.core.errors import UserError
 from preference_training.core.machine import release_memory
 from preference_training.core.processes import in_worker
-from preference_training.core.signals import STOPPED, StoppedError, StopRequests, exit_on_sigterm
+from preference_training.core.signals import STOPPED, StoppedError, StopRequests, stoppable_start
 from preference_training.data.entries import read_entries
 from preference_training.losses.registry import example_kind, model_head
 from preference_training.sweeps.gpus import jobs_at_once, take_gpus
@@ -51,9 +52,6 @@ def main(composed: DictConfig) -> float | None:
     settings = HydraConfig.get()
     run_dir, in_sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
     StopRequests.ends_process = not in_sweep
-    if not in_worker():
-        # One that waits for the others would not see it.
-        exit_on_sigterm()
     composed.sweep_dir = str(Path(settings.sweep.dir).absolute()) if in_sweep else None
     start_in = partial(validate_and_start, composed, in_sweep)
     try:
@@ -145,7 +143,9 @@ def command_line() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         sys.argv[1:] = prepare_arguments(sys.argv[1:])
-        run_to_end(main)
+        # A worker that waits for the others would not see a signal.
+        with nullcontext() if in_worker() else stoppable_start():
+            run_to_end(main)
     except UserError as error:
         sys.exit(refuse(str(error)))
     except (HydraException, OmegaConfBaseException) as error:

@@ -257,11 +257,13 @@ def main() -> None:
     parser.add_argument("--labels", choices=("human", "shorter"), default="shorter")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--report", action="store_true", help="train nothing: report on what is in the folder")
-    parser.add_argument("--train", type=int, default=560, help="rows to train on, at most")
-    parser.add_argument("--held-out", type=int, default=300, help="rows to evaluate on, at most")
+    parser.add_argument("--train", type=int, default=560, help="rows to train on, at most; %(default)s if not given")
+    parser.add_argument("--held-out", type=int, default=300, help="rows to evaluate on, at most; %(default)s if not given")
     parser.add_argument("--seed", type=int, default=0, help="of the flipped and checked labels, and of the runs")
     parser.add_argument("--results", type=Path, help="file of the results; by default one in benchmarks/results")
     options, more = parser.parse_known_args()
+    if not options.data.is_file():
+        parser.error(f"--data: {options.data} is no file. Expected rows with `chosen` and `rejected`, such as .jsonl")
     name = f"{datetime.date.today()}_cleaning_{options.labels}_cpu.json"
     path = options.results or ROOT / "benchmarks" / "results" / name
     rows, skipped = read_pairs(options.data, options.labels)

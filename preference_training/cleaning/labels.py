@@ -21,9 +21,11 @@ from preference_training.cleaning.probabilities import (
     normalized,
     order_of_checks,
 )
+from preference_training.core.errors import UserError
 from preference_training.core.files import atomic_file, write_atomically
 from preference_training.core.values import counted
 from preference_training.reporting.flagged_pairs import labeling_rows
+from preference_training.tracking.half_margins import is_same_data
 from preference_training.tracking.run_files import HALF_MARGINS, HALVES, LABEL_NOISE, LABEL_QUEUE, LABEL_WEIGHTS, json_lines
 
 # From here on a label is more likely wrong than right.
@@ -31,7 +33,8 @@ QUESTIONED = 0.5
 
 
 def judge_labels(run_dir: Path) -> list[str]:
-    """Write what the margins of both halves say of the labels; returns it in lines of text. Raises OSError."""
+    """Write what the margins of both halves say of the labels; returns it in lines of text. Raises OSError and UserError."""
+    check_same_data(run_dir)
     rows = [row for half in (1, 2) for row in json_lines(run_dir / HALVES / str(half) / HALF_MARGINS)]
     # A margin that is no number says nothing.
     margins = numpy.nan_to_num(numpy.array([row["margin"] for row in rows], numpy.float64))
@@ -50,6 +53,15 @@ def judge_labels(run_dir: Path) -> list[str]:
     # Last: where it is, all are.
     write_rows(run_dir / LABEL_WEIGHTS, (_with_numbers(row, probability, weight) for row, probability, weight in numbers))
     return [f"data.weights: {line}" for line in lines(noise, float(raw.mean()), questioned, run_dir)]
+
+
+def check_same_data(run_dir: Path) -> None:
+    """Raise UserError where the data has changed between the runs on halves."""
+    if not is_same_data(run_dir / HALVES / "1", run_dir / HALVES / "2"):
+        raise UserError(
+            f"data.weights: the training data has changed between the runs on halves in {run_dir / HALVES}. Expected the same "
+            f"rows for both. Restore them and remove {run_dir / HALVES / '2'}, or start a new run."
+        )
 
 
 def _with_numbers(row: dict, probability: float, weight: float) -> dict:

@@ -6,9 +6,10 @@ there is nothing to write. A second SIGINT ends it at once.
 
 import os
 import signal
-import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 # Exit status of a run that has stopped before its end, its checkpoint written: "try again later" (EX_TEMPFAIL).
@@ -18,6 +19,8 @@ ENDED_AT_ONCE = 128 + signal.SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Ctrl-C reaches a worker twice, from the terminal and from its launcher: one request within this time. Unit: seconds.
 SAME_SIGNAL = 1.0
+# After this time a start that SIGTERM has not ended is ended again. Unit: seconds.
+EXIT_AGAIN = 2.0
 
 
 class StoppedError(Exception):
@@ -89,15 +92,33 @@ def restore_handlers(usual: dict) -> None:
         signal.signal(number, signal.SIG_IGN if StopRequests.ends_process else handler)
 
 
-def exit_on_sigterm() -> None:
-    """Have SIGTERM end this process by SystemExit, so that a run that is still starting clears away what it has begun.
+@contextmanager
+def stoppable_start() -> Iterator[None]:
+    """Inside, SIGTERM and SIGINT end this process by SystemExit and one line, until a run has handlers of its own.
 
-    Not in a thread, nor where something else handles the signal.
+    A run that is still starting can so clear away what it has begun. Not in a thread, nor where something else handles SIGTERM.
     """
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    handles = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if handles:
         signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say_stopped(signal.SIGINT)
+        raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        if handles and signal.getsignal(signal.SIGALRM) is _exit:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _exit(number: int, _frame) -> None:
+    if number == signal.SIGTERM:
+        _say_stopped(number)
+        # Python discards exceptions in some places, such as __del__: raise it again until it is not.
+        signal.signal(signal.SIGALRM, _exit)
+        signal.setitimer(signal.ITIMER_REAL, EXIT_AGAIN, EXIT_AGAIN)
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _say_stopped(number: int) -> None:
     os.write(2, f"{signal.Signals(number).name}: stopped before its first step\n".encode())
-    sys.exit(128 + number)

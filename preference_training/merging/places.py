@@ -13,5 +13,7 @@ def check_place(name: str) -> None:
     path = Path(name).expanduser()
     # A model of the hub without an owner has no slash.
     is_hub_id = HUB_ID.fullmatch(f"owner/{name}" if "/" not in name else name) and not name.startswith(".")
+    # runs/NAME where there is a folder runs: an owner of the hub would not be called so.
+    is_hub_id = is_hub_id and not ("/" in name and path.parent.is_dir())
     if not path.is_dir() and (not is_hub_id or path.exists()):
         raise UserError(f"{name}: no such directory. {EXPECTED}")

@@ -77,8 +77,8 @@ def _wait_for(file: IO, directory: Path) -> None:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if time.monotonic() > until:
             raise UserError(
-                f"local_run_dir: another command has worked in {directory} for {PATIENCE:g} s now. Wait for it, stop it, or name "
-                "another directory."
+                f"local_run_dir: another command has worked in {directory} for {PATIENCE:g} s now. Wait for it, stop it, or "
+                "name another directory."
             )
         time.sleep(POLL)
 

@@ -32,8 +32,8 @@ OPTIMIZER_DIR, REFERENCE_DIR = "optimizer", "reference"
 # Of data.weights=ledger: the runs on halves of the data, what each pair weighs, what was fitted, and the pairs to check first.
 HALVES, LABEL_WEIGHTS, LABEL_NOISE, LABEL_QUEUE = "halves", "label_weights.jsonl", "label_noise.json", "label_queue.jsonl"
 OF_LABELS = (HALVES, LABEL_WEIGHTS, LABEL_NOISE, LABEL_QUEUE)
-# Of a run on one half: the margins of the pairs of the other.
-HALF_MARGINS = "margins.jsonl"
+# Of a run on one half: the margins of the pairs of the other; what both contain.
+HALF_MARGINS, HALF_DATA = "margins.jsonl", "half.json"
 # The prefix of a directory that holds an earlier run, set aside.
 ASIDE = "set_aside_"
 

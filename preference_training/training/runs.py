@@ -24,7 +24,7 @@ from preference_training.modeling.adapters.weights import has_adapter
 from preference_training.modeling.quantization import weight_numels
 from preference_training.tracking.about import write_about
 from preference_training.tracking.callbacks import Callbacks
-from preference_training.tracking.half_margins import write_half_margins
+from preference_training.tracking.half_margins import write_half_data, write_half_margins
 from preference_training.tracking.tracker import NoTracker, Tracker
 from preference_training.training.assembly import assemble, checkpoint_writer, observe
 from preference_training.training.defaults import usual_lr
@@ -108,7 +108,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
             if readers.conclude and ranks.is_rank_zero:
                 last_lines = _conclude(partial(readers.conclude, run_dir, not prepared.in_sweep), tracker)
         if config.data.half is not None:
-            _write_margins(trainer, data[-1].table, run_dir)
+            _write_margins(trainer, [split.table for split in data], run_dir)
         if observers.writer and observers.writer.failed:
             raise UserError(
                 f"local_dirs: the last checkpoint of {run_dir} could not be written. Make room, then resume={run_dir}."
@@ -119,8 +119,8 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
     return trainer.state.held_out[config.objective] if trainer.state.held_out else None
 
 
-def _write_margins(trainer, held_out: PromptTable, run_dir: Path) -> None:
-    """Write the margins of the half that a run has not trained on, of its last evaluation."""
+def _write_margins(trainer, tables: Sequence[PromptTable], run_dir: Path) -> None:
+    """Write the margins of the half that a run has not trained on, of its last evaluation. tables: its own half, the other."""
     config, evaluator = trainer.config, trainer.evaluator
     if evaluator.held_out is None:
         # Of a run that was complete but for these.
@@ -128,9 +128,10 @@ def _write_margins(trainer, held_out: PromptTable, run_dir: Path) -> None:
         with trainer.step.updater.averages_in_place():
             evaluator.evaluate(may_stop=False)
     if trainer.placement.ranks.is_rank_zero:
-        prompts = evaluation_prompts(held_out, config.n_eval_examples, config.seed)
+        prompts = evaluation_prompts(tables[1], config.n_eval_examples, config.seed)
         examples = islice(iterate_examples(prompts), config.n_eval_examples)
         with writable(run_dir):
+            write_half_data(run_dir, tables)
             write_half_margins(
                 run_dir, examples, evaluator.held_out.examples[EVAL_MARGIN].tolist(), trainer.placement.tokenizer
             )

@@ -70,17 +70,46 @@ def test_a_run_that_is_stopped_while_it_starts_leaves_no_directory(tmp_path):
     assert not (tmp_path / "runs" / "mine").exists()
 
 
-def test_sigterm_ends_a_starting_process_by_an_exception_and_leaves_other_handlers():
+START = """
+import os, signal, sys, time
+from preference_training.core import signals
+signals.EXIT_AGAIN = 0.2
+class Discarding:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(0.1)
+with signals.stoppable_start():
+    try:
+        {body}
+        time.sleep(60)
+    finally:
+        print("cleared away", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("SIGTERM", "os.kill(os.getpid(), signal.SIGTERM)"),
+        ("SIGINT", "os.kill(os.getpid(), signal.SIGINT)"),
+        # Python discards what is raised there.
+        ("SIGTERM", "thing = Discarding(); del thing"),
+    ],
+)
+def test_a_signal_ends_a_starting_process_in_one_line_wherever_it_arrives(name, body):
+    code = START.format(name=name, body=body)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert found.returncode == 128 + getattr(stopping.signal, name) and found.stdout == "cleared away\n"
+    assert found.stderr.count(f"{name}: stopped before its first step") == 1
+    assert ("Traceback" in found.stderr) == ("Discarding" in body)
+
+
+def test_a_start_leaves_other_handlers_of_sigterm():
     number, usual = stopping.signal.SIGTERM, stopping.signal.getsignal(stopping.signal.SIGTERM)
     try:
-        stopping.signal.signal(number, stopping.signal.SIG_DFL)
-        stopping.exit_on_sigterm()
-        with pytest.raises(SystemExit) as ended:
-            stopping.signal.raise_signal(number)
-        assert ended.value.code == 128 + number
         stopping.signal.signal(number, stopping.signal.SIG_IGN)
-        stopping.exit_on_sigterm()
-        assert stopping.signal.getsignal(number) is stopping.signal.SIG_IGN
+        with stopping.stoppable_start():
+            assert stopping.signal.getsignal(number) is stopping.signal.SIG_IGN
     finally:
         stopping.signal.signal(number, usual)
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from preference_training.configuration.keys import listed
 from preference_training.configuration.model_names import ADAPTER_CONFIG
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.sections import BASE_MODEL
@@ -65,9 +66,8 @@ def _check_kind_of_adapter(config: RunConfig) -> None:
     }
     given = [name for name, default in defaults.items() if getattr(lora, name) != default]
     if given and lora.r is None:
-        raise UserError(
-            f"model.lora.{given[0]}: found {getattr(lora, given[0])}, and there is no adapter. Add +adapter=lora, or leave it."
-        )
+        found = ", ".join(map(str, listed(getattr(lora, given[0]))))
+        raise UserError(f"model.lora.{given[0]}: found {found}, and there is no adapter. Add +adapter=lora, or leave it out.")
     if lora.layers is not None and isinstance(lora.target_modules, str):
         raise UserError(
             f"model.lora.layers: found {lora.layers} beside target_modules={lora.target_modules}, a regular expression. Name "

@@ -74,11 +74,11 @@ def test_margins_in_other_units_change_tau_and_nothing_else():
 
 def test_where_all_disagreement_is_confident_the_share_is_the_mode_of_its_posterior():
     """If k of n confident labels disagree, it is e**(k + 1) (1 - e)**(n - k + 9), with its mode at (k + 1) / (n + 10)."""
-    # The few small margins agree, as a small tau would not have it.
-    margins = numpy.array([0.01] * 30 + [1.0] * 50 + [-1.0] * 20)
+    # A tenfold margin is wrong as often, so that disagreement is not of small margins: tau is large.
+    margins = numpy.array([1.0] * 80 + [-1.0] * 20 + [10.0] * 80 + [-10.0] * 20)
     found = fit_label_noise(margins)
     assert found.agreement == 0.8
-    assert found.flipped_share == pytest.approx(21 / 110, abs=0.02)
+    assert found.flipped_share == pytest.approx(41 / 210, abs=0.005)
 
 
 @pytest.mark.parametrize("margins", [[], [0.0, 0.0], [-1.0, -2.0, -1.5], [1.0, -1.0] * 50])

@@ -197,11 +197,15 @@ def job_identity(values: dict) -> str:
 
 
 def _with_identity(values: dict, outside: Collection[str], prefix: str = "") -> dict:
-    return {
-        name: _with_identity(value, outside, f"{prefix}{name}.") if isinstance(value, dict) else value
-        for name, value in values.items()
-        if f"{prefix}{name}" not in outside
-    }
+    found = {}
+    for name, value in values.items():
+        if f"{prefix}{name}" in outside:
+            continue
+        kept = _with_identity(value, outside, f"{prefix}{name}.") if isinstance(value, dict) else value
+        # A section of which nothing is left did not exist in the first version.
+        if kept != {} or not value:
+            found[name] = kept
+    return found
 
 
 def _write_json(file: Path, values: dict) -> None:

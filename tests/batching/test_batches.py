@@ -301,7 +301,7 @@ def test_ranks_in_lockstep_never_wait_longer_than_for_packs_filled_one_after_the
     prompts = [
         TokenizedPrompt(
             [1 + n % 2] * shared + [7 + n] * own,
-            [[8, 0], *([9, k, 0] for k in range(pairs))],
+            [[8, 0], *([9 + k, 0, 0] for k in range(pairs))],
             [(0, k + 1) for k in range(pairs)],
         )
         for n, (own, pairs) in enumerate(lengths)

@@ -1,11 +1,14 @@
-"""benchmarks/cleaning.py: its rows, its flips, and what it makes of results. What it trains is in test_halves.py."""
+"""benchmarks/cleaning.py: its rows, its flips, and what it makes of results."""
 
 import json
+import subprocess
 import sys
+from itertools import islice
 
 import numpy
 import pytest
 
+from preference_training.data.toy_preferences import toy_records
 from tests.support.files import ROOT
 
 
@@ -80,3 +83,19 @@ def test_what_is_recovered_is_a_share_of_what_the_flips_cost(cleaning):
     # Below the loss of clean labels: more than all of it.
     assert cleaning.recovered(arms, "loss") == {"weighted": pytest.approx(1.25)}
     assert cleaning.recovered(arms | {"clean": {"accuracy": [0.6, 0, 1]}}, "accuracy") == {"weighted": None}
+
+
+@pytest.mark.long
+def test_all_arms_run_on_the_tiny_model_and_the_flips_are_found(tmp_path):
+    toy = islice(toy_records("train").items(), 90)
+    dialogues = [pair(prompt, *(record["responses"][k] for k in record["pairs"][0])) for prompt, record in toy]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dialogues))
+    command = [sys.executable, str(ROOT / "benchmarks" / "cleaning.py"), str(tmp_path / "work"), "--labels", "shorter"]
+    command += ["--data", str(tmp_path / "pairs.jsonl"), "--results", str(tmp_path / "results.json"), "--train", "50"]
+    settings = ["model=tiny", "lr=5e-3", "n_epochs=4"]
+    subprocess.run([*command, *settings], check=True, capture_output=True)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["arms"].keys() == {"clean", "noisy", "weighted", "checked", "random"}
+    assert found["labels"]["pairs"] == 50 and found["labels"]["flipped"] == 10
+    assert found["labels"]["auroc"][0] > 0.7
+    assert found["arms"]["checked"]["wrong_labels"] < found["arms"]["noisy"]["wrong_labels"] == 10

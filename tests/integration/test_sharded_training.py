@@ -134,10 +134,13 @@ TUNED = {
 
 
 def assert_tuned_equal(settings: dict, cases: dict[str, dict], folder) -> None:
-    """Each case over two ranks follows one process within 1e-6 in log-probs and numbers, and its checkpoint is exact."""
+    """Each case over two ranks follows one process, and its checkpoint is exact.
+
+    Log-probs agree within 1e-6; loss and gradient norm, sums in another order, within 5e-6 of their size.
+    """
     results = launch(adapter_work.follow_and_save, (settings, list(cases.values()), str(folder)), 2, None)
     for name, found in zip(cases, results, strict=True):
-        assert found["logps"] <= 1e-6 and found["numbers"] <= 1e-6 and found["weights"] <= 1e-5, f"{name}: {found}"
+        assert found["logps"] <= 1e-6 and found["numbers"] <= 5e-6 and found["weights"] <= 1e-5, f"{name}: {found}"
         assert found["differing"] == [], name
 
 

@@ -106,7 +106,7 @@ def _train_loop(config: RunConfig, run_dir: Path, callbacks: Sequence[object]) -
     """Run a loop of rounds. Raises UserError, and StepFailedError where a step has failed for another reason."""
     from preference_training.reporting.loops.page import write_loop_report
     from preference_training.rounds.processes import StepFailedError
-    from preference_training.rounds.start import MISTAKE, as_mistake, check_not_changed, find_loop, run_found_loop
+    from preference_training.rounds.start import MISTAKE, check_not_changed, find_loop, run_found_loop
 
     if callbacks:
         raise UserError("callbacks: found some, and a loop of rounds trains in processes of its own. Expected none.")
@@ -119,7 +119,7 @@ def _train_loop(config: RunConfig, run_dir: Path, callbacks: Sequence[object]) -
     except StepFailedError as failed:
         if failed.status != MISTAKE:
             raise
-        raise as_mistake(failed) from failed
+        raise failed.as_mistake() from failed
     return TrainedRun.of_loop(directory, stopped)
 
 

@@ -24,7 +24,7 @@ from preference_training.configuration.composition import newer_defaults
 from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, is_within
 from preference_training.configuration.rerun import RERUN
 from preference_training.configuration.saved import CONFIG
-from preference_training.configuration.schema import keys_with
+from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.core.errors import UserError
 from preference_training.core.files import PARTIAL, replace_symlink, write_atomically
 from preference_training.core.metric_names import EXAMPLES
@@ -222,6 +222,16 @@ def set_aside(run_dir: Path, but: Collection[str] = ()) -> Path | None:
     for part in parts:
         part.rename(place / part.name)
     return place
+
+
+def make_room(run_dir: Path, config: RunConfig, but: Collection[str] = ()) -> str | None:
+    """Set aside an earlier run in the directory of a new one; a notice about it. but: names of files that stay.
+
+    Raises UserError where the earlier run is needed where it is.
+    """
+    check_set_aside(run_dir, config.model.archive, config.eval_only)
+    aside = set_aside(run_dir, but)
+    return aside and f"local_run_dir: {run_dir} held an earlier run, which is now in {aside.name}/"
 
 
 def roll_back(run_dir: Path, checkpoint: Path | None) -> None:

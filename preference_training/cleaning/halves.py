@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from preference_training.checkpointing.checkpoint import list_checkpoints
-from preference_training.checkpointing.resume import candidate_run_dirs, check_set_aside, set_aside
+from preference_training.checkpointing.resume import candidate_run_dirs, make_room
 from preference_training.cleaning.labels import judge_labels
 from preference_training.configuration.checks.run import check_weights
 from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, is_within
@@ -68,11 +68,9 @@ def train_halves(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> tu
                 with writable(directory):
                     print(*judge_labels(directory), sep="\n", flush=True)
     except StepFailedError as failed:
-        said = f"data.weights: {failed}; what it said is above"
         if failed.status == MISTAKE:
-            raise UserError(said) from failed
-        print(said, file=sys.stderr, flush=True)
-        sys.exit(failed.status if failed.status > 0 else 1)
+            raise failed.as_mistake("data.weights") from failed
+        sys.exit(failed.told("data.weights"))
     return config.changed({"resume": None, "local_run_dir": str(directory)}), directory
 
 
@@ -97,9 +95,8 @@ def find_directory(config: RunConfig, run_dir: Path) -> Path | None:
     """
     if config.resume is None:
         with writable(run_dir):
-            check_set_aside(run_dir, config.model.archive, config.eval_only)
-            if aside := set_aside(run_dir):
-                print(f"local_run_dir: {run_dir} held an earlier run, which is now in {aside.name}/", flush=True)
+            if notice := make_room(run_dir, config):
+                print(notice, flush=True)
         return run_dir
     given = [Path(config.resume).resolve()] if config.resume != "auto" else candidate_run_dirs(run_dir, config.exp_name)
     for directory in given:

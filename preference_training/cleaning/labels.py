@@ -22,11 +22,19 @@ from preference_training.cleaning.probabilities import (
     order_of_checks,
 )
 from preference_training.core.errors import UserError
-from preference_training.core.files import atomic_file, write_atomically
+from preference_training.core.files import write_atomically
 from preference_training.core.values import counted
 from preference_training.reporting.flagged_pairs import labeling_rows
 from preference_training.tracking.half_margins import is_same_data
-from preference_training.tracking.run_files import HALF_MARGINS, HALVES, LABEL_NOISE, LABEL_QUEUE, LABEL_WEIGHTS, json_lines
+from preference_training.tracking.run_files import (
+    HALF_MARGINS,
+    HALVES,
+    LABEL_NOISE,
+    LABEL_QUEUE,
+    LABEL_WEIGHTS,
+    json_lines,
+    write_json_lines,
+)
 
 # From here on a label is more likely wrong than right.
 QUESTIONED = 0.5
@@ -47,11 +55,11 @@ def judge_labels(run_dir: Path) -> list[str]:
     # NaN is no JSON.
     found = {name: None if math.isnan(value) else value for name, value in found.items()}
     order = order_of_checks(margins)
-    write_rows(run_dir / LABEL_QUEUE, queue_rows([rows[k] for k in order], probabilities[order]))
+    write_json_lines(run_dir / LABEL_QUEUE, queue_rows([rows[k] for k in order], probabilities[order]))
     write_atomically(run_dir / LABEL_NOISE, json.dumps(found, indent=1) + "\n")
     numbers = zip(rows, probabilities.tolist(), weights.tolist(), strict=True)
     # Last: where it is, all are.
-    write_rows(run_dir / LABEL_WEIGHTS, (_with_numbers(row, probability, weight) for row, probability, weight in numbers))
+    write_json_lines(run_dir / LABEL_WEIGHTS, (_with_numbers(row, probability, weight) for row, probability, weight in numbers))
     return [f"data.weights: {line}" for line in lines(noise, float(raw.mean()), questioned, run_dir)]
 
 
@@ -79,13 +87,6 @@ def queue_rows(rows: Iterable[dict], probabilities: numpy.ndarray) -> Iterable[d
         if texts not in known:
             known.add(texts)
             yield judged | {"flip_probability": round(probability, 6), "gain": round(gain, 6)}
-
-
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """Write rows as JSON lines. Raises OSError."""
-    with atomic_file(path, encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def lines(noise: LabelNoise, mean_weight: float, questioned: int, run_dir: Path) -> list[str]:

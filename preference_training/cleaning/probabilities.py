@@ -16,7 +16,7 @@ is not identifiable, and the prior decides.
 The prior on e is Beta(2, 10), as much as having seen one flipped label and nine right ones. Its mode, a tenth, is about what
 people find when they check labels, and hundreds of pairs outweigh it. Where margins tell little, e stays near a tenth, all
 probabilities are near e, and all weights nearly equal. A flat prior would take an overconfident model at its word there, and
-leave out each pair that it disagrees with; a prior whose mode is 0 would call no label flipped until thousands of pairs say so.
+discard each pair that it disagrees with; a prior whose mode is 0 would call no label flipped until thousands of pairs say so.
 tau has no prior.
 """
 

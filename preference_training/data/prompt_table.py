@@ -90,20 +90,17 @@ def write_columns(file, prompts: Iterable[TokenizedPrompt], digest: ContentHash 
 
 def write_selected(file, part: TablePart, kept: numpy.ndarray) -> None:
     """Write the prompts of a part for which `kept` [N] is true to an open binary file."""
-    start = 0
-    with pyarrow.ipc.new_file(file, SCHEMA) as writer:
-        for columns in part.batches:
-            end = start + len(columns.numbers)
-            writer.write_batch(columns.as_arrow().filter(pyarrow.array(kept[start:end])))
-            start = end
+    ends = numpy.cumsum([len(columns.numbers) for columns in part.batches])[:-1]
+    chosen = zip(part.batches, numpy.split(kept, ends), strict=True)
+    write_batches(file, (columns.as_arrow().filter(pyarrow.array(some)) for columns, some in chosen))
     part.release()
 
 
-def write_batches(file, batches: Iterable[Columns]) -> None:
+def write_batches(file, batches: Iterable[pyarrow.RecordBatch]) -> None:
     """Write batches of columns to an open binary file."""
     with pyarrow.ipc.new_file(file, SCHEMA) as writer:
-        for columns in batches:
-            writer.write_batch(columns.as_arrow())
+        for batch in batches:
+            writer.write_batch(batch)
 
 
 class PromptTable(Sequence[TokenizedPrompt]):

@@ -19,11 +19,10 @@ from pathlib import Path
 import numpy
 
 from preference_training.core.errors import UserError
-from preference_training.core.files import atomic_file
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.tracking.ledger import Observations, read_ledger
-from preference_training.tracking.run_files import FLAGGED, json_lines
+from preference_training.tracking.run_files import FLAGGED, json_lines, write_json_lines
 
 KINDS = {
     "stays wrong": "the policy keeps preferring the rejected response",
@@ -186,8 +185,7 @@ class PairFinder:
         if self.contradicted is None:
             self.contradicted = find_contradictions(self.table)
         rows = self.rows(seen, [*find_by_margins(seen), *self.contradicted])
-        with atomic_file(self.run_dir / FLAGGED, encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_json_lines(self.run_dir / FLAGGED, rows)
 
     def rows(self, seen: Observations, findings: Iterable[Finding]) -> Iterator[dict]:
         """A row for each finding: kind, source, texts, latest margins, and the probability of a wrong label."""

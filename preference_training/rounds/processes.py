@@ -39,10 +39,14 @@ class StepFailedError(Exception):
         super().__init__(message)
         self.status = status
 
-    def told(self) -> int:
-        """Print what has failed; the exit status for it."""
-        print(f"rounds: {self}; what it said is above", file=sys.stderr, flush=True)
+    def told(self, key: str = "rounds") -> int:
+        """Print what has failed, under the key that has asked for it; the exit status for it."""
+        print(self.as_mistake(key), file=sys.stderr, flush=True)
         return self.status if self.status > 0 else 1
+
+    def as_mistake(self, key: str = "rounds") -> UserError:
+        """This end, where a mistake of the user's is behind it."""
+        return UserError(f"{key}: {self}; what it said is above")
 
 
 @contextmanager

@@ -53,16 +53,11 @@ def start_loop(config: RunConfig, run_dir: Path, in_sweep: bool = False, report:
         return run_found_loop(config, find_loop(config, run_dir, in_sweep), report)
     except StepFailedError as failed:
         if in_sweep and failed.status == MISTAKE:
-            raise as_mistake(failed) from failed
+            raise failed.as_mistake() from failed
         if in_sweep:
             # The other jobs go on.
             raise
         sys.exit(failed.told())
-
-
-def as_mistake(failed: StepFailedError) -> UserError:
-    """A step that a mistake of the user's has ended, as this mistake."""
-    return UserError(f"rounds: {failed}; what it said is above")
 
 
 def run_found_loop(config: RunConfig, directory: Path, report: Callable | None = None) -> float | None:

@@ -8,11 +8,11 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from preference_training.core.files import atomic_file, write_atomically
+from preference_training.core.files import write_atomically
 from preference_training.data.pairs.weights import pair_key
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.tracking.run_files import HALF_DATA, HALF_MARGINS, json_object
+from preference_training.tracking.run_files import HALF_DATA, HALF_MARGINS, json_object, write_json_lines
 
 
 def write_half_data(run_dir: Path, tables: Sequence[PromptTable]) -> None:
@@ -31,11 +31,13 @@ def write_half_margins(
     run_dir: Path, examples: Iterable[tuple[TokenizedPrompt, int]], margins: Iterable[float], tokenizer
 ) -> None:
     """Write the margins of pairs, given as prompts and numbers of examples. Raises OSError."""
-    with atomic_file(run_dir / HALF_MARGINS, encoding="utf-8") as file:
-        for (prompt, number), margin in zip(examples, margins, strict=True):
-            preferred, other = (prompt.responses[k] for k in prompt.members(number))
-            ids = prompt.prompt_ids, preferred, other
-            texts = tokenizer.batch_decode(list(ids), skip_special_tokens=True)
-            row = {"pair": pair_key(*ids), "source": prompt.source, "margin": margin}
-            row |= dict(zip(("prompt", "preferred", "other"), texts, strict=True))
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    pairs = zip(examples, margins, strict=True)
+    write_json_lines(run_dir / HALF_MARGINS, (_row(prompt, number, margin, tokenizer) for (prompt, number), margin in pairs))
+
+
+def _row(prompt: TokenizedPrompt, number: int, margin: float, tokenizer) -> dict:
+    preferred, other = (prompt.responses[k] for k in prompt.members(number))
+    ids = prompt.prompt_ids, preferred, other
+    texts = tokenizer.batch_decode(list(ids), skip_special_tokens=True)
+    row = {"pair": pair_key(*ids), "source": prompt.source, "margin": margin}
+    return row | dict(zip(("prompt", "preferred", "other"), texts, strict=True))

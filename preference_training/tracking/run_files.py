@@ -9,6 +9,7 @@ from contextlib import suppress
 from math import inf
 from pathlib import Path
 
+from preference_training.core.files import atomic_file
 from preference_training.core.metric_names import EVAL_LOSS, EXAMPLES, ROUND, UPDATES
 from preference_training.core.values import UNREADABLE, find_mismatch
 
@@ -44,6 +45,12 @@ def is_of_loop(run_dir: Path) -> bool:
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------------
+
+
+def write_json_lines(file: Path, rows: Iterable[dict]) -> None:
+    """Write rows to a file of JSON objects, atomically. Raises OSError."""
+    with atomic_file(file, encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def json_lines(file: Path) -> Iterator[dict]:

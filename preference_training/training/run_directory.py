@@ -13,9 +13,9 @@ from preference_training.checkpointing.resume import (
     check_same_run,
     check_set_aside,
     find_run_files,
+    make_room,
     remove_kept_base,
     roll_back,
-    set_aside,
 )
 from preference_training.configuration.composition import usual_values
 from preference_training.configuration.rerun import write_rerun
@@ -59,10 +59,8 @@ def prepare_run_dir(config: RunConfig, run_dir: Path, checkpoint: Checkpoint | N
             if checkpoint is None:
                 remove_kept_base(run_dir)
             return None
-        check_set_aside(run_dir, config.model.archive, config.eval_only)
         # This start has trained on the halves already.
-        aside = set_aside(run_dir, OF_LABELS if config.data.weights == FROM_HALVES else ())
-    return aside and f"local_run_dir: {run_dir} held an earlier run, which is now in {aside.name}/"
+        return make_room(run_dir, config, OF_LABELS if config.data.weights == FROM_HALVES else ())
 
 
 def open_run_dir(

@@ -85,6 +85,6 @@ def _weighted(part: TablePart, factors: list[numpy.ndarray], directory: Path) ->
                 # Those of prompts without weights of their own are empty lists.
                 own[numpy.repeat(columns.weights.lengths > 0, counts)] = columns.weights.values
             offsets = numpy.concatenate([[0], numpy.cumsum(counts)]).astype(numpy.int32)
-            yield columns._replace(weights=Lists(offsets, own * factor))
+            yield columns._replace(weights=Lists(offsets, own * factor)).as_arrow()
 
     return derived_part(part, digest.hexdigest(), part.num_prompts, lambda file: write_batches(file, batches()), directory)

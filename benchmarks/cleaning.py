@@ -24,7 +24,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy
+from measure import cpu_seconds, hardware, versions
 
 ROOT = Path(__file__).parent.parent
 FLIPPED, CHECKED = 0.2, 0.1
@@ -150,15 +150,14 @@ class Experiment:
         overrides = [f"datasets=[{{path: {file}, test_path: {self.folder / 'held_out.jsonl'}}}]", f"seed={self.seed}"]
         overrides += ["data.weights=ledger"] if arm == "weighted" else []
         run_dir = self.folder / arm
-        began, before, known = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN), run_dir.exists()
+        began, before, known = time.monotonic(), cpu_seconds(), run_dir.exists()
         command = [sys.executable, "train.py", *COMMON, *overrides, *self.more, f"local_run_dir={run_dir}"]
         subprocess.run(command, cwd=ROOT, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         facts = self.metrics(run_dir) | {
             "overrides": overrides,
             "wrong_labels": sum(row != other for row, other in zip(self.rows(arm), self.train, strict=True)),
             "seconds": round(time.monotonic() - began, 1),
-            "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+            "cpu_seconds": round(cpu_seconds() - before, 1),
             "load": os.getloadavg()[0],
             # Of a run that was stopped the times are those of its last part.
             "resumed": known,
@@ -249,8 +248,6 @@ def report(work: Experiment, facts: dict, path: Path) -> str:
 
 def main() -> None:
     """Train the arms, and report."""
-    from measure import hardware, versions
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where rows and runs go")
     parser.add_argument("--data", type=Path, required=True, help="JSON lines of chosen and rejected, also .gz")

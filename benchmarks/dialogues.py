@@ -17,7 +17,6 @@ import argparse
 import datetime
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy
-from measure import hardware, versions
+from measure import cpu_seconds, hardware, versions
 from safety_rule import objects
 
 from preference_training.core.errors import UserError
@@ -52,12 +51,6 @@ MEASURE = ("loss=dpo", "evaluation.n_prompts=128", "evaluation.max_sample_length
 def run(*command: str) -> None:
     """Run a command, which says itself what is wrong. Raises CalledProcessError where it fails."""
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-
-
-def cpu_seconds() -> float:
-    """The processor time of all commands so far."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 class Times:

@@ -55,6 +55,12 @@ def clocked(owner, name: str, seconds: list[float], now: Callable[[], float] = t
     setattr(owner, name, method)
 
 
+def cpu_seconds() -> float:
+    """The processor time of all commands so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def peak_bytes() -> dict[str, int]:
     """The peak memory of this process so far: its own, and the GPU's if there is one."""
     # Kilobytes on Linux, bytes on macOS.

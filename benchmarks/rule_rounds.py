@@ -13,13 +13,12 @@ import argparse
 import datetime
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from measure import hardware, versions
+from measure import cpu_seconds, hardware, versions
 
 ROOT = Path(__file__).parent.parent
 # Two sentences, the last of which ends, and no list.
@@ -40,14 +39,13 @@ ARMS = {
 
 def run(folder: Path, *overrides: str) -> dict:
     """Run a loop, or what is missing of it; its policies on held-out prompts, and the time that this took."""
-    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    began, before = time.monotonic(), cpu_seconds()
     subprocess.run([sys.executable, "train.py", *COMMON, *overrides, f"local_run_dir={folder}"], cwd=ROOT, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     summaries = [*sorted(folder.glob("round-*/summary.json")), folder / "final" / "summary.json"]
     return {
         "policies": [json.loads(path.read_text()) for path in summaries],
         "seconds": round(time.monotonic() - began),
-        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime),
+        "cpu_seconds": round(cpu_seconds() - before),
         "load": os.getloadavg()[0],
     }
 

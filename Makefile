@@ -62,6 +62,7 @@ docs: .venv/installed-docs
 	$(BIN)/python scripts/layers_picture.py --check
 	$(BIN)/python scripts/architectures_page.py --check
 	$(BIN)/python scripts/dialogues_page.py --check
+	$(BIN)/python scripts/options_page.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 collect: .venv/installed-collect

@@ -13,26 +13,23 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from traceback import extract_tb
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 import preference_datasets  # noqa: F401  its data sets register themselves
 from preference_training.configuration.checks.run import check_objective, check_weights
-from preference_training.configuration.command_line import prepare_arguments, refuse
-from preference_training.configuration.composition import CONFIG_DIR, explain_composition_error, own_folder
-from preference_training.configuration.run_dirs import check_resume, new_run_dir, not_writable_message, remove_empty
+from preference_training.configuration.command_line import mistakes_as_messages, prepare_arguments, refuse
+from preference_training.configuration.composition import CONFIG_DIR, own_folder
+from preference_training.configuration.run_dirs import check_resume, new_run_dir, remove_empty
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.sections import FROM_HALVES
 from preference_training.configuration.validation import validate
 from preference_training.core.errors import UserError
 from preference_training.core.machine import release_memory
-from preference_training.core.processes import in_worker
+from preference_training.core.processes import in_worker, is_step
 from preference_training.core.signals import STOPPED, StoppedError, StopRequests, stoppable_start
 from preference_training.data.entries import read_entries
 from preference_training.losses.registry import example_kind, model_head
@@ -61,11 +58,11 @@ def main(composed: DictConfig) -> float | None:
             return run_job(start_in, Request(Path(composed.sweep_dir), run_dir, list(settings.overrides.task), values))
         return start_in(run_dir)
     except UserError as error:
-        # Not raised further: Hydra would add lines of its own to the message.
-        sys.exit(refuse(str(error)))
+        sys.exit(refuse(str(error)))  # not raised further: Hydra would add lines of its own
     except StoppedError as stopped:
-        advice = "" if in_sweep or not stopped.resumable else "; the same command with resume=auto continues from there"
-        print(f"{stopped}{advice}", flush=True)
+        # A sweep, and a command that this run is a step of, say themselves how they go on.
+        advises = stopped.resumable and not in_sweep and not is_step()
+        print(stopped.with_advice(composed.resume) if advises else stopped, flush=True)
         sys.exit(STOPPED)
     finally:
         remove_empty(run_dir)
@@ -75,14 +72,12 @@ def main(composed: DictConfig) -> float | None:
 def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resume: str | None = None) -> float | None:
     """Validate what was composed, then `start` it. Raises UserError."""
     composed.local_run_dir = str(run_dir)
-    if resume:
-        composed.resume = resume
+    composed.resume = resume or composed.resume
     settings = HydraConfig.get()
     folder = own_folder(settings.runtime.config_sources)
     config = validate(composed, list(settings.overrides.task), dict(settings.runtime.choices), folder)
     name = config.loss.name
     check_objective(config.objective, name, example_kind(name), model_head(name), config.rounds is not None)
-    check_weights(config, example_kind(name))
     read_entries(config)
     check_resume(config.resume)
     if config.pruner and not in_sweep:
@@ -93,6 +88,7 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
 
 def start(config: RunConfig, run_dir: Path, in_sweep: bool, callbacks: Sequence[object] = ()) -> float | None:
     """Run in this process, or launch several where the trainer needs them; rounds and halves of data are runs by themselves."""
+    check_weights(config, example_kind(config.loss.name))
     if config.rounds is not None:
         from preference_training.reporting.loops.page import write_loop_report
         from preference_training.rounds.start import start_loop
@@ -139,27 +135,12 @@ def run(config: RunConfig, run_dir: Path, in_sweep: bool = False, callbacks: Seq
 
 def command_line() -> None:
     """Run `main`; a mistake of the user's becomes one message and exit status 2, a bug keeps its traceback."""
-    # Hydra would otherwise print errors itself, and exit with status 1.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors itself, and exits with status 1
+    with mistakes_as_messages(__file__):
         sys.argv[1:] = prepare_arguments(sys.argv[1:])
         # A worker that waits for the others would not see a signal.
         with nullcontext() if in_worker() else stoppable_start():
             run_to_end(main)
-    except UserError as error:
-        sys.exit(refuse(str(error)))
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(refuse(explain_composition_error(error, sys.argv[1:])))
-    except OSError as error:
-        # Hydra makes the run directory before `main` begins.
-        if any(frame.name == "main" and frame.filename == __file__ for frame in extract_tb(error.__traceback__)):
-            raise
-        sys.exit(refuse(not_writable_message(error.filename, error)))
-    except ValueError as error:
-        # What Hydra raises for loss=5.
-        if not str(error).startswith("Config group override"):
-            raise
-        sys.exit(refuse(str(error)))
 
 
 if __name__ == "__main__":

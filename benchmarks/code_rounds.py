@@ -16,7 +16,6 @@ import datetime
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from statistics import mean
 ROOT = Path(__file__).parent.parent
 
 from code_problems import DIFFICULTIES, Problem, read_problems, tests_of, training_problems, wrong_solution  # noqa: E402
+from measure import cpu_seconds  # noqa: E402
 
 from preference_training.evaluation.intervals import estimate, mean_interval, share_interval  # noqa: E402
 from preference_training.rounds.loop import PROMPTS  # noqa: E402
@@ -147,13 +147,11 @@ def rounds_keys(folder: Path, loop: Path, settings: Settings) -> list[str]:
 
 def train(keys: Sequence[str]) -> dict:
     """One run of train.py, or one loop; its seconds and those of CPU time, with its children's. Exits where it fails."""
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    before, started = cpu_seconds(), time.monotonic()
     done = subprocess.run([sys.executable, "train.py", *keys], cwd=ROOT, check=False)
     if done.returncode:
         sys.exit(done.returncode)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": time.monotonic() - started, "cpu_seconds": cpu, "load": os.getloadavg()[0]}
+    return {"seconds": time.monotonic() - started, "cpu_seconds": cpu_seconds() - before, "load": os.getloadavg()[0]}
 
 
 def timed(path: Path, keys: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ SETTINGS = {
     "all weights, AdamW8bit": ["optimizer=AdamW8bit"],
     "all weights, Muon": ["optimizer=Muon"],
     "all weights, Adafactor": ["optimizer=Adafactor", "lr=3e-5"],
-    "all weights, AdamWScheduleFree": ["optimizer=AdamWScheduleFree"],
+    "all weights, AdamWScheduleFree": ["optimizer=AdamWScheduleFree", "lr_schedule=constant"],
     "all weights, GaLore of rank 64": ["optimizer=GaLore", "++optimizer_kwargs.rank=64"],
     "all weights, AdamW, averaged": ["optimizer=AdamW", "ema_decay=0.99"],
     "all weights, RMSprop, activation checkpointing": ["activation_checkpointing=true"],

@@ -10,13 +10,13 @@ import argparse
 import datetime
 import json
 import os
-import resource
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from code_problems import read_problems
+from measure import cpu_seconds
 
 from preference_training.core.processes import usable_cores
 from preference_training.sandbox.assertions import read_tests
@@ -39,11 +39,9 @@ def programs(count: int) -> tuple[list[str], list[list[str]]]:
 
 def timed(work) -> dict:
     """Wall and CPU time of work, and how many programs passed."""
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    before, started = cpu_seconds(), time.monotonic()
     passed = work()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"passed": passed, "seconds": time.monotonic() - started, "cpu_seconds": cpu}
+    return {"passed": passed, "seconds": time.monotonic() - started, "cpu_seconds": cpu_seconds() - before}
 
 
 def test_by_test(codes: list[str], tests: list[list[str]]) -> int:

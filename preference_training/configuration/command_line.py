@@ -2,13 +2,19 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from traceback import extract_tb
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from preference_training.configuration.composition import (
     GROUPS,
     OPTIONAL_GROUPS,
     defer_keys_of_swept_groups,
+    explain_composition_error,
     force_open_sections,
     in_open_section,
     known_keys,
@@ -17,6 +23,7 @@ from preference_training.configuration.composition import (
 )
 from preference_training.configuration.config_files import FOLDER_FLAGS, insert_config_file, key_of, name_file, take_flag
 from preference_training.configuration.other_tools import answer, translated
+from preference_training.configuration.run_dirs import not_writable_message
 from preference_training.core.errors import UserError
 from preference_training.core.processes import reports_for_machine
 
@@ -96,3 +103,27 @@ def refuse(message: str) -> int:
     if reports_for_machine():
         print(name_file(message), file=sys.stderr, flush=True)
     return 2
+
+
+@contextmanager
+def mistakes_as_messages(file: str) -> Iterator[None]:
+    """Inside, a mistake of the user's ends the process with one message and exit status 2; a bug keeps its traceback.
+
+    file: that of the function `main` which Hydra calls.
+    """
+    try:
+        yield
+    except UserError as error:
+        sys.exit(refuse(str(error)))
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(refuse(explain_composition_error(error, sys.argv[1:])))
+    except OSError as error:
+        # Hydra makes the run directory before `main` begins.
+        if any(frame.name == "main" and frame.filename == file for frame in extract_tb(error.__traceback__)):
+            raise
+        sys.exit(refuse(not_writable_message(error.filename, error)))
+    except ValueError as error:
+        # What Hydra raises for loss=5.
+        if not str(error).startswith("Config group override"):
+            raise
+        sys.exit(refuse(str(error)))

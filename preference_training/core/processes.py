@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+# The number of an open file: a command holds the lock of its directory on it, and its steps inherit it.
+STEP_LOCK = "PREFERENCE_TRAINING_STEP_LOCK"
+
 
 def usable_cores() -> int:
     """How many cores this process may run on."""
@@ -16,6 +19,11 @@ def usable_cores() -> int:
 def in_worker() -> bool:
     """Whether this process is one of several started by a launcher such as torchrun."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_step() -> bool:
+    """Whether another command has started this process, as a step of a loop of rounds or as the run on a half of the data."""
+    return STEP_LOCK in os.environ
 
 
 def reports_for_machine() -> bool:

@@ -30,6 +30,10 @@ class StoppedError(Exception):
         super().__init__(message)
         self.resumable = resumable
 
+    def with_advice(self, resume: str | None) -> str:
+        """The message, and how to go on. resume: what the stopped command has for the key of this name."""
+        return f"{self}; the same command {'' if resume else 'with resume=auto '}continues from there"
+
 
 class StopRequests:
     """Handles signals inside its `with` block. `reason` says why the run is to stop, None while it is not.

@@ -19,11 +19,10 @@ from typing import IO
 
 from preference_training.configuration.run_dirs import writable
 from preference_training.core.errors import UserError
+from preference_training.core.processes import STEP_LOCK, is_step
 from preference_training.core.signals import ENDED_AT_ONCE, SAME_SIGNAL, SIGNALS, STOPPED, StoppedError
 
 LOCK = ".loop.lock"
-# The number of the inherited file that is locked.
-LOCKED = "PREFERENCE_TRAINING_LOOP_LOCK"
 # How long a directory in which another process works is waited for: for a step to stop whose loop was killed. Unit: seconds.
 PATIENCE = 120.0
 # How often processes that work together are looked at. Unit: seconds.
@@ -55,7 +54,7 @@ def locked_loop(directory: Path) -> Iterator[None]:
 
     A step whose loop was killed is waited for until it has stopped; raises UserError where another loop goes on working.
     """
-    if LOCKED in os.environ:
+    if is_step():
         yield
         return
     with writable(directory):
@@ -67,11 +66,11 @@ def locked_loop(directory: Path) -> Iterator[None]:
             print(f"waiting for another process that works in {directory}", flush=True)
             _wait_for(file, directory)
         os.set_inheritable(file.fileno(), True)
-        os.environ[LOCKED] = str(file.fileno())
+        os.environ[STEP_LOCK] = str(file.fileno())
         try:
             yield
         finally:
-            del os.environ[LOCKED]
+            del os.environ[STEP_LOCK]
 
 
 def _wait_for(file: IO, directory: Path) -> None:
@@ -137,7 +136,7 @@ def _first_failure(children: Sequence[subprocess.Popen]) -> int:
 
 
 def _started(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen:
-    files = [int(os.environ[LOCKED])] if LOCKED in os.environ else []
+    files = [int(os.environ[STEP_LOCK])] if is_step() else []
     # A step whose loop was killed stops, as if it were asked to.
     first = partial(_end_with_parent, os.getpid()) if sys.platform == "linux" else None
     return subprocess.Popen(

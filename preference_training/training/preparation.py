@@ -123,7 +123,8 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     data = prepare_data(with_label_weights(config, run_dir, earlier), entries, tokenizer, loss, splits, data_version(earlier))
     check_rows(config, tokenizer, limits, [split.table for split in data])
     if "train" in splits:
-        if few := few_held_out(config, data[-1].table, is_of_loop(run_dir)):
+        # Nothing is decided by the held-out prompts of a round's training.
+        if not is_of_loop(run_dir) and (few := few_held_out(config, data[-1].table)):
             print(few, flush=True)
         said, schedule = config.chosen, run_schedule(config, data[0].table)
         config = fit_steps(config, schedule.total_examples, schedule.total_steps)
@@ -352,13 +353,8 @@ def with_label_weights(config: RunConfig, run_dir: Path, earlier: Checkpoint | N
     return replace(config, data=replace(config.data, weights=found))
 
 
-def few_held_out(config: RunConfig, held_out: PromptTable, of_loop: bool = False) -> str | None:
-    """The warning for too few held-out prompts to decide anything by; None for enough, or none at all.
-
-    of_loop: whether the run is a round's training, by whose held-out prompts nothing is decided.
-    """
-    if of_loop:
-        return None
+def few_held_out(config: RunConfig, held_out: PromptTable) -> str | None:
+    """The warning for too few held-out prompts to decide anything by; None for enough, or none at all."""
     prompts = evaluation_prompts(held_out, config.n_eval_examples, config.seed)
     text = too_few(len(prompts), "held-out metrics") if len(prompts) else None
     remedy = "Raise held_out_share." if len(prompts) == len(held_out) else "Raise n_eval_examples, which leaves some out."

@@ -16,6 +16,7 @@ from preference_training.checkpointing.resume import checkpoint_to_resume
 from preference_training.configuration.run_dirs import remove_empty, writable
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.metric_names import EVAL_MARGIN
+from preference_training.core.processes import is_step
 from preference_training.core.signals import StoppedError, StopRequests
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import Placement
@@ -106,14 +107,15 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
         else:
             trainer.train()
             if readers.conclude and ranks.is_rank_zero:
-                last_lines = _conclude(partial(readers.conclude, run_dir, not prepared.in_sweep), tracker)
+                last_lines = _conclude(partial(readers.conclude, run_dir, not (prepared.in_sweep or is_step())), tracker)
         if config.data.half is not None:
             _write_margins(trainer, [split.table for split in data], run_dir)
         if observers.writer and observers.writer.failed:
             raise UserError(
                 f"local_dirs: the last checkpoint of {run_dir} could not be written. Make room, then resume={run_dir}."
             )
-    print(*last_lines, f"run directory: {run_dir}", sep="\n", flush=True)
+    # The command that a step is of has said where it runs.
+    print(*last_lines, *([] if is_step() else [f"run directory: {run_dir}"]), sep="\n", flush=True)
     if config.load_best and (best := best_checkpoint(run_dir, config.objective)) is not None:
         return best.held_out(config.objective)
     return trainer.state.held_out[config.objective] if trainer.state.held_out else None

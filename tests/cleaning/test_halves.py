@@ -202,9 +202,11 @@ def test_a_command_that_is_stopped_in_a_half_goes_on_and_finds_the_flipped_label
     stopped.terminate()
     said, _ = stopped.communicate()
     assert stopped.returncode == STOPPED and "stopped during the run on half 1: SIGTERM" in said, said
+    assert said.count("the same command with resume=auto continues from there") == said.count("continues from there") == 1
     done = subprocess.run([*command, "local_run_dir=run", "resume=auto"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resume: continuing the halves of {tmp_path / 'run'}" in done.stdout and "resume: continuing from" in done.stdout
+    assert done.stdout.count("run directory:") == done.stdout.count("talk to it:") == 1
     rows = weights_of(tmp_path / "run")
     kinds = [response_kind(row["preferred"]) != "preferred" for row in rows]
     assert auroc(rows, kinds) >= 0.85

@@ -148,6 +148,6 @@ def test_a_loop_that_is_asked_to_stop_says_how_to_go_on_and_does(undisturbed, tm
         assert run.until(moment)
         run.process.send_signal(signal.SIGTERM)
         assert run.wait() == 75, "".join(run.said)
-        assert "resume=auto continues from there" in run.said[-1]
+        assert "; the same command continues from there" in run.said[-1]
     assert LoopRun(folder, "resume=auto").wait() == 0
     assert_same(folder, undisturbed)

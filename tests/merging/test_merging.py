@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import run_file
@@ -101,6 +101,19 @@ def test_files_that_name_the_body_alone_are_merged_with_files_of_the_whole_model
         merged(monkeypatch, models / "one", other, "--to", tmp_path / name)
     expected = state(tmp_path / "of_whole")
     assert all(torch.equal(weight, expected[name]) for name, weight in state(tmp_path / "of_bare").items())
+
+
+def test_experts_that_are_stored_one_by_one_are_merged_as_the_stacked_ones_that_are_loaded(tmp_path, monkeypatch):
+    sizes = {"vocab_size": len(AutoTokenizer.from_pretrained(LLAMA)), "hidden_size": 32, "intermediate_size": 48}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    for seed, name in enumerate(("one", "other")):
+        torch.manual_seed(seed)
+        saved(AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **layers)), tmp_path / name)
+    merged(monkeypatch, tmp_path / "one", tmp_path / "other", "--to", tmp_path / "out")
+    first, second, found = (state(tmp_path / name) for name in ("one", "other", "out"))
+    assert any("experts" in name and weight.dim() == 3 for name, weight in found.items())
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, (first[name] + second[name]) / 2, rtol=0, atol=1e-6)
 
 
 def test_an_adapter_is_merged_into_its_base_first(models, tmp_path, monkeypatch):

@@ -7,9 +7,10 @@ import sys
 import pytest
 
 from preference_training.core.errors import UserError
+from preference_training.core.processes import STEP_LOCK
 from preference_training.core.signals import StoppedError
 from preference_training.rounds import processes
-from preference_training.rounds.processes import LOCK, LOCKED, StepFailedError, _started, locked_loop, run_step, run_together
+from preference_training.rounds.processes import LOCK, StepFailedError, _started, locked_loop, run_step, run_together
 
 
 def program(text: str) -> list[str]:
@@ -74,11 +75,11 @@ time.sleep(60)
 def test_a_directory_in_which_another_loop_goes_on_working_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "PATIENCE", 0.2)
     with locked_loop(tmp_path):
-        inherited = os.environ.pop(LOCKED)
+        inherited = os.environ.pop(STEP_LOCK)
         told = r"local_run_dir: another command has worked in .* Wait for it, stop it, or name"
         with pytest.raises(UserError, match=told), locked_loop(tmp_path):
             pass
-        os.environ[LOCKED] = inherited
+        os.environ[STEP_LOCK] = inherited
 
 
 def is_locked(folder) -> bool:
@@ -97,7 +98,7 @@ def test_a_directory_is_locked_as_long_as_a_step_of_a_loop_lives_whatever_became
             pass
         step = _started(program("time.sleep(60)"))
         assert is_locked(tmp_path)
-    assert LOCKED not in os.environ
+    assert STEP_LOCK not in os.environ
     try:
         assert is_locked(tmp_path)
     finally:

@@ -9,7 +9,7 @@ import re
 from torch import nn
 
 from preference_training.configuration.keys import listed
-from preference_training.core.errors import UserError
+from preference_training.core.errors import UserError, nearest
 from preference_training.modeling.adapters.weights import TRAINED_ADAPTER
 from preference_training.modeling.value_head import VALUE_HEAD, has_value_head
 
@@ -25,10 +25,11 @@ def whole_modules(model: nn.Module, patterns: list[str] | str) -> list[str]:
         ends = patterns if isinstance(patterns, str) else rf"(.*\.)?{re.escape(pattern)}"
         matching = {name for name in names if re.fullmatch(ends, name)}
         if not matching:
-            kinds = dict.fromkeys(name.split(".")[-2] for name, _ in model.named_parameters() if "." in name)
+            weights = (name for name, _ in model.named_parameters(remove_duplicate=False))
+            kinds = dict.fromkeys(name.split(".")[-2] for name in weights if "." in name)
             raise UserError(
-                f"model.lora.modules_to_save: found {pattern}, and no module of {type(model).__name__} has that name. Modules "
-                f"with weights: {', '.join(kinds)}."
+                f"model.lora.modules_to_save: found {pattern}, and no module of {type(model).__name__} has that name; "
+                + nearest(pattern, kinds, f"modules with weights: {', '.join(kinds)}.")
             )
         found |= matching
     outermost = [name for name in names if name in found and not any(name.startswith(f"{other}.") for other in found)]

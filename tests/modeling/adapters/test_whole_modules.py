@@ -176,6 +176,7 @@ def test_the_weights_that_training_began_with_are_those_of_the_model_without_an_
             ["model.lora.modules_to_save=[wte]"],
             "found wte, and no module of LlamaForCausalLM .*: embed_tokens, q_proj, .*lm_head",
         ),
+        (["model.lora.modules_to_save=[lm_hed]"], "found lm_hed, .*; did you mean lm_head"),
         (["model.lora.modules_to_save=[layers]"], r"found model.layers: it is a list of modules. .*model\.layers\.0"),
         (["model.lora.modules_to_save=[act_fn]"], r"found model.layers.0.mlp.act_fn: it has no weights"),
         (["model.lora.modules_to_save=[up_proj]", "model.quantization=nf4"], "its weights are quantized"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from hydra.experimental.callback import Callback
 from omegaconf import OmegaConf
 
+from preference_training.configuration.sections import FROM_HALVES
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, HELD_OUT_REWARD, ROUNDS, smaller_is_better
 from preference_training.core.signals import ENDED_AT_ONCE, SAME_SIGNAL, SIGNALS
@@ -26,10 +27,11 @@ class Sweep(Callback):
     """The start and the end of a sweep, in the process that has started it."""
 
     def on_multirun_start(self, config, **_) -> None:
-        """Prepare the directory. Exits with status 2 if it cannot be written, or the search has the wrong direction."""
+        """Prepare the directory. Exits with status 2 for what no job could do."""
         # Composed without what is swept over, and not validated.
         sweep, sweeper = SweepDirectory(Path(config.hydra.sweep.dir).absolute()), config.hydra.sweeper
         _check_direction(sweeper.get("direction"), str(config.objective))
+        _check_halves(config)
         for text in _warnings(config):
             print(f"warning: {text}", flush=True)
         try:
@@ -88,6 +90,18 @@ def _check_direction(direction, objective: str) -> None:
         required = "minimize" if smaller_is_better(objective) else "maximize"
         if found != required:
             _refuse(f"hydra.sweeper.direction: found {found}, expected {required}: objective is {objective}.")
+
+
+def _check_halves(config) -> None:
+    """Refuse once what each job would refuse: runs on halves of the data in a sweep."""
+    if config.data.weights != FROM_HALVES or config.dry_run:
+        return
+    from preference_training.cleaning.halves import check_start
+
+    try:
+        check_start(in_sweep=True)
+    except UserError as error:
+        _refuse(str(error))
 
 
 def _swept(overrides: Iterable[str]) -> list[str]:

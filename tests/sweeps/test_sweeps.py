@@ -305,10 +305,23 @@ def test_an_interrupted_search_of_optuna_goes_on_as_if_it_had_not_been_and_bad_r
     assert best == min(job["objective"] for job in two[0].values() if job["state"] == "complete")
 
 
-def test_a_search_for_the_worst_run_is_refused(tmp_path):
-    done = sweep(tmp_path, *BRIEF, "+experiment=sweep_optuna", "hydra.sweeper.direction=minimize")
-    told = "hydra.sweeper.direction: found minimize, expected maximize: objective is rewards_eval/accuracies.\n"
-    assert (done.returncode, done.stderr) == (2, told)
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            ["+experiment=sweep_optuna", "hydra.sweeper.direction=minimize"],
+            "hydra.sweeper.direction: found minimize, expected maximize: objective is rewards_eval/accuracies.",
+        ),
+        (
+            ["data.weights=ledger", "lr=1e-3,1e-4"],
+            "data.weights: found ledger in a sweep, each of whose jobs would train three runs. Train one run with it, and "
+            "name its directory in the sweep.",
+        ),
+    ],
+)
+def test_what_no_job_could_do_is_refused_once(given, told, tmp_path):
+    done = sweep(tmp_path, *BRIEF, *given)
+    assert (done.returncode, done.stderr) == (2, f"{told}\n")
     assert not list(tmp_path.iterdir())
 
 

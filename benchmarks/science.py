@@ -6,7 +6,7 @@
     python benchmarks/science.py --draw          the pictures again, from the newest raw numbers
     python benchmarks/science.py --check         nothing is written; exit status 1 where a picture is not what would be drawn
 
-Each takes at most a few minutes of one core. docs/science.md says what was found.
+Each experiment takes at most a few minutes of one core. docs/science.md says what was found.
 """
 
 import argparse
@@ -21,6 +21,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 EXPERIMENTS = ("closed_form", "beta_dpo", "rates")
+# Those whose pictures are drawn here; benchmarks/learning_rates.py runs the last.
+DRAWN = (*EXPERIMENTS, "learning_rates")
 
 
 def run(name: str, results: Path, short: bool = False) -> Path:
@@ -74,7 +76,7 @@ def main() -> None:
 
         torch.set_num_threads(1)
         print(run(options.experiment, RESULTS))
-    for name in [options.experiment] if options.experiment else EXPERIMENTS:
+    for name in [options.experiment] if options.experiment else DRAWN:
         for file, drawn in pictures(name, newest(name)).items():
             path = ROOT / "docs" / file
             if options.check and path.read_text() != drawn:

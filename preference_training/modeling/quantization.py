@@ -42,6 +42,14 @@ def quantize(model: nn.Module, model_config: ModelConfig) -> None:
                 # bitsandbytes quantizes when a layer is moved.
                 setattr(parent, name, quantized.to(layer.weight.device))
     model.requires_grad_(False)
+    _release_files(model)
+
+
+def _release_files(model: nn.Module) -> None:
+    """Copy the weights that were not quantized: one that still lies in a mapped file keeps all of the file's pages in memory."""
+    for weight in model.parameters():
+        if weight.is_floating_point() and not weight.is_meta:
+            weight.data = weight.data.clone()
 
 
 # ---- products in FP8 ------------------------------------------------------------------------------------------------------

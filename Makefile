@@ -4,7 +4,7 @@
 # make test-long       run the slow tests that rarely break: kills, several processes, whole runs; a quarter of an hour
 # make lint            run ruff, import-linter (the layers) and mypy
 # make faults          kill and stop runs at random moments, an hour or two; options in FAULTS: make faults FAULTS="--kills 50"
-# make architectures   run every check on some 90 tiny architectures; options in ARCHITECTURES: --only llama,gpt2 --checks dpo,lora --write
+# make architectures   run every check on nearly 100 tiny architectures; options in ARCHITECTURES: --only llama,gpt2 --checks dpo,lora --write
 # make bench           compare with TRL, hours; options in BENCH: make bench BENCH="--work dpo_hh_live --rounds 5"
 # make two-hosts       train on two machines simulated with Linux namespaces; options in TWO_HOSTS
 # make intervals       measure the coverage of intervals: docs/intervals.md, minutes

@@ -1,10 +1,10 @@
-"""Learning rates and betas of SmolLM2-135M on real dialogues: held-out loss, accuracy and margin, with LoRA and of all weights.
+"""Learning rates of SmolLM2-135M on real dialogues: held-out loss, accuracy and margin, with LoRA and of all weights.
 
     python benchmarks/learning_rates.py runs/learning_rates --data PAIRS.jsonl.gz
 
 PAIRS has rows of `chosen` and `rejected`, dialogues as HH has them. Only those of at most 450 characters are used; a third of
-the prompts is held out by a hash. In `rule` sweeps the shorter response is preferred, which a model can learn from 200 pairs;
-in `people` sweeps labels are those of the file. Everything else is the default of train.py for such a model.
+the prompts is held out by a hash. The shorter response is preferred, which a model can learn from 200 pairs; with `--labels human`
+labels are those of the file. Everything else is the default of train.py for such a model.
 
 Each sweep is a command of its own, `train.py -m`. Prints a line for each of its runs, and writes all numbers with 95% intervals
 to benchmarks/results/; `python benchmarks/science.py --draw` makes the picture of them. The same command goes on where it was
@@ -35,28 +35,24 @@ COMMON = (
     "save_strategy=no", "wandb.enabled=false", "ledger=false",
 )  # fmt: skip
 LORA = "+adapter=lora"
-# Labels, and what is swept; the learning rates that docs/defaults.md has are among them.
+# What is swept; the learning rates that docs/defaults.md has are among them.
 SWEEPS = {
-    "DPO, LoRA": ("rule", "loss=dpo", LORA, "loss.beta=0.05,0.5", "lr=1e-5,5e-5,2e-4,5e-4,2e-3"),
-    "DPO, LoRA, people's labels": ("people", "loss=dpo", LORA, "loss.beta=0.05", "lr=1e-5,5e-5,2e-4,5e-4,2e-3"),
-    "DPO, all weights": ("rule", "loss=dpo", "loss.beta=0.05", "lr=5e-7,5e-6,2e-5,5e-5,2e-4"),
-    "SFT, LoRA": ("rule", "loss=sft", LORA, "lr=5e-5,2e-4,5e-4,2e-3,1e-2"),
-    "SFT, all weights": ("rule", "loss=sft", "lr=1e-5,3e-5,1e-4,3e-4,1e-3"),
+    "DPO, LoRA": ("loss=dpo", LORA, "lr=1e-5,5e-5,2e-4,5e-4,2e-3"),
+    "DPO, all weights": ("loss=dpo", "lr=5e-7,5e-6,2e-5,5e-5,2e-4"),
+    "SFT, LoRA": ("loss=sft", LORA, "lr=5e-5,2e-4,5e-4,2e-3,1e-2"),
+    "SFT, all weights": ("loss=sft", "lr=1e-5,3e-5,1e-4,3e-4,1e-3"),
 }
 SHOWN = {"loss": EVAL_LOSS, "accuracy": EVAL_ACCURACY, "margin": EVAL_MARGIN}
 
 
-def write_data(folder: Path, source: Path) -> dict[str, dict]:
-    """Write training and held-out rows for both kinds of labels; how many they are."""
-    counts = {}
-    for labels, name in (("shorter", "rule"), ("human", "people")):
-        rows, _ = read_pairs(source, labels)
-        short = [row for row in rows if len(row["chosen"]) + _length_of_response(row["rejected"]) <= LONGEST]
-        train, held_out = split_rows(short, len(short), len(short))
-        write_rows(folder / f"{name}.jsonl", train)
-        write_rows(folder / f"{name}_held_out.jsonl", held_out)
-        counts[name] = {"train": len(train), "held out": len(held_out)}
-    return counts
+def write_data(folder: Path, source: Path, labels: str) -> dict[str, int]:
+    """Write training and held-out rows; how many they are."""
+    rows, _ = read_pairs(source, labels)
+    short = [row for row in rows if len(row["chosen"]) + _length_of_response(row["rejected"]) <= LONGEST]
+    train, held_out = split_rows(short, len(short), len(short))
+    write_rows(folder / "train.jsonl", train)
+    write_rows(folder / "held_out.jsonl", held_out)
+    return {"train": len(train), "held out": len(held_out)}
 
 
 def _length_of_response(dialogue: str) -> int:
@@ -65,14 +61,13 @@ def _length_of_response(dialogue: str) -> int:
 
 def command(folder: Path, name: str) -> list[str]:
     """The command of a sweep."""
-    labels, *swept = SWEEPS[name]
-    data = f"datasets=[{{path: {folder / labels}.jsonl, test_path: {folder / labels}_held_out.jsonl}}]"
-    return [sys.executable, "train.py", "-m", *COMMON, *swept, data, f"sweep_dir={directory(folder, name)}"]
+    data = f"datasets=[{{path: {folder}/train.jsonl, test_path: {folder}/held_out.jsonl}}]"
+    return [sys.executable, "train.py", "-m", *COMMON, *SWEEPS[name], data, f"sweep_dir={directory(folder, name)}"]
 
 
 def directory(folder: Path, name: str) -> Path:
     """Where a sweep runs."""
-    return folder / name.replace(", ", "_").replace("'", "").replace(" ", "_").lower()
+    return folder / name.replace(", ", "_").replace(" ", "_").lower()
 
 
 def runs_of(sweep: Path) -> Iterable[dict]:
@@ -93,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where rows and runs go")
     parser.add_argument("--data", type=Path, required=True, help="JSON lines of chosen and rejected, also .gz")
+    parser.add_argument("--labels", choices=("human", "shorter"), default="shorter")
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="which ones to run; by default all")
     parser.add_argument("--results", type=Path, help="file of the results; by default one in benchmarks/results")
     options = parser.parse_args()
@@ -101,7 +97,7 @@ def main() -> None:
     name = f"{datetime.date.today()}_science_learning_rates_cpu.json"
     path = options.results or ROOT / "benchmarks" / "results" / name
     facts = {"command": "benchmarks/learning_rates.py", "hardware": hardware(), "versions": versions(), "overrides": COMMON}
-    facts["rows"] = write_data(folder, options.data)
+    facts["rows"] = write_data(folder, options.data, options.labels)
     times_file = folder / "times.json"
     for sweep in options.sweeps:
         began = cpu_seconds()

@@ -61,7 +61,8 @@ The interval of a share always has a width, even where all outcomes are the same
 but covers shares near 0 and 1 too rarely, and is wider than Clopper-Pearson's there.
 
 Two runs that are scored on the same prompts are paired: a prompt that is hard for one is hard for the other, so they differ by
-less than their two intervals suggest. `comparison.html` shows no interval of the difference. A win rate does compare two models
+less than their two intervals suggest. `comparison.html` shows no interval of the difference; `held_out_examples.jsonl` of two
+evaluations has what a paired comparison needs. A win rate does compare two models
 prompt by prompt: with `--against`, two checkpoints. The two responses to a prompt are sampled independently.
 """
 

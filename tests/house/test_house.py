@@ -119,7 +119,7 @@ def test_the_losses_of_their_page_and_their_keys_are_all_there_are():
 
 
 def test_the_presets_that_their_page_names_are_all_there_are():
-    named = set(re.findall(r"`([\w.-]+)`", shown.PAGES["docs/models.md"].split("- `model=`:")[1].split("- `model.archive`")[0]))
+    named = set(re.findall(r"`([\w.-]+)`", shown.PAGES["docs/models.md"].split("## Presets")[1].split("Other keys")[0]))
     assert {path.stem for path in (ROOT / "config" / "model").glob("*.yaml")} - {"base_model", "pretrained"} <= named
     assert OmegaConf.load(ROOT / "config" / "config.yaml").defaults[1].model == "tiny"
 

@@ -3,8 +3,8 @@
     python benchmarks/learning_rates.py runs/learning_rates --data PAIRS.jsonl.gz
 
 PAIRS has rows of `chosen` and `rejected`, dialogues as HH has them. Only those of at most 450 characters are used; a third of
-the prompts is held out by a hash. The shorter response is preferred, which a model can learn from 200 pairs; with `--labels human`
-labels are those of the file. Everything else is the default of train.py for such a model.
+the prompts is held out by a hash. The shorter response is preferred, which a model can learn from 200 pairs; labels are those
+of the file with `--labels human`. Everything else is the default of train.py for such a model.
 
 Each sweep is a command of its own, `train.py -m`. Prints a line for each of its runs, and writes all numbers with 95% intervals
 to benchmarks/results/; `python benchmarks/science.py --draw` makes the picture of them. The same command goes on where it was

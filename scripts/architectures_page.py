@@ -37,9 +37,9 @@ Log-probs may differ by 1e-5 per token, and weights by 1e-5 of their size. The n
 parentheses.
 
 Three kinds of models run on padded rows. Some compute attention in code of their own, which cannot be replaced (ALiBi, and
-older models). Some build their own attention mask. The rest are recurrent: sharing a prefix would require every kind of layer to
-save its state at each branch and continue from it, with gradients through both. transformers' caches do not support that, and
-most kernels support only one state per row.
+older models). Some build their own attention mask. The rest are recurrent: sharing a prefix would require every kind of layer
+to save its state at each branch and continue from it, with gradients through both. transformers' caches do not support that,
+and most kernels support only one state per row.
 """
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,3 +79,13 @@ def test_a_quantized_model_has_as_many_parameters_as_before(compose, tokenizer, 
     assert weight_numels(model) == {name: weight.numel() for name, weight in whole.named_parameters()}
     quantized_bytes = sum(weight.numel() for weight in model.parameters() if not weight.is_floating_point())
     assert 0 < quantized_bytes != sum(weight_numels(model).values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux lists the files in a process's memory")
+def test_a_quantized_model_no_longer_holds_the_file_it_was_loaded_from(compose, tokenizer):
+    for adapter in ("lora", "qlora"):
+        config = compose("model=blank_model", f"model.name_or_path={GOLDEN / 'gpt_neox'}", f"+adapter={adapter}").model
+        model = load_model(config, tokenizer)
+        maps = Path("/proc/self/maps").read_text()
+        assert (str(GOLDEN / "gpt_neox" / "model.safetensors") in maps) == (adapter == "lora")
+        del model

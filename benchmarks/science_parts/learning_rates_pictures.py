@@ -14,6 +14,8 @@ def lines(found: dict, loss: str, metric: str) -> list[Series]:
     drawn = []
     for color, name in enumerate(NAMES):
         sweep = f"{loss}, {name}"
+        if sweep not in found["sweeps"]:
+            continue
         runs = sorted(found["sweeps"][sweep]["runs"], key=lambda run: run["lr"])
         rates = [run["lr"] for run in runs]
         middle, low, high = ([run[metric][end] for run in runs] for end in range(3))

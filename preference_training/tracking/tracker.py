@@ -26,7 +26,7 @@ from preference_training.core.metric_names import (
     TRAIN_LOSS,
     TRAIN_MARGIN,
 )
-from preference_training.tracking.dashboards.base import Dashboard
+from preference_training.tracking.dashboards.base import Dashboard, RunEnd
 from preference_training.tracking.run_files import BAD_STEPS, EVENTS, METRICS, SAMPLES
 
 Metrics = dict[str, float | Tensor]
@@ -90,7 +90,7 @@ class Tracker:
         for dashboard in self.dashboards:
             if self.page:
                 dashboard.log_page(self.page)
-            dashboard.finish()
+            dashboard.finish(RunEnd.of(error))
 
     def log_step(self, metrics: Metrics) -> None:
         """Take a training step's metrics; they are written when `min_interval` seconds have passed since the last line."""

@@ -105,10 +105,8 @@ def test_a_full_disk_costs_the_file_and_not_the_run(model, tmp_path, passes, mon
     monkeypatch.setattr(files.os, "replace", full)
     assert torch.equal(logps_in(tmp_path, model, READ), expected)
     out = capsys.readouterr().out
-    assert (
-        f"warning: reference: its log-probs cannot be kept in {cache_path(tmp_path, model, READ)} for other runs: No space left on device"
-        in out
-    )
+    place = cache_path(tmp_path, model, READ)
+    assert f"warning: reference: its log-probs cannot be kept in {place} for other runs: No space left on device" in out
     assert "27 responses computed\n" in out and not list(tmp_path.glob("*.safetensors*"))
     monkeypatch.undo()
     assert torch.equal(logps_in(tmp_path, model, READ), expected) and len(list(tmp_path.glob("*.safetensors"))) == 1

@@ -298,5 +298,14 @@ def test_what_prefix_sharing_saved_is_said_once_and_only_where_it_was_on():
     assert run.said == []
     for saved in (0.2, 0.4):
         run.monitor.observe({"loss/train": 1.0, "counters/examples": 8, "tokens_saved": saved})
+    state = json.loads(json.dumps(run.monitor.state_dict()))
     run.monitor.report_sharing()
     assert run.said == ["prefix sharing: 30% of the tokens of all rows did not have to be computed"]
+    # Of a run that was resumed it is that of all its steps, where its checkpoint has it.
+    resumed, older = Run(), Run()
+    resumed.monitor.load_state_dict(state)
+    older.monitor.load_state_dict({name: state[name] for name in ("newest", "chosen_at_start", "said")})
+    for run, share in ((resumed, "40%"), (older, "60%")):
+        run.monitor.observe({"loss/train": 1.0, "counters/examples": 8, "tokens_saved": 0.6})
+        run.monitor.report_sharing()
+        assert run.said == [f"prefix sharing: {share} of the tokens of all rows did not have to be computed"]

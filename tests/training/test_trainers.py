@@ -34,6 +34,7 @@ from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cached_reference
 from preference_training.tracking.tracker import Tracker
+from preference_training.training.parts import RunState
 from tests.support.building import build_trainer, take_steps
 from tests.support.files import GOLDEN
 from tests.support.losses import of_every_kind
@@ -389,6 +390,12 @@ def test_samples_that_repeat_are_a_finding_said_once_and_never_before_the_first_
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     [found] = [event for event in events if event.get("finding") == "samples repeat"]
     assert found["text"].startswith("warning: after 4 examples 9") and "the model may be broken" in found["text"]
+    assert RunState().findings == [] and trainer.state.state_dict()["findings"] == ["samples repeat"]
+    # A run that is resumed knows, unless its checkpoint is of a version that did not.
+    resumed, state = RunState(), trainer.state.state_dict()
+    resumed.load_state_dict(state)
+    assert resumed.findings == ["samples repeat"]
+    resumed.load_state_dict({name: value for name, value in state.items() if name != "findings"})
 
 
 def test_samples_that_the_reference_finds_improbable_are_a_finding_said_once(build, tokenized, tmp_path, monkeypatch):

@@ -144,11 +144,12 @@ class Trainer:
             self.observers.ledger.record(self.state.examples, margins)
         return result.metrics
 
-    def halve(self, micro_batches: Sequence[MicroBatch], shortage: Shortage | None = None) -> list[MicroBatch]:
-        """Cut a batch, and all later ones, into packs half as large. shortage: on which ranks memory ran out, of several."""
-        halves = self.batches.train.halve_packs(micro_batches, shortage and shortage.largest)
-        limit, where = self.batches.train.budget.limit, f" on {shortage}" if shortage else ""
-        self.tracker.log_message(f"warning: out of memory{where}; packs are limited to {limit} tokens from now on")
+    def halve(self, micro_batches: Sequence[MicroBatch], shortage: Shortage) -> list[MicroBatch]:
+        """Cut a batch, and all later ones, into packs half as large as what has met the shortage."""
+        halves = self.batches.train.halve_packs(micro_batches, shortage.largest)
+        self.tracker.log_message(
+            f"warning: {shortage}; packs are limited to {self.batches.train.budget.limit} tokens from now on"
+        )
         return halves
 
     def log_skipped(self, packs: Sequence[PackResult]) -> None:

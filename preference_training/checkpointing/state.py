@@ -79,7 +79,8 @@ STATE_SHAPE = {
         # The processes of a rank; not in checkpoints of older versions.
         ...: _count,
     },
-    "watch": {"newest": {...: [_number]}, "chosen_at_start": (_number, None), "said": [str]},
+    # Further numbers are not in checkpoints of older versions.
+    "watch": {"newest": {...: [_number]}, "chosen_at_start": (_number, None), "said": [str], ...: _number},
     # Of each rank.
     "random": [STREAMS],
     "optimizer_numbers": {...: {...: (_number, bool, None)}},
@@ -93,4 +94,5 @@ NEWER_STATE_SHAPE = {
     "held_out_before": {...: [_number]},
     "master_weights": bool,
     "evaluation_due": bool,
+    "findings": [str],
 }

@@ -5,7 +5,7 @@ computes while its weights are still those of the reference: the packs of its fi
 
 The name of a file is a hash of the model (weights, buffers, configuration, kernels), the machine, the tokenized data and
 everything that determines the packs. Runs that agree in all of these share a file. Of several jobs of a sweep one computes it
-while the others wait. A damaged file is recomputed.
+while the others wait. A damaged file is recomputed. Where there is no room for one, a run continues without.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -209,15 +209,26 @@ def _compute_and_save(reference: LiveReference, plan: ReferencePlan, path: Path,
         print(f"reference: computing the log-probs of the responses to {len(plan.prompts):,} prompts, once", flush=True)
     computed = compute_logps(reference, plan, ranks)
     if ranks.is_rank_zero:
-        _write(path, _to_tensors(computed))
-        print(f"reference: log-probs of {_count(computed)} responses computed and saved to {path}", flush=True)
+        is_kept = _keep(path, _to_tensors(computed))
+        print(f"reference: log-probs of {_count(computed)} responses computed{f' and saved to {path}' * is_kept}", flush=True)
     return computed
+
+
+def _keep(path: Path, tensors: dict[str, Tensor]) -> bool:
+    """Write a cache file, if there is room. Whether there was: the run has what it computed, and needs no file."""
+    try:
+        _write(path, tensors)
+    except OSError as error:
+        print(
+            f"warning: reference: its log-probs cannot be kept in {path} for other runs: {error.strerror or error}", flush=True
+        )
+        return False
+    return True
 
 
 @contextmanager
 def _exclusive(path: Path, ranks: Ranks) -> Iterator[None]:
-    """Context in which no other run computes the file `path`; waits for one that does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Context in which no other run computes the file `path`, where it can be locked; waits for one that does."""
     lock = FileLock(path.with_suffix(".lock"))
     waits = False
     # Short timeouts, since the other ranks of this run wait in a collective, which has a timeout of its own.
@@ -233,11 +244,14 @@ def _exclusive(path: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _try_acquire(lock: FileLock, timeout: float) -> bool:
-    """Whether the lock was acquired within `timeout` seconds."""
+    """Whether the lock was acquired within `timeout` seconds, or there is no room for one: two runs may compute the same."""
     try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=timeout)
     except Timeout:
         return False
+    except OSError as error:
+        print(f"warning: reference: {lock.lock_file} cannot be written: {error.strerror or error}", flush=True)
     return True
 
 

@@ -36,7 +36,7 @@ from preference_training.generation.repetition import repeated_share
 from preference_training.rounds.judges.findings import facts_of_scores, findings
 from preference_training.rounds.loop import JUDGED, Loop, RoundFiles
 from preference_training.rounds.tables import read_table, save_text
-from preference_training.tracking.dashboards.base import RunStart
+from preference_training.tracking.dashboards.base import RunEnd, RunStart
 from preference_training.tracking.dashboards.starting import start_dashboards
 from preference_training.tracking.run_files import METRICS, REPORT, json_object, metric_rows, split_rows
 
@@ -266,7 +266,7 @@ def track(loop: Loop) -> None:
             dashboard.log(row)
         if len(rows) > loop.config.rounds.rounds and (loop.directory / REPORT).is_file():
             dashboard.log_page(loop.directory / REPORT)
-        dashboard.finish()
+        dashboard.finish(RunEnd.FINISHED)
     save_text(loop.directory / TRACKED, json.dumps(noted) + "\n")
 
 

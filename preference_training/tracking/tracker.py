@@ -26,8 +26,8 @@ from preference_training.core.metric_names import (
     TRAIN_LOSS,
     TRAIN_MARGIN,
 )
-from preference_training.tracking.dashboards.base import Dashboard
-from preference_training.tracking.run_files import BAD_STEPS, EVENTS, METRICS, SAMPLES
+from preference_training.tracking.dashboards.base import Dashboard, RunEnd
+from preference_training.tracking.run_files import BAD_STEPS, EVENTS, METRICS, SAMPLES, json_lines
 
 Metrics = dict[str, float | Tensor]
 
@@ -73,8 +73,10 @@ class Tracker:
         self.writing = threading.RLock()
         self.min_interval = min_interval
         self.pending: list[Metrics] = []
-        # Kinds of findings that events.jsonl has.
+        # Kinds of findings that this process has recorded, and those that events.jsonl has had before, with their texts.
         self.recorded: set[str] = set()
+        rows = json_lines(run_dir / EVENTS) if examples else ()
+        self.recorded_before = {(str(row.get("finding")), str(row.get("text"))) for row in rows}
         self.last_line = float("-inf")
         self.console = _ProgressBar(total) if sys.stdout.isatty() else _Lines(total)
 
@@ -90,7 +92,7 @@ class Tracker:
         for dashboard in self.dashboards:
             if self.page:
                 dashboard.log_page(self.page)
-            dashboard.finish()
+            dashboard.finish(RunEnd.of(error))
 
     def log_step(self, metrics: Metrics) -> None:
         """Take a training step's metrics; they are written when `min_interval` seconds have passed since the last line."""
@@ -161,9 +163,14 @@ class Tracker:
         self.record_finding(kind, text)
 
     def record_finding(self, kind: str, text: str) -> None:
-        """A finding in events.jsonl alone, which the end of the run prints; each kind once."""
-        if kind not in self.recorded:
-            self.recorded.add(kind)
+        """A finding in events.jsonl alone, which the end of the run prints; each kind once.
+
+        A run that was resumed records again only what has changed, such as its best checkpoint.
+        """
+        if kind in self.recorded:
+            return
+        self.recorded.add(kind)
+        if (kind, text) not in self.recorded_before:
             self._record_event(text, finding=kind)
 
     def _record_event(self, text: str, **more: str) -> None:

@@ -42,7 +42,7 @@ class Evaluator:
         self.held_out: HeldOut | None = None
         self.pruned = self.stopped = False
         self.may_stop = True
-        # What has been said, once in a run: the first evaluation, sampling, and that samples repeat.
+        # What this process has said that it begins: the first evaluation, sampling.
         self.announced: set[str] = set()
         self.reference = models.reference
         stays = models.loss.reference_update is None and not models.loss.reads_tokens
@@ -115,13 +115,9 @@ class Evaluator:
         progress.at(None)
 
     def _announce(self, what: str, text: str) -> None:
-        """Log what begins and may take minutes, or a finding, the first time."""
-        if what in self.announced:
-            return
-        self.announced.add(what)
-        if what in (SAMPLES_REPEAT, SAMPLES_IMPROBABLE):
-            self.observers.tracker.log_finding(what, text)
-        else:
+        """Log what begins and may take minutes, the first time."""
+        if what not in self.announced:
+            self.announced.add(what)
             self.observers.tracker.log_message(text)
 
     def _changes(self) -> dict[str, float]:
@@ -234,8 +230,9 @@ class Evaluator:
                 score, self.batches.sample_prompts, ids["policy"], ids["reference"], batching
             )
         for what, text in found.items():
-            if text:
-                self._announce(
+            if text and what not in self.state.findings:
+                self.state.findings.append(what)
+                self.observers.tracker.log_finding(
                     what,
                     f"warning: after {self.state.examples} examples {text}: the model may be broken. Look at samples.jsonl; "
                     "lower lr, raise loss.beta, or use an earlier checkpoint.",

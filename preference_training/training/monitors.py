@@ -121,12 +121,14 @@ class TrainingMonitor:
             self.tracker.log_finding(kind, f"warning: {text}")
 
     def state_dict(self) -> dict:
-        """The recent metrics and the warnings given, as plain values."""
+        """The recent metrics, the warnings given and what prefix sharing has saved, as plain values."""
         seen = {name: list(values) for name, values in self.newest.items()}
-        return {"newest": seen, "chosen_at_start": self.chosen_at_start, "said": self.warned}
+        saved = {"tokens_saved": self.tokens_saved, "sharing_steps": self.sharing_steps}
+        return {"newest": seen, "chosen_at_start": self.chosen_at_start, "said": self.warned, **saved}
 
     def load_state_dict(self, state: dict) -> None:
-        """Load what `state_dict` returned."""
+        """Load what `state_dict` returned; checkpoints of earlier versions lack what prefix sharing has saved."""
+        self.tokens_saved, self.sharing_steps = state.get("tokens_saved", 0.0), state.get("sharing_steps", 0)
         self.newest = {name: deque(values, maxlen=STEPS) for name, values in state["newest"].items()}
         self.chosen_at_start, self.warned = state["chosen_at_start"], list(state["said"])
 

@@ -115,6 +115,7 @@ class RunState:
     evaluation was stopped on the way, which a resumed run makes first. held_out_before: loss and
     accuracy of each held-out example before the first step, as far as later evaluations are compared with them. best: the best
     value of `objective` so far. reference_answers: the reference's responses to the sample prompts, while they are known.
+    findings: kinds of what its evaluations have found, each of which is said once.
     """
 
     examples: int = 0
@@ -129,6 +130,7 @@ class RunState:
     evaluations_since_best: int = 0
     evaluation_due: bool = False
     reference_answers: list[str] | None = None
+    findings: list[str] = field(default_factory=list)
 
     def counters(self) -> Metrics:
         """The counters as metrics."""

@@ -113,7 +113,10 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Shortage:
-    """The ranks on which memory ran out in a step, and the tokens of the smallest of their largest packs."""
+    """The ranks on which memory ran out in a step, and the tokens of the smallest of their largest packs.
+
+    No ranks where a single process has no others.
+    """
 
     ranks: tuple[int, ...]
     largest: int
@@ -124,16 +127,17 @@ class Shortage:
         failed = {rank: pack for rank, pack in enumerate(found) if pack is not None}
         for rank, (tokens, examples, source) in failed.items():
             if examples == 1:
+                memory = f"the memory of rank {rank}" if len(found) > 1 else "memory"
                 raise UserError(
-                    f"max_length: a single example of {tokens} tokens does not fit into the memory of rank {rank} ({source}), "
-                    "so smaller packs do not help. Lower max_length, set activation_checkpointing=true, or shard over more "
-                    "processes."
+                    f"max_length: a single example of {tokens} tokens does not fit into {memory} ({source}), so smaller packs "
+                    "do not help. Lower max_length, set activation_checkpointing=true, or shard over more processes."
                 )
-        return cls(tuple(failed), min(tokens for tokens, _, _ in failed.values()))
+        return cls(tuple(failed) if len(found) > 1 else (), min(tokens for tokens, _, _ in failed.values()))
 
     def __str__(self) -> str:
-        """The ranks in words."""
-        return f"rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}"
+        """What has happened, and on which ranks."""
+        where = f" on rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}" if self.ranks else ""
+        return f"out of memory{where}"
 
 
 class TrainingStep:
@@ -149,12 +153,12 @@ class TrainingStep:
     def take(
         self,
         micro_batches: Sequence[MicroBatch],
-        halve: Callable[..., list[MicroBatch]],
+        halve: Callable[[Sequence[MicroBatch], Shortage], list[MicroBatch]],
         is_to_stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """Take one step on one batch. is_to_stop: whether this rank is to stop by now.
 
-        halve: cuts a batch into smaller packs; given a Shortage, on all ranks alike.
+        halve: cuts a batch that has met a Shortage into smaller packs, on all ranks alike.
 
         The gradient is that of the mean loss over the whole batch, however it was cut and distributed over ranks. The step is
         skipped where a loss or the gradient is not finite. Raises UserError where policy and reference have not been the same.
@@ -173,7 +177,7 @@ class TrainingStep:
             *values, tokens, row_tokens, stops, failed, norm = numbers.tolist()
             if not failed:
                 break
-            micro_batches = self._smaller_packs(micro_batches, halve, remembered)
+            micro_batches = self._smaller_packs(micro_batches, halve, remembered, self.lockstep.failed)
         if self.models.start_check is not None:
             self.models.start_check.check(self.placement.ranks)
             self.models.start_check = None
@@ -199,16 +203,16 @@ class TrainingStep:
     # ---- forward and backward -------------------------------------------------------------------------------------------
 
     def _backward_within_memory(self, micro_batches: Sequence[MicroBatch], halve: Callable, remembered: dict) -> BatchResult:
-        """`backward`; in one process that is out of memory, once more in packs half as large."""
-        try:
-            return self.backward(micro_batches)
-        except torch.OutOfMemoryError:
-            # Other ranks would wait for this one in their collectives.
-            if is_distributed():
-                raise
-        # Outside the handler: the exception keeps the step's tensors alive.
-        self._forget(remembered)
-        return self.backward(halve(micro_batches))
+        """`backward`; in one process that runs out of memory, again and again in smaller packs. Raises UserError."""
+        while True:
+            try:
+                return self.backward(micro_batches)
+            except torch.OutOfMemoryError:
+                # Other ranks would wait for this one in their collectives.
+                if is_distributed():
+                    raise
+            # Outside the handler: the exception keeps the step's tensors alive.
+            micro_batches = self._smaller_packs(micro_batches, halve, remembered, failed=True)
 
     def _forget(self, remembered: dict) -> None:
         """Forget a backward pass that is to be repeated. remembered: the state of the loss before it."""
@@ -218,12 +222,17 @@ class TrainingStep:
         self.models.start_check = None
         free_cache(self.models.policy)
 
-    def _smaller_packs(self, micro_batches: Sequence[MicroBatch], halve: Callable, remembered: dict) -> list[MicroBatch]:
-        """The batch in smaller packs, since a rank has run out of memory. Raises UserError where there are none."""
+    def _smaller_packs(
+        self, micro_batches: Sequence[MicroBatch], halve: Callable, remembered: dict, failed: bool
+    ) -> list[MicroBatch]:
+        """The batch in smaller packs, since a rank has run out of memory. Raises UserError where there are none.
+
+        failed: whether this one has.
+        """
         self._forget(remembered)
         packs = [pack for micro_batch in micro_batches for pack in micro_batch.packs]
         own = max(packs, key=lambda pack: (len(pack.places) > 1, len(pack.input_ids)))
-        found = (len(own.input_ids), len(own.places), own.sources[0]) if self.lockstep.failed else None
+        found = (len(own.input_ids), len(own.places), own.sources[0]) if failed else None
         return halve(micro_batches, Shortage.of(self.placement.ranks.all_gather_object(found)))
 
     def backward(self, micro_batches: Sequence[MicroBatch]) -> BatchResult:

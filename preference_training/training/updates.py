@@ -13,6 +13,7 @@ from preference_training.modeling.state import compute_device
 from preference_training.training.monitors import UnchangedWeights
 from preference_training.training.optimizers.averages import averages_in_place
 from preference_training.training.optimizers.building import build_optimizer
+from preference_training.training.optimizers.loss_scaling import LossScaler, computes_in_float16
 from preference_training.training.optimizers.master_weights import MASTER, MasterWeights, pending_updates
 from preference_training.training.optimizers.schedules import schedule, warmup_steps
 from preference_training.training.parts import RunState
@@ -31,8 +32,9 @@ class Updater:
     def __init__(self, placement: Placement, policy: nn.Module, state: RunState, total_steps: int):
         config = placement.config
         self.config, self.placement, self.policy, self.state = config, placement, policy, state
-        # Gradients of float16 products would underflow; the scaler skips a step whose scaled gradients overflow.
-        self.scaler = torch.amp.GradScaler(compute_device(policy).type, enabled=computes_in_float16(config))
+        # Small gradients would underflow; the scaler skips a step whose scaled gradients overflow.
+        self.scales_loss = computes_in_float16(config)
+        self.scaler = LossScaler(compute_device(policy).type, enabled=self.scales_loss)
         self.schedule = schedule(config, total_steps)
         # The last one, where the learning rate rises through all of a run.
         self.first_full_step = min(warmup_steps(config, total_steps), max(0, total_steps - 1))
@@ -50,8 +52,10 @@ class Updater:
 
     @property
     def dtype(self) -> str:
-        """The dtype that updates are rounded to."""
-        return "float32" if self.has_masters else str(self.policy.dtype).removeprefix("torch.")
+        """The dtype that updates are rounded to: that of master weights, else the least precise one of the trained weights."""
+        trained = {weight.dtype for weight in self.policy.parameters() if weight.requires_grad}
+        least_precise = torch.float32 if self.has_masters else max(trained, key=lambda dtype: torch.finfo(dtype).eps)
+        return str(least_precise).removeprefix("torch.")
 
     @property
     def lr(self) -> float:
@@ -72,7 +76,8 @@ class Updater:
     def expect_gradients(self, packs: int) -> None:
         """Prepare for the backward passes of so many packs, whose gradients are summed."""
         if self.has_masters:
-            self.optimizer.sum_gradients_in_float32(packs > 1)
+            # Scaled back in float16, they would underflow after all.
+            self.optimizer.sum_gradients_in_float32(packs > 1 or self.scales_loss)
 
     def clip_gradient(self) -> Tensor:
         """Unscale the gradient and clip it to `max_grad_norm`; returns its global norm before that, a scalar."""
@@ -158,8 +163,3 @@ class Updater:
                 f"that of {total:,} steps from here on: lr is {lr * now:.3g} at the next step, where it would have been "
                 f"{lr * before:.3g}"
             )
-
-
-def computes_in_float16(config) -> bool:
-    """Whether products are in float16 while the weights are not."""
-    return "float16" in (config.model.autocast_dtype, config.sharded_dtype) and config.model.policy_dtype != "float16"

@@ -1,6 +1,7 @@
 """The reference's log-probs are computed once, found again by all they depend on, and never trusted when damaged."""
 
 import copy
+import errno
 from dataclasses import replace
 from threading import Event, Thread
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.packing import UNLIMITED, TokenBudget, iterate_examples, pack_examples
 from preference_training.batching.schedule import RunLength, Schedule
+from preference_training.core import files
 from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.tokenization import TokenizedPrompt
@@ -92,6 +94,29 @@ def test_a_damaged_file_is_noticed_and_recomputed(model, tmp_path, passes, capsy
     assert torch.equal(logps_in(tmp_path, model, READ), expected)
     assert len(passes) == 2 and "is damaged and will be recomputed" in capsys.readouterr().out
     assert path.read_bytes() == whole and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_full_disk_costs_the_file_and_not_the_run(model, tmp_path, passes, monkeypatch, capsys):
+    expected = logps_in(tmp_path / "other", model, READ)
+
+    def full(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", full)
+    assert torch.equal(logps_in(tmp_path, model, READ), expected)
+    out = capsys.readouterr().out
+    place = cache_path(tmp_path, model, READ)
+    assert f"warning: reference: its log-probs cannot be kept in {place} for other runs: No space left on device" in out
+    assert "27 responses computed\n" in out and not list(tmp_path.glob("*.safetensors*"))
+    monkeypatch.undo()
+    assert torch.equal(logps_in(tmp_path, model, READ), expected) and len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_a_place_without_room_for_a_lock_costs_the_file_and_not_the_run(model, tmp_path, capsys):
+    (tmp_path / "file").write_text("no directory")
+    expected = logps_in(tmp_path / "other", model, READ)
+    assert torch.equal(logps_in(tmp_path / "file" / "below", model, READ), expected)
+    assert "its log-probs cannot be kept in" in capsys.readouterr().out
 
 
 def test_the_key_changes_with_weights_data_dtype_and_kernels(model):

@@ -5,12 +5,15 @@ import struct
 import sys
 import time
 import types
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from preference_training.configuration.checks.run import TRACKING
+from preference_training.core.errors import UserError
+from preference_training.core.signals import STOPPED, StoppedError
 from preference_training.tracking.dashboards.base import RunStart
 from preference_training.tracking.dashboards.starting import DASHBOARDS, Guarded, start_dashboards
 from preference_training.tracking.run_files import json_lines
@@ -49,6 +52,24 @@ class Failing:
         raise OSError("no route to host")
 
     finish = log
+
+
+# What a run may end with, and how dashboards are to show it.
+ENDS = [
+    (None, "FINISHED", 0),
+    (RuntimeError("out of memory"), "FAILED", 1),
+    (UserError("max_bad_steps: too many"), "FAILED", 1),
+    (StoppedError("stopped after 8 examples: SIGTERM"), "KILLED", STOPPED),
+]
+
+
+def ended(run_dir: Path, name: str, error: Exception | None) -> None:
+    """A run that has ended with an error, or None, under a dashboard."""
+    dashboards = start_dashboards([name], RunStart(CONFIG, run_dir, ID))
+    with suppress(type(error) if error else ()), Tracker(run_dir, 8, dashboards=dashboards) as tracker:
+        tracker.log_step(step(8))
+        if error is not None:
+            raise error
 
 
 def test_a_dashboard_that_fails_is_left_alone_after_one_line(tmp_path, capsys):
@@ -117,6 +138,35 @@ def test_an_offline_wandb_run_has_configuration_metrics_tables_summary_and_repor
     assert entry.path == "report.html" and Path(entry.local_path).read_text() == "<p>what happened</p>"
 
 
+@pytest.fixture
+def wandb_calls(monkeypatch):
+    """Stand in for wandb: the modes in which runs were started, and the statuses with which they were finished."""
+    modes, statuses = [], []
+
+    def init(mode, **_):
+        modes.append(mode)
+        ignore = lambda *_, **__: None  # noqa: E731
+        return types.SimpleNamespace(define_metric=ignore, log=ignore, finish=lambda exit_code=None: statuses.append(exit_code))
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **_: None))
+    return modes, statuses
+
+
+@pytest.mark.parametrize(("error", "_", "status"), ENDS)
+def test_wandb_is_told_how_a_run_has_ended(error, _, status, tmp_path, wandb_calls):
+    ended(tmp_path, "wandb", error)
+    assert wandb_calls[1] == [status]
+
+
+@pytest.mark.parametrize("key", ["", "k" * 40])
+def test_wandb_that_was_asked_to_be_offline_says_so_with_a_key_or_without(key, tmp_path, wandb_calls, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    ended(tmp_path, "wandb", None)
+    out = capsys.readouterr().out
+    assert wandb_calls[0] == ["offline"] and "wandb: offline, as WANDB_MODE says; files in" in out and "no key" not in out
+
+
 def test_without_a_key_wandb_writes_offline_and_says_so(tmp_path, capsys, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -125,7 +175,7 @@ def test_without_a_key_wandb_writes_offline_and_says_so(tmp_path, capsys, monkey
     with Tracker(tmp_path, total=4, dashboards=start_dashboards(["wandb"], RunStart(CONFIG, tmp_path, ID))) as tracker:
         tracker.log_step(step(4))
         tracker.log_samples(SAMPLES, 4)
-    assert capsys.readouterr().out.count("wandb: offline") == 1
+    assert capsys.readouterr().out.count("wandb: offline, as there is no key; files in") == 1
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
@@ -302,21 +352,34 @@ class MlflowStandIn:
     def log_artifact(self, run_id, local_path):
         self.runs[run_id]["files"][Path(local_path).name] = Path(local_path).read_text()
 
-    def set_terminated(self, run_id):
-        self.runs[run_id]["status"] = "FINISHED"
+    def set_terminated(self, run_id, status=None):
+        self.runs[run_id]["status"] = status or "FINISHED"
 
 
-def test_mlflow_gets_configuration_metrics_tables_and_the_report_and_continues_a_run(tmp_path, monkeypatch, capsys):
-    MlflowStandIn.runs = {}
+@pytest.fixture
+def mlflow_runs(monkeypatch):
+    """Stand in for MLflow: its runs by their ids."""
     entities = types.SimpleNamespace(Metric=lambda *values: values, Param=lambda *values: values)
+    monkeypatch.setattr(MlflowStandIn, "runs", {})
     monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(MlflowClient=MlflowStandIn))
     monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return MlflowStandIn.runs
+
+
+@pytest.mark.parametrize(("error", "status", "_"), ENDS)
+def test_mlflow_is_told_how_a_run_has_ended(error, status, _, tmp_path, mlflow_runs):
+    ended(tmp_path, "mlflow", error)
+    [run] = mlflow_runs.values()
+    assert run["status"] == status
+
+
+def test_mlflow_gets_configuration_metrics_tables_and_the_report_and_continues_a_run(tmp_path, mlflow_runs, capsys):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     for _ in range(2):
         tracked(run_dir, ["mlflow"])
-    [run] = MlflowStandIn.runs.values()
+    [run] = mlflow_runs.values()
     assert run["params"]["wandb.project"] == "test" and run["params"]["lr"] == "0.5" and run["status"] == "FINISHED"
     logged = [(name, value, at) for name, value, _, at in run["metrics"]]
     rows = [(step(4), 4), (step(8), 8), (EVALUATION, 8)]

@@ -100,6 +100,22 @@ def test_what_happens_beside_steps_is_kept_with_its_moment_from_beginning_to_end
     assert moments == sorted(moments) and all(moment.tzinfo for moment in moments)
 
 
+def test_a_resumed_run_records_no_finding_twice_but_one_that_has_changed(tmp_path, capsys):
+    with Tracker(tmp_path, total=8) as tracker:
+        tracker.log_finding("collapse", "warning: after 4 examples it fell")
+        tracker.record_finding("collapse", "warning: said at the end in other words")
+        tracker.log_finding("best checkpoint", "best: step-4")
+    with Tracker(tmp_path, total=16, examples=8) as tracker:
+        tracker.record_finding("collapse", "warning: after 4 examples it fell")
+        tracker.log_finding("best checkpoint", "best: step-12")
+    found = [(row["finding"], row["text"]) for row in json_lines(tmp_path / "events.jsonl") if "finding" in row]
+    assert found == [
+        ("collapse", "warning: after 4 examples it fell"),
+        ("best checkpoint", "best: step-4"),
+        ("best checkpoint", "best: step-12"),
+    ]
+
+
 def test_events_for_which_the_disk_has_no_room_are_kept_for_later_like_all_rows(tmp_path, capsys):
     (tmp_path / "events.jsonl").symlink_to("/dev/full")
     with Tracker(tmp_path, total=8) as tracker:

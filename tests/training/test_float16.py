@@ -13,15 +13,19 @@ from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.writer import CheckpointWriter
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
+from preference_training.modeling.adapters.adding import add_adapter
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.tracking.tracker import Tracker
+from preference_training.training.optimizers.loss_scaling import computes_in_float16
 from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
 from trainers import Trainer
 
 # What torch begins with, and one at which every gradient of a float16 product overflows (the largest number is 65,504).
 USUAL, TOO_LARGE = 2.0**16, 2.0**40
+# A beta at which the gradients of hidden states lie below what float16 has, which ends at 6e-8.
+TINY = 1e-7
 
 
 @pytest.fixture
@@ -117,3 +121,70 @@ def test_a_resumed_run_has_the_scale_and_takes_the_steps_of_one_that_was_never_s
     assert saved["scale"] == 2.0 ** (40 - 1 - 26) and saved["_growth_tracker"] == 1
     metrics = [trainer.train_step(batch(2)) for trainer in (whole, resumed)]
     assert metrics[0] == metrics[1] and same(weights_of(whole), weights_of(resumed))
+
+
+# ---- weights in float16 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def build_low(compose):
+    """Build a trainer of a golden model whose weights are in `dtype`, with or without an adapter, at a beta that is TINY."""
+
+    def built(dtype: str, *overrides: str) -> Trainer:
+        options = (f"model.policy_dtype={dtype}", "model.autocast_dtype=null", "warmup_steps=0", "lr=1e-3", "optimizer=AdamW")
+        config = compose("wandb.enabled=false", "prefix_sharing=off", *options, *overrides)
+        policy = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=getattr(torch, dtype))
+        policy.autocast_dtype = None
+        reference = LiveReference(copy.deepcopy(policy))
+        if config.model.lora.r is not None:
+            torch.manual_seed(0)
+            add_adapter(policy, config.model)
+        return build_trainer(config, policy, build_loss("dpo", beta=TINY), reference)
+
+    return built
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["+adapter=lora"],
+        ["+adapter=lora", "model.lora.modules_to_save=[lm_head]"],
+        ["master_weights=true"],
+    ],
+    ids=["an adapter", "an adapter and a whole module", "all weights"],
+)
+def test_a_gradient_that_would_underflow_in_float16_weights_arrives_as_in_float32(overrides, build_low):
+    exact = build_low("float32", *overrides).train_step(batch())["grad_norm"]
+    trainer = build_low("float16", *overrides)
+    before = copy.deepcopy(weights_of(trainer))
+    assert scale_of(trainer) == USUAL
+    assert trainer.train_step(batch())["grad_norm"] == pytest.approx(exact, rel=0.05)
+    assert not same(before, weights_of(trainer))
+    unscaled = build_low("float16", *overrides)
+    set_scale(unscaled, 1.0)
+    assert unscaled.train_step(batch())["grad_norm"] < 0.9 * exact, "the scale is what brings it there"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "scales"),
+    [
+        (["model.policy_dtype=float16", "+adapter=lora"], True),
+        (["model.policy_dtype=float16"], True),
+        (["model.policy_dtype=float32", "model.autocast_dtype=float16"], True),
+        (["model.policy_dtype=float32", "+adapter=qlora", "model.quantized_compute_dtype=float16"], True),
+        (["model.policy_dtype=float32", "model.quantized_compute_dtype=float16"], False),
+        (["trainer=FSDPTrainer", "model.fsdp_policy_mp=float16", "+adapter=lora"], True),
+        (["trainer=FSDPTrainer", "model.policy_dtype=float16", "model.fsdp_policy_mp=bfloat16"], False),
+        (["trainer=FSDPTrainer", "trainer.reduce_dtype=float16"], True),
+        (["model.policy_dtype=float32", "model.fsdp_policy_mp=float16"], False),
+        (["model.policy_dtype=bfloat16"], False),
+    ],
+)
+def test_the_loss_is_scaled_where_anything_is_computed_in_float16(overrides, scales, compose):
+    assert computes_in_float16(compose(*overrides)) == scales
+
+
+def test_a_checkpoint_of_a_run_that_had_no_scaler_begins_one(build_low):
+    trainer = build_low("float16", "+adapter=lora")
+    trainer.step.updater.scaler.load_state_dict({})
+    assert scale_of(trainer) == USUAL

@@ -14,6 +14,7 @@ from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
+from preference_training.modeling.adapters.adding import add_adapter
 from preference_training.tracking.tracker import NoTracker
 from preference_training.training.monitors import COLLAPSE, STEPS, TrainingMonitor, UnchangedWeights
 from tests.support.building import build_trainer
@@ -166,6 +167,8 @@ def stepped(compose):
         prompts = [TokenizedPrompt([5, 6, 7], [[10, 11, 0]], [])]
         batch = [MicroBatch.of(list(iterate_examples(prompts)))]
         config = compose("optimizer=AdamW", "warmup_steps=0", "batch_size=1", *overrides)
+        if config.model.lora.r is not None:
+            add_adapter(policy, config.model)
         batches = BatchIterator(Schedule(PromptTable.of(prompts), 1, length=RunLength(n_epochs=None, n_steps=n_steps)))
         trainer = build_trainer(config, policy, build_loss("sft"), train=batches, tracker=tracker)
         for _ in range(steps):
@@ -179,6 +182,17 @@ def stepped(compose):
 def test_a_learning_rate_too_small_for_the_weights_dtype_is_said_once(steps, stepped):
     [told] = stepped(steps, torch.bfloat16, "lr=1e-9")
     assert told.startswith("warning: a step with lr 1e-09 has changed 0.0% of the sampled weights")
+    assert "weights in bfloat16" in told and "master_weights=true" in told
+
+
+def test_of_an_adapter_the_dtype_is_its_own_and_no_master_weights_are_advised(stepped):
+    # One whose values are not 0 at the start.
+    own = "lr=1e-12", "model.policy_dtype=bfloat16", "+adapter=pissa"
+    [told] = stepped(1, torch.bfloat16, *own)
+    assert "too small for weights in float32" in told and told.endswith(" Raise lr.")
+    # A module that is trained as a whole beside it has the dtype of the model.
+    whole = "model.lora.modules_to_save=[lm_head]"
+    [told] = stepped(1, torch.bfloat16, *own, whole, "master_weights=false")
     assert "weights in bfloat16" in told and "master_weights=true" in told
 
 
@@ -284,5 +298,14 @@ def test_what_prefix_sharing_saved_is_said_once_and_only_where_it_was_on():
     assert run.said == []
     for saved in (0.2, 0.4):
         run.monitor.observe({"loss/train": 1.0, "counters/examples": 8, "tokens_saved": saved})
+    state = json.loads(json.dumps(run.monitor.state_dict()))
     run.monitor.report_sharing()
     assert run.said == ["prefix sharing: 30% of the tokens of all rows did not have to be computed"]
+    # Of a run that was resumed it is that of all its steps, where its checkpoint has it.
+    resumed, older = Run(), Run()
+    resumed.monitor.load_state_dict(state)
+    older.monitor.load_state_dict({name: state[name] for name in ("newest", "chosen_at_start", "said")})
+    for run, share in ((resumed, "40%"), (older, "60%")):
+        run.monitor.observe({"loss/train": 1.0, "counters/examples": 8, "tokens_saved": 0.6})
+        run.monitor.report_sharing()
+        assert run.said == [f"prefix sharing: {share} of the tokens of all rows did not have to be computed"]

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
-from preference_training.batching.packing import UNLIMITED, TokenBudget, cut, iterate_examples
+from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, cut, iterate_examples
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint, best_first, find_damage, newest_usable
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
@@ -33,6 +34,7 @@ from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cached_reference
 from preference_training.tracking.tracker import Tracker
+from preference_training.training.parts import RunState
 from tests.support.building import build_trainer, take_steps
 from tests.support.files import GOLDEN
 from tests.support.losses import of_every_kind
@@ -388,6 +390,12 @@ def test_samples_that_repeat_are_a_finding_said_once_and_never_before_the_first_
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     [found] = [event for event in events if event.get("finding") == "samples repeat"]
     assert found["text"].startswith("warning: after 4 examples 9") and "the model may be broken" in found["text"]
+    assert RunState().findings == [] and trainer.state.state_dict()["findings"] == ["samples repeat"]
+    # A run that is resumed knows, unless its checkpoint is of a version that did not.
+    resumed, state = RunState(), trainer.state.state_dict()
+    resumed.load_state_dict(state)
+    assert resumed.findings == ["samples repeat"]
+    resumed.load_state_dict({name: value for name, value in state.items() if name != "findings"})
 
 
 def test_samples_that_the_reference_finds_improbable_are_a_finding_said_once(build, tokenized, tmp_path, monkeypatch):
@@ -881,6 +889,40 @@ def test_a_step_that_does_not_fit_into_memory_is_computed_in_halves_with_the_sam
     for name in expected:
         assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-6), name
     torch.testing.assert_close(state_of_packs, state)
+
+
+def limited_trainer(build, tokenized, fits: Callable[[PackedBatch], bool]):
+    """A trainer of one batch whose forward runs out of memory at the packs that do not fit, and that batch."""
+    table = PromptTable.of(tokenized["pairs"][:8])
+    trainer = build(build_loss("dpo"), "llama", *SGD, train=BatchIterator(Schedule(table, 8)))
+    usual = trainer.step.logps
+
+    def logps(pack):
+        if not fits(pack):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return usual(pack)
+
+    trainer.step.logps = logps
+    return trainer, next(iter(trainer.batches.train))
+
+
+def test_packs_are_halved_until_they_fit_into_memory(build, tokenized, capsys):
+    expected = gradient_after_one_step(*limited_trainer(build, tokenized, lambda pack: True))
+    capsys.readouterr()
+    trainer, batch = limited_trainer(build, tokenized, lambda pack: len(pack.places) <= 2)
+    found = gradient_after_one_step(trainer, batch)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: out of memory; ")]
+    assert len(said) >= 2
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5 * expected[0].abs().max().item())
+    assert float(found[1]["loss/train"]) == pytest.approx(float(expected[1]["loss/train"]), rel=1e-5)
+
+
+def test_a_single_example_that_does_not_fit_into_memory_is_named(build, tokenized):
+    trainer, batch = limited_trainer(build, tokenized, lambda pack: False)
+    with pytest.raises(
+        UserError, match=r"^max_length: a single example of \d+ tokens does not fit into memory \(.*\), so smaller"
+    ):
+        trainer.train_step(batch)
 
 
 def test_tokens_are_counted_as_they_were_computed_after_packs_were_halved(build):

@@ -1,7 +1,25 @@
 """The interface of dashboards: what they are told of a run, under the names of metrics.jsonl."""
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+
+from preference_training.core.signals import StoppedError
+
+
+class RunEnd(Enum):
+    """How a run has ended: it finished, it was stopped by a signal or a time limit, or it failed."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+    @classmethod
+    def of(cls, error: BaseException | None) -> "RunEnd":
+        """Of the error that a run has ended with, None for none."""
+        if error is None:
+            return cls.FINISHED
+        return cls.STOPPED if isinstance(error, StoppedError | KeyboardInterrupt) else cls.FAILED
 
 
 @dataclass(frozen=True)
@@ -34,5 +52,5 @@ class Dashboard:
     def log_page(self, path: Path) -> None:
         """Take the run's report, a page in one file."""
 
-    def finish(self) -> None:
-        """Everything has been logged."""
+    def finish(self, end: RunEnd) -> None:
+        """Everything has been logged, and the run has ended like this."""

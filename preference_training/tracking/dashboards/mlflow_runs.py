@@ -7,10 +7,12 @@ from pathlib import Path
 
 from preference_training.core.metric_names import EXAMPLES
 from preference_training.core.values import dotted
-from preference_training.tracking.dashboards.base import Dashboard, RunStart
+from preference_training.tracking.dashboards.base import Dashboard, RunEnd, RunStart
 
 # What its server takes at once, and of a value at most.
 PARAMS_AT_ONCE, LONGEST_VALUE = 100, 6000
+# A run that was stopped has not failed: it is killed, and RUNNING again when it is resumed.
+STATUSES = {RunEnd.FINISHED: "FINISHED", RunEnd.STOPPED: "KILLED", RunEnd.FAILED: "FAILED"}
 # The tag by which a resumed run is found again.
 TAG = "preference_training.run_id"
 
@@ -72,6 +74,6 @@ class MLflowDashboard(Dashboard):
         """As Dashboard's."""
         self.client.log_artifact(self.run_id, str(path))
 
-    def finish(self) -> None:
+    def finish(self, end: RunEnd) -> None:
         """As Dashboard's."""
-        self.client.set_terminated(self.run_id)
+        self.client.set_terminated(self.run_id, status=STATUSES[end])

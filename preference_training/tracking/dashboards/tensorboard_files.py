@@ -2,7 +2,7 @@
 
 from preference_training.configuration.saved import as_yaml
 from preference_training.core.metric_names import EXAMPLES
-from preference_training.tracking.dashboards.base import Dashboard, RunStart
+from preference_training.tracking.dashboards.base import Dashboard, RunEnd, RunStart
 from preference_training.tracking.run_files import TENSORBOARD
 
 
@@ -33,6 +33,6 @@ class TensorBoardDashboard(Dashboard):
             parts = ("\n".join((f"**{key}**", "", *(f"    {line}" for line in str(row[key]).split("\n")))) for key in row)
             self.writer.add_text(f"{name}/{number}", "\n\n".join(parts), examples)
 
-    def finish(self) -> None:
+    def finish(self, end: RunEnd) -> None:
         """As Dashboard's."""
         self.writer.close()

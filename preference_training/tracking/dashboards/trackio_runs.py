@@ -5,7 +5,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from preference_training.core.metric_names import EXAMPLES
-from preference_training.tracking.dashboards.base import Dashboard, RunStart
+from preference_training.tracking.dashboards.base import Dashboard, RunEnd, RunStart
 
 
 class TrackioDashboard(Dashboard):
@@ -45,7 +45,7 @@ class TrackioDashboard(Dashboard):
         """As Dashboard's."""
         self.run.log_artifact(str(path), name=f"report-{self.run.name}", type="report")
 
-    def finish(self) -> None:
-        """As Dashboard's; it returns when everything is written."""
+    def finish(self, end: RunEnd) -> None:
+        """As Dashboard's; it returns when everything is written. Trackio does not keep how a run has ended."""
         with redirect_stdout(io.StringIO()):
             self.run.finish()

@@ -5,8 +5,13 @@ from pathlib import Path
 
 from preference_training.core.errors import first_line
 from preference_training.core.metric_names import EXAMPLES
-from preference_training.tracking.dashboards.base import Dashboard, RunStart
+from preference_training.core.signals import STOPPED
+from preference_training.tracking.dashboards.base import Dashboard, RunEnd, RunStart
 from preference_training.tracking.run_files import WANDB
+
+# wandb shows a run by the exit status of its process. One that was stopped fails there until it is resumed, with the status
+# that means "try again later". "Preempted" would have a sweep of wandb's own start it a second time.
+EXIT_CODES = {RunEnd.FINISHED: 0, RunEnd.STOPPED: STOPPED, RunEnd.FAILED: 1}
 
 
 class WandbDashboard(Dashboard):
@@ -19,11 +24,11 @@ class WandbDashboard(Dashboard):
         import wandb
 
         self.wandb = wandb
-        mode = os.environ.get("WANDB_MODE") or ("online" if _key() else "offline")
+        asked = os.environ.get("WANDB_MODE")
+        mode = asked or ("online" if _key() else "offline")
         if mode == "offline":
-            print(
-                f"wandb: offline, as there is no key; files in {start.run_dir / WANDB}, `wandb sync` uploads them.", flush=True
-            )
+            reason = "as WANDB_MODE says" if asked else "as there is no key"
+            print(f"wandb: offline, {reason}; files in {start.run_dir / WANDB}, `wandb sync` uploads them.", flush=True)
         arguments = {
             "project": start.config["wandb"]["project"],
             "entity": start.config["wandb"]["entity"],
@@ -59,9 +64,9 @@ class WandbDashboard(Dashboard):
         artifact.add_file(str(path))
         self.run.log_artifact(artifact)
 
-    def finish(self) -> None:
+    def finish(self, end: RunEnd) -> None:
         """As Dashboard's; online it returns when everything is uploaded."""
-        self.run.finish()
+        self.run.finish(exit_code=EXIT_CODES[end])
 
 
 def without_key(error: Exception) -> str:

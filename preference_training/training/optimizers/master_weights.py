@@ -40,9 +40,10 @@ class MasterWeights(torch.optim.Optimizer):
             inner["params"] = [self.masters[weight] for weight in mine["params"]]
 
     def sum_gradients_in_float32(self, summed: bool) -> None:
-        """Have autograd sum the gradients of several backward passes in float32, not in the weights' dtype.
+        """Have autograd sum the gradients of the backward passes in float32, not in the weights' dtype.
 
-        One alone keeps the weights' dtype, which is all that it is computed in. Those of sharded weights are FSDP's.
+        That of one pass is computed in the weights' dtype, and needs float32 only to be scaled back. Those of sharded weights
+        are FSDP's.
         """
         for weight in chain.from_iterable(group["params"] for group in self.param_groups):
             if is_low_precision(weight) and not isinstance(weight, DTensor):

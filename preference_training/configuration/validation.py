@@ -20,8 +20,8 @@ from preference_training.configuration.composition import (
     unknown_key,
 )
 from preference_training.configuration.config_files import FOLDER_FLAGS, take_flag
-from preference_training.configuration.keys import Section, check_section, declared
-from preference_training.configuration.schema import Origin, RunConfig
+from preference_training.configuration.keys import PATH, Section, at_home, check_section, declared
+from preference_training.configuration.schema import Origin, RunConfig, keys_with
 from preference_training.configuration.sections import LossConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.values import dotted
@@ -39,6 +39,7 @@ def validate(
     if missing:
         raise UserError(f"{missing[0]}: not given. Expected a value on the command line: {missing[0]}=...")
     _prefer_given_warmup(config, choices)
+    _expand_home(config)
     values = OmegaConf.to_container(config, resolve=True)
     _check_keys(RunConfig, values)
     for group, choice in (choices or {}).items():
@@ -62,6 +63,13 @@ def _prefer_given_warmup(config: DictConfig, choices: dict[str, str] | None) -> 
     usual = default_values(model=preset_of((choices or {}).get("model", "base_model")))
     if usual["warmup_steps"] is None is not config.get("warmup_steps") and config.get("warmup_share") == usual["warmup_share"]:
         config.warmup_share = None
+
+
+def _expand_home(config: DictConfig) -> None:
+    """Let paths that begin with ~ begin with the home directory."""
+    for key, value in dotted(OmegaConf.to_container(config, resolve=False)).items():
+        if key in keys_with(PATH) and at_home(value) != value:
+            OmegaConf.update(config, key, at_home(value), merge=False)
 
 
 def configured(*overrides: str) -> RunConfig:
@@ -115,6 +123,3 @@ def _check_group_names(loss: dict[str, Any], trainer: dict[str, Any]) -> None:
         if found.keys() != known[found["name"]]:
             name = found["name"]
             raise UserError(f"{group}.name: found {name!r} with the keys of another {group}. Choose it by {group}={name}.")
-
-
-# ---- what does not go together ----------------------------------------------------------------------------------------------

@@ -87,6 +87,11 @@ def test_a_key_without_effect_that_misleads_is_refused(given, told):
     assert str(refusal.value) == told
 
 
+def test_a_job_of_a_sweep_may_be_one_that_does_not_read_what_the_others_do():
+    config = configured("loss=dpo", "loss.mode_weight=0.5", "sweep_dir=multirun/1")
+    assert unread_keys(config) == ["loss.mode_weight: without effect, since loss.mode_loss is DPO"]
+
+
 def test_a_warm_up_that_is_given_replaces_that_of_a_recipe():
     recipe = ["+experiment=dialogues_sft", "model=tiny"]
     config = configured(*recipe, "warmup_steps=7")

@@ -23,6 +23,7 @@ import preference_datasets  # noqa: F401  its data sets register themselves
 from preference_training.configuration.checks.run import check_objective, check_weights
 from preference_training.configuration.command_line import mistakes_as_messages, prepare_arguments, refuse
 from preference_training.configuration.composition import CONFIG_DIR, own_folder
+from preference_training.configuration.keys import at_home
 from preference_training.configuration.run_dirs import check_resume, new_run_dir, remove_empty
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.sections import FROM_HALVES
@@ -39,8 +40,8 @@ from preference_training.sweeps.running import run_job
 from preference_training.sweeps.summary import run_to_end
 
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("either", lambda value, otherwise: value or otherwise, replace=True)
-OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
+for _name, _of in {"either": lambda value, other: value or other, "at_home": at_home, "jobs_at_once": jobs_at_once}.items():
+    OmegaConf.register_new_resolver(_name, _of, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")

@@ -21,7 +21,7 @@ from preference_training.checkpointing.checkpoint import (
 )
 from preference_training.checkpointing.state import NEWER_STATE_SHAPE, STATE_SHAPE
 from preference_training.configuration.composition import newer_defaults
-from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, is_within
+from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, PATH, at_home, is_within
 from preference_training.configuration.rerun import RERUN
 from preference_training.configuration.saved import CONFIG
 from preference_training.configuration.schema import RunConfig, keys_with
@@ -141,6 +141,8 @@ def check_same_config(checkpoint: Checkpoint, config: dict) -> None:
     before, now = dotted(checkpoint.config), dotted(config)
     # A key that the run did not know yet had its default.
     before = {key: value for key, value in newer_defaults(checkpoint.config).items() if key in now} | before
+    # Earlier runs have ~ in paths where it is the home directory now.
+    before |= {key: at_home(value) for key, value in before.items() if key in keys_with(PATH)}
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     changed = [key for key in changed if not is_within(key, keys_with(MAY_CHANGE_ON_RESUME))]
     # Another loss has other keys: its name says it all.

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from preference_training.checkpointing.checkpoint import list_checkpoints
 from preference_training.checkpointing.resume import candidate_run_dirs, make_room
 from preference_training.cleaning.labels import judge_labels
-from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, is_within
+from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, PATH, at_home, is_within
 from preference_training.configuration.rerun import keep_presets, rerun_values
 from preference_training.configuration.run_dirs import writable
 from preference_training.configuration.schema import RunConfig, keys_with
@@ -150,6 +150,8 @@ def write_half(config: RunConfig, directory: Path, half: int) -> list[str]:
 
 def check_same(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise UserError where halves that are continued were started with other values of keys that may not change."""
+    # Earlier ones have ~ in paths where it is the home directory now.
+    before = before | {key: at_home(value) for key, value in before.items() if key in keys_with(PATH)}
     keys = [key for key in sorted(before.keys() | now.keys()) if not is_within(key, keys_with(MAY_CHANGE_ON_RESUME))]
     if changed := [key for key in keys if before.get(key) != now.get(key)]:
         listed = "; ".join(f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)

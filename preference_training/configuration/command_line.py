@@ -2,8 +2,9 @@
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from traceback import extract_tb
 
@@ -13,16 +14,18 @@ from omegaconf.errors import OmegaConfBaseException
 from preference_training.configuration.composition import (
     GROUPS,
     OPTIONAL_GROUPS,
+    choice_keys,
     defer_keys_of_swept_groups,
     explain_composition_error,
     force_open_sections,
+    group_choices,
     in_open_section,
     known_keys,
     resolve_groups,
     unknown_key,
 )
 from preference_training.configuration.config_files import FOLDER_FLAGS, insert_config_file, key_of, name_file, take_flag
-from preference_training.configuration.other_tools import answer, translated
+from preference_training.configuration.other_tools import Part, answer, plain, translated
 from preference_training.configuration.run_dirs import not_writable_message
 from preference_training.core.errors import UserError
 from preference_training.core.processes import reports_for_machine
@@ -41,40 +44,119 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
     return defer_keys_of_swept_groups(force_open_sections(named))
 
 
+@dataclass(frozen=True)
+class _Argument:
+    """An argument of the command line: `text` as it is, or an option of another tool, `name` with perhaps a `value`."""
+
+    text: str
+    name: str = ""
+    value: str | None = None
+    has_dashes: bool = False
+
+
 def refuse_other_tools(arguments: Sequence[str]) -> None:
     """Raise UserError where options have the names or the dashes of other tools: what each is here, in a line."""
+    read = list(_read(arguments))
+    if not any(each.name for each in read):
+        return
+    given = _given(read)
     told: list[str] = []
-    ours: list[str] = []
+    ours: list[Part] = []
+    lost: list[str] = []
+    for each in read:
+        if not each.name:
+            ours.append(Part(each.text))
+            continue
+        line, parts = _here(each, given)
+        told.append(line)
+        ours += parts or []
+        lost += [each.name] if parts is None else []
+    kept = _each_key_once(ours)
+    foreign = [part for part in kept if _is_of_another_choice(part, kept)]
+    told += [f"{part.text}: left out, since {_choice_of(part, kept)} has no such key" for part in foreign]
+    command = shlex.join(part.text for part in kept if part not in foreign)
+    without = f", without {', '.join(lost)}" if lost else ""
+    whole = f"\nTogether{without}: python train.py {command}" if len(told) > 1 and command else ""
+    raise UserError("\n".join(told) + whole)
+
+
+def _read(arguments: Sequence[str]) -> Iterator[_Argument]:
     rest = list(arguments)
     while rest:
         text = rest.pop(0)
-        line: str | None = None
-        override: str | None = None
-        value: str | None
         if text.startswith("--") and not _is_hydras(text):
             name, equals, value = text[2:].partition("=")
             takes_next = not equals and rest and not rest[0].startswith("--") and "=" not in rest[0]
             given = value if equals else rest.pop(0) if takes_next else None
-            line, override = _without_dashes(name, given)
-        elif "=" in text and not text.startswith("-") and not _is_ours(key_of(text)):
-            key, value = key_of(text), text.partition("=")[2] or None
-            line, override = answer(key, value), translated(key, value)
-        told += [line] if line else []
-        ours += shlex.split(override or "") if line else [text]
-    if told:
-        whole = f"\nTogether: python train.py {shlex.join(_each_key_once(ours))}" if len(told) > 1 else ""
-        raise UserError("\n".join(told) + whole)
+            yield _Argument(text, name, given, has_dashes=True)
+        elif "=" in text and not text.startswith("-") and answer(key_of(text)) and not _is_ours(key_of(text)):
+            yield _Argument(text, key_of(text), text.partition("=")[2] or None)
+        else:
+            yield _Argument(text)
 
 
-def _each_key_once(arguments: Sequence[str]) -> list[str]:
-    """Overrides of which each key is set once: a later one replaces an earlier one, and qlora, which includes it, lora."""
-    last: dict[str, str] = {}
-    for text in arguments:
-        key = key_of(text) if "=" in text and not text.startswith("-") else text
-        before = last.pop(key, text)
-        keeps = key == "adapter" and before.endswith("=qlora") and text.endswith("=lora")
-        last[key] = before if keeps else text
-    return list(last.values())
+def _given(arguments: Sequence[_Argument]) -> dict[str, str]:
+    """The values of a command line, by the names that they are given with and by those that they have here."""
+    given: dict[str, str] = {}
+    for each in arguments:
+        name = plain(each.name) or key_of(each.text)
+        value = each.value if each.name else each.text.partition("=")[2]
+        given[name] = value or ""
+        texts = [part.text for part in translated(each.name, each.value) or ()] if each.name else []
+        given |= {key_of(text): text.partition("=")[2] for text in texts}
+    return given
+
+
+def _here(argument: _Argument, given: Mapping[str, str]) -> tuple[str, list[Part] | None]:
+    """A line on what an option is here, and the overrides for it: None where it is lost."""
+    name, value = argument.name, argument.value
+    key = name.replace("-", "_")
+    if argument.has_dashes and _is_ours(key):
+        part = Part(f"{key}={'true' if value is None else value}")
+        return f"--{name}: written without dashes here: {part.shown}", [part]
+    return answer(key, value, given) or unknown_key(key), translated(key, value, given)
+
+
+# What a choice includes, by which it replaces the other wherever both are given.
+_INCLUDED = {
+    **{f"adapter={name}": "adapter=lora" for name in ("qlora", "dora", "rslora", "pissa")},
+    **{f"loss={name}": "loss=dpo" for name in ("rpo", "tr_dpo")},
+}
+
+
+def _each_key_once(parts: Sequence[Part]) -> list[Part]:
+    """The parts of which each key is set once: by the more exact one, and of equal ones by the last."""
+    kept: dict[str, Part] = {}
+    for part in parts:
+        key = key_of(part.text) if "=" in part.text and not part.text.startswith("-") else part.text
+        before = kept.get(key)
+        if before is None or not _outranks(before, part):
+            kept[key] = part
+    return list(kept.values())
+
+
+def _outranks(before: Part, after: Part) -> bool:
+    """Whether the first of two parts with the same key stays."""
+    if before.text.lstrip("+") == _INCLUDED.get(after.text.lstrip("+")):
+        return False
+    if after.text.lstrip("+") == _INCLUDED.get(before.text.lstrip("+")):
+        return True
+    ranks = [(not part.is_choice, not part.is_general) for part in (before, after)]
+    return ranks[0] > ranks[1]
+
+
+def _choice_of(part: Part, parts: Iterable[Part]) -> str | None:
+    """The choice of the group that a part sets a key of, if it is among the parts."""
+    group = part.text.partition(".")[0]
+    return next((each.text for each in parts if group in GROUPS and each.text.startswith(f"{group}=")), None)
+
+
+def _is_of_another_choice(part: Part, parts: Iterable[Part]) -> bool:
+    """Whether a part sets a key that the choice of its group does not have."""
+    key, choice = key_of(part.text), _choice_of(part, parts)
+    group, _, name = key.partition(".")
+    chosen = choice.partition("=")[2] if choice else ""
+    return bool(name) and group != "model" and chosen in group_choices(group) and name not in choice_keys(group, chosen)
 
 
 def _is_hydras(text: str) -> bool:
@@ -87,15 +169,6 @@ def _is_hydras(text: str) -> bool:
 
 def _is_ours(key: str) -> bool:
     return key in known_keys() or key in (*GROUPS, *OPTIONAL_GROUPS) or in_open_section(key)
-
-
-def _without_dashes(name: str, value: str | None) -> tuple[str, str | None]:
-    """A line on an option that is written with dashes, and the override for it, None where there is none."""
-    key = name.replace("-", "_")
-    if _is_ours(key):
-        override = f"{key}={'true' if value is None else value}"
-        return f"--{name}: written without dashes here: {override}", override
-    return answer(key, value) or unknown_key(key), translated(key, value)
 
 
 def refuse(message: str) -> int:

@@ -47,13 +47,14 @@ def defer_keys_of_swept_groups(arguments: list[str]) -> list[str]:
     Hydra composes once without what is swept over: with loss=dpo,ipo that is under the default loss, which may not have a key
     that all of the jobs have. A sweep over the key's one value is the same for the jobs, each of which is checked.
     """
-    swept = {override.key_or_group for text in arguments if (override := _parsed(text)) and override.is_sweep_override()}
+    given = [override for text in arguments if (override := parsed_override(text))]
+    swept = {override.key_or_group for override in given if override.is_sweep_override()}
     swept |= {key for text in arguments for key in _swept_by_experiment(text)}
     groups = tuple(f"{group}." for group in swept & set(GROUPS))
     return [_as_sweep(text) if text.startswith(groups) else text for text in arguments] if groups else arguments
 
 
-def _parsed(text: str) -> Any:
+def parsed_override(text: str) -> Any:
     """Hydra's override of a command-line argument; None for one that is none."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -75,11 +76,11 @@ def _swept_by_experiment(text: str) -> set[str]:
 
 def _as_sweep(text: str) -> str:
     """An override with one value as a sweep over just this; others as they are."""
-    override, (key, _, value) = _parsed(text), text.partition("=")
+    override, (key, _, value) = parsed_override(text), text.partition("=")
     # Hydra's choice() does not know null.
     if override is None or override.is_sweep_override() or override.value() is None:
         return text
-    deferred = _parsed(f"{key}=choice({value})")
+    deferred = parsed_override(f"{key}=choice({value})")
     if deferred is None or not deferred.is_sweep_override() or deferred.value().list != [override.value()]:
         # It may mean something else in there.
         value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 from preference_training.core.errors import UserError, nearest
@@ -27,6 +28,8 @@ NEWER = "newer than the first version"
 NOT_SHOWN = "not shown"
 # A section whose keys are another library's or the user's, and so not listed in our files.
 OPEN = "open"
+# A path, or a list of paths, perhaps with the name of what is in the file; a ~ at the beginning is the home directory.
+PATH = "path"
 
 
 def key(kind: Kind, *flags: str, default: Any = MISSING) -> Any:
@@ -106,6 +109,17 @@ def _key_names(section_class: type, prefix: str, above: frozenset[str]) -> Itera
 def is_within(name: str, names: Iterable[str]) -> bool:
     """Whether a dotted name is one of the names, or in a section that is."""
     return any(name == each or name.startswith(f"{each}.") for each in names)
+
+
+def at_home(value: Any) -> Any:
+    """The value of a path's key with the home directory in place of ~; anything else as it is."""
+    if isinstance(value, list):
+        return [at_home(each) for each in value]
+    try:
+        return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
+    except RuntimeError:
+        # No user of this name.
+        return value
 
 
 # ---- kinds --------------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def _choice(name: str, known: Sequence[str]) -> str:
         return name
     values = find_model(name)
     # A path that leads upwards could be read as one within config/.
-    choice = str(Path(name).expanduser().absolute()) if name[0] in "~." else name.rstrip("/")
+    choice = str(Path(name).expanduser().absolute()) if name.startswith(("~", ".")) else name.rstrip("/")
     _store(choice, values)
     return choice
 
@@ -109,6 +109,8 @@ def _store(choice: str, values: dict[str, Any]) -> None:
 
 def find_model(name: str) -> dict[str, Any]:
     """The keys of the section `model` that a model's name stands for. Raises UserError for what is no model."""
+    if not name:
+        raise UserError(f"model: found an empty name, expected a preset, such as {', '.join(presets()[:3])}. {OTHERS}")
     path = Path(name).expanduser()
     full = str(path.absolute()) if name[0] in "~." else name.rstrip("/")
     if path.is_dir():

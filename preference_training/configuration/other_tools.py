@@ -1,37 +1,138 @@
 """What the options of other tools are called here: of TRL and the Trainer of transformers, LLaMA-Factory, axolotl, torchtune.
 
-A table of names. Each has the override that does the same, with {} where the user's value goes, and a value that it is shown
+A table of names. Each has the overrides that do the same, with {} where the user's value goes, and a value that it is shown
 with where the user gave none; or a sentence where nothing is to be set.
 """
 
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from types import MappingProxyType
+
+# Other arguments of the command line by their names, ours and those of other tools.
+Given = Mapping[str, str]
+NOTHING: Given = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Part:
+    """An override that does what an option of another tool does.
+
+    is_choice: of a group or an optimizer that the option's own override needs, and that any other choice replaces. is_general:
+    of a kind of training, which one of a loss replaces.
+    """
+
+    text: str
+    is_choice: bool = False
+    is_general: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The override as a word on the command line."""
+        return shlex.quote(self.text) if set(self.text) & set(" \t'\"\\") else self.text
 
 
 @dataclass(frozen=True)
 class Answer:
     """What an option of another tool is here.
 
-    overrides: as on the command line. example: a value of it. values: those of the other tool that have another name here.
-    off: those that are the default here. note: what else is to be known, or all there is to say where there is no override.
+    overrides: as on the command line; the last one is the option's own, the others are what it needs. example: a value of it.
+    values: those of the other tool that have another name here. off: those that are the default here. computed: the value here
+    of one there, beside the other arguments, None where it does not follow from them. note: what else is to be known, or all
+    there is to say where there is no override; `notes` of some values in its place. is_general: whether options for the loss
+    are more exact. is_done: whether nothing is to be set, and nothing lost.
     """
 
     overrides: str = ""
     example: str = ""
     values: dict[str, str] = field(default_factory=dict)
     off: tuple[str, ...] = ()
+    computed: Callable[[str, Given], str | None] | None = None
     note: str = ""
+    notes: dict[str, str] = field(default_factory=dict)
+    is_general: bool = False
+    is_done: bool = False
+
+    def parts(self, value: str | None = None, given: Given = NOTHING) -> list[Part]:
+        """The overrides with the user's value, or with the example; none where there is nothing to set."""
+        if self.is_off(value):
+            return []
+        here = self.example if value is None else self.values.get(_lower(value), value)
+        if value is not None and self.computed is not None:
+            computed = self.computed(here, given)
+            if computed is None:
+                return []
+            here = computed
+        if "," in here and here[0] not in "[{'\"" and any(name in self.overrides for name in _LISTS):
+            here = f"[{here}]"
+        words = self.overrides.split()
+        texts = [text.format(here) for text in words]
+        if value is not None and here in self.values.values():
+            # What a value is called here may be several overrides.
+            texts = " ".join(texts).split()
+        return [Part(text, number < len(words) - 1, self.is_general) for number, text in enumerate(texts)]
 
     def text(self, value: str | None = None) -> str | None:
-        """The override with the user's value, or with the example; None where there is nothing to set."""
-        plain = (value or "").strip("'\"").lower()
-        if plain in (self.off if "{}" in self.overrides else _OFF):
-            return None
-        given = self.example if value is None else self.values.get(plain, value)
-        if "," in given and given[0] not in "[{'\"" and any(name in self.overrides for name in _LISTS):
-            given = f"[{given}]"
-        return self.overrides.format(given) or None
+        """The overrides as words of a command line; None where there is nothing to set."""
+        return " ".join(part.shown for part in self.parts(value)) or None
 
+    def is_off(self, value: str | None) -> bool:
+        """Whether a value of the other tool is the default here."""
+        return _lower(value) in (self.off if "{}" in self.overrides else _OFF)
+
+
+def _lower(value: str | None) -> str:
+    return (value or "").strip("'\"").lower()
+
+
+# ---- values that follow from others -----------------------------------------------------------------------------------------
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
+
+
+def _product(*factors: float | None) -> str | None:
+    """A product of whole numbers; None where one is not known, or no whole number."""
+    result = 1.0
+    for each in factors:
+        if each is None or each < 1 or each % 1:
+            return None
+        result *= each
+    return str(int(result))
+
+
+def _in_examples(steps: str, given: Given) -> str | None:
+    """Steps as examples, where it is known how many a step has."""
+    size, each = given.get("batch_size"), given.get("per_device_batch_size")
+    if size is None and each is not None and "trainer" not in given:
+        # One device.
+        return _product(_number(steps), _number(each), _number(given.get("gradient_accumulation_steps", "1")))
+    return _product(_number(steps), _number(size))
+
+
+def _in_all_epochs(of_an_epoch: str, given: Given) -> str | None:
+    return _product(_number(of_an_epoch), _number(given.get("n_epochs")))
+
+
+def _in_one_epoch(examples: str, given: Given) -> str | None:
+    return examples if _number(given.get("n_epochs")) == 1 else None
+
+
+def _both_betas(_: str, given: Given) -> str:
+    return f"[{given.get('adam_beta1', '0.9')},{given.get('adam_beta2', '0.999')}]"
+
+
+def _as_multiple_of_lr(rate: str, given: Given) -> str | None:
+    own, lr = _number(rate), _number(given.get("lr"))
+    return f"{own / lr:.6g}" if own and lr else None
+
+
+# ---- the table --------------------------------------------------------------------------------------------------------------
 
 _OFF = ("false", "none", "null", "no", "off")
 # Keys whose values are lists, which other tools write without brackets.
@@ -54,8 +155,11 @@ _SCHEDULES = {
 }  # fmt: skip
 _DTYPES = {"auto": "bfloat16", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _ATTENTIONS = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "true": "flash_attention_2", "disabled": "eager"}
-_IN_EXAMPLES = "it counts examples, not steps: steps times batch_size"
 _PACKED = "responses are always packed without padding, and what they share is computed once: nothing to set"
+
+
+def _every(key: str) -> str:
+    return f"{key} counts examples, not steps: steps times batch_size"
 
 
 def _each(names: str, *answer: object, **more: object) -> dict[str, Answer]:
@@ -77,8 +181,11 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("torch_dtype dtype model_dtype", "model.policy_dtype={}", "bfloat16", _DTYPES),
     **_each("router_aux_loss_coef output_router_logits", "model.router_aux_loss={}", "0.001", {"true": "0.001"}),
     **_each("trust_remote_code", "model.trust_remote_code={}", "true"),
-    **_each("attn_implementation", "model.attn_implementation={}", "flash_attention_2", _ATTENTIONS),
-    **_each("flash_attention flash_attn use_flash_attention_2 use_flash_attn", "model.attn_implementation=flash_attention_2"),
+    **_each(
+        "attn_implementation flash_attention flash_attn use_flash_attention_2 use_flash_attn",
+        *("model.attn_implementation={}", "flash_attention_2", _ATTENTIONS),
+        off=_OFF,
+    ),
     **_each("use_liger_kernel use_liger enable_liger_kernel liger_kernel", "model.liger_kernels={}", "true"),
     **_each("load_in_4bit qlora bnb_4bit use_qlora", "+adapter=qlora"),
     **_each("load_in_8bit", "+adapter=lora model.quantization=int8"),
@@ -113,15 +220,19 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("unfrozen_parameters trainable_parameters", "model.trainable={}", "[norm]"),
     **_each("freeze_parameters", "model.freeze={}", "[embed_tokens]"),
     **_each("neftune_noise_alpha noisy_embedding_alpha neftune_alpha", "model.neftune_alpha={}", "5"),
-    **_each("add_tokens new_tokens", '"model.add_tokens={}"', "['<plan>']"),
-    **_each("add_special_tokens new_special_tokens", '"model.add_special_tokens={}"', "['<tool>']"),
+    **_each("add_tokens new_tokens", "model.add_tokens={}", "['<plan>']"),
+    **_each("add_special_tokens new_special_tokens", "model.add_special_tokens={}", "['<tool>']"),
     **_each(
         "lora_target_modules lora_target lora_target_linear model.lora_attn_modules",
         *("+adapter=lora model.lora.target_modules={}", "[q_proj,v_proj]"),
         values=dict.fromkeys(("all", "all-linear", "true"), "null"),
     ),
     **_each("adapter_name_or_path lora_model_dir", "model={}", "Qwen/Qwen3-0.6B", note="a directory of an adapter is a model"),
-    **_each("ref_model ref_model_name_or_path reference_model", note="the reference is the model that training starts from"),
+    **_each(
+        "ref_model ref_model_name_or_path reference_model",
+        note="the reference is the model that training starts from, or the weights in model.reference_archive: a checkpoint "
+        "directory or a policy.pt",
+    ),
     # The data.
     **_each(
         "dataset dataset_name dataset_path dataset_name_or_path dataset_mixer train_file train_dataset data_path data_files",
@@ -132,7 +243,12 @@ OTHER_NAMES: dict[str, Answer] = {
         note="a file's entry in datasets has its held-out file: 'datasets=[{path: mine.jsonl, test_path: held_out.jsonl}]'",
     ),
     **_each("val_set_size val_size test_size eval_split_ratio validation_split", "held_out_share={}", "0.1"),
-    **_each("max_samples max_train_samples", "n_examples={}", "1000"),
+    **_each(
+        "max_samples max_train_samples",
+        *("n_examples={}", "1000"),
+        computed=_in_one_epoch,
+        note="n_examples counts the examples of all epochs together; several epochs of the same rows need a file of these rows",
+    ),
     **_each("max_eval_samples", "n_eval_examples={}", "200"),
     **_each("chat_template conversation_template prompt_template", "template={}", "chat", {"tokenizer_default": "chat"}),
     **_each("system_message default_system", "system_prompt={}", "'Answer briefly.'"),
@@ -143,17 +259,25 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each(
         "max_completion_length max_target_length max_response_length", note="max_length counts prompt and response together"
     ),
-    **_each("packing sample_packing neat_packing padding_free pad_to_sequence_len group_by_length", note=_PACKED),
+    **_each(
+        "packing sample_packing neat_packing padding_free pad_to_sequence_len group_by_length",
+        note=_PACKED,
+        is_done=True,
+    ),
     **_each(
         "train_on_inputs assistant_only_loss completion_only_loss train_on_prompt mask_prompt dataset.train_on_input",
         note="prompts are never trained on; train_on=last_turn trains on the last turn of a conversation alone",
     ),
     # The loss.
-    **_each("stage rl loss_type pref_loss rl_loss training_type trainer_type alignment", "loss={}", "dpo", _LOSSES),
-    **_each("beta pref_beta dpo_beta rl_beta kto_beta orpo_beta loss_beta", "loss=dpo loss.beta={}", "0.1"),
+    **_each("stage training_type trainer_type alignment", "loss={}", "dpo", _LOSSES, is_general=True),
+    **_each("rl loss_type pref_loss rl_loss", "loss={}", "dpo", _LOSSES),
+    **_each("beta pref_beta dpo_beta rl_beta loss_beta", "loss=dpo loss.beta={}", "0.1"),
+    **_each("kto_beta", "loss=kto loss.beta={}", "0.1"),
+    **_each("orpo_beta", "loss=orpo loss.beta={}", "0.1"),
     **_each("simpo_gamma gamma", "loss=simpo loss.gamma={}", "1.0"),
     **_each("pref_ftx rpo_alpha dpo_ftx", "loss=rpo loss.alpha={}", "1.0"),
-    **_each("label_smoothing dpo_label_smoothing label_smoothing_factor", "loss=dpo loss.label_smoothing={}", "0.1"),
+    **_each("label_smoothing dpo_label_smoothing", "loss=dpo loss.label_smoothing={}", "0.1"),
+    **_each("label_smoothing_factor", note="it smooths tokens, which no loss here does; loss.label_smoothing is of pairs"),
     **_each("kto_chosen_weight desirable_weight", "loss=kto loss.desirable_weight={}", "1.0"),
     **_each("kto_rejected_weight undesirable_weight", "loss=kto loss.undesirable_weight={}", "1.0"),
     **_each("reference_free", "loss=dpo loss.reference_free={}", "true"),
@@ -163,8 +287,7 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("learning_rate learningrate peak_lr optimizer.lr", "lr={}", "1e-5"),
     **_each("optim optimizer_type optimizer_name", "optimizer={}", "AdamW", _OPTIMIZERS),
     **_each("adam_epsilon adam_eps", "optimizer=AdamW optimizer_kwargs.eps={}", "1e-8"),
-    **_each("adam_beta1", "optimizer=AdamW optimizer_kwargs.betas=[{},0.999]", "0.9"),
-    **_each("adam_beta2", "optimizer=AdamW optimizer_kwargs.betas=[0.9,{}]", "0.95"),
+    **_each("adam_beta1 adam_beta2", "optimizer=AdamW optimizer_kwargs.betas={}", "[0.9,0.95]", computed=_both_betas),
     **_each("wd optimizer.weight_decay", "weight_decay={}", "0.01"),
     **_each("gradient_clip_val gradient_clipping clip_grad_norm max_norm", "max_grad_norm={}", "1.0"),
     **_each("lr_scheduler_type lr_scheduler scheduler", "lr_schedule={}", "cosine", _SCHEDULES),
@@ -172,7 +295,13 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("warmup_ratio warmup_fraction", "warmup_share={}", "0.1"),
     **_each("num_warmup_steps lr_warmup_steps", "warmup_steps={}", "10"),
     **_each("num_train_epochs num_epochs epochs max_epochs", "n_epochs={}", "3"),
-    **_each("max_steps max_train_steps num_steps total_steps train_steps max_steps_per_epoch", "n_steps={}", "100"),
+    **_each("max_steps max_train_steps num_steps total_steps train_steps", "n_steps={}", "100"),
+    **_each(
+        "max_steps_per_epoch",
+        *("n_steps={}", "100"),
+        computed=_in_all_epochs,
+        note="n_steps counts the steps of all epochs together: steps times n_epochs",
+    ),
     **_each(
         "per_device_train_batch_size micro_batch_size micro_train_batch_size device_train_batch_size train_micro_batch_size",
         *("per_device_batch_size={}", "4"),
@@ -191,11 +320,19 @@ OTHER_NAMES: dict[str, Answer] = {
     ),
     **_each("torch_compile use_torch_compile", "compile={}", "true"),
     **_each(
-        "deepspeed deepspeed_config ds_config fsdp fsdp_config use_fsdp zero_stage accelerate_config",
+        "deepspeed deepspeed_config ds_config fsdp fsdp_config use_fsdp accelerate_config",
         *("trainer=FSDPTrainer",),
         note="trainer.sharding: full is ZeRO stage 3, grad_op stage 2, optimizer stage 1",
     ),
-    **_each("tensor_parallel tensor_parallel_size tp_size", "trainer=TensorParallelTrainer"),
+    **_each(
+        "zero_stage",
+        *("trainer=FSDPTrainer trainer.sharding={}", "full"),
+        values={"0": "none", "1": "optimizer", "2": "grad_op", "3": "full"},
+    ),
+    **_each("tensor_parallel", "trainer=TensorParallelTrainer"),
+    **_each(
+        "tensor_parallel_size tp_size", "trainer=TensorParallelTrainer trainer.tensor_parallel_size={}", "2", off=("1", *_OFF)
+    ),
     **_each("num_gpus n_gpus num_processes nproc_per_node", "trainer=FSDPTrainer trainer.nproc_per_node={}", "2"),
     **_each("ddp data_parallel", "trainer=FSDPTrainer trainer.sharding=none"),
     # Files, evaluation and logging.
@@ -209,19 +346,42 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("wandb_entity", "wandb.entity={}", "mine"),
     **_each(
         "logging_steps log_every_n_steps log_interval logging_strategy log_steps",
-        *("minimum_log_interval_secs={}", "1"),
-        note="seconds between two lines; metrics.jsonl has every step",
+        note="minimum_log_interval_secs counts seconds between two lines, not steps; metrics.jsonl has every step",
     ),
-    **_each("eval_steps evaluation_steps eval_interval val_steps evals_per_epoch", "eval_every={}", "2000", note=_IN_EXAMPLES),
-    **_each("eval_strategy evaluation_strategy", "eval_every=2000", note=_IN_EXAMPLES),
+    **_each(
+        "eval_steps evaluation_steps eval_interval val_steps",
+        *("eval_every={}", "2000"),
+        computed=_in_examples,
+        note=_every("eval_every"),
+    ),
+    **_each("evals_per_epoch", note="eval_every counts examples: those of an epoch, divided by the number of evaluations"),
+    **_each(
+        "eval_strategy evaluation_strategy",
+        note="eval_every counts the examples from one evaluation to the next; those of an epoch are one an epoch",
+        notes={"no": "nothing is evaluated where nothing is held out: held_out_share=0"},
+    ),
     **_each("eval_on_start", "do_first_eval={}", "true"),
-    **_each("save_steps save_interval checkpoint_every saves_per_epoch", "save_every={}", "2000", note=_IN_EXAMPLES),
+    **_each(
+        "save_steps save_interval checkpoint_every",
+        *("save_every={}", "2000"),
+        computed=_in_examples,
+        note=_every("save_every"),
+    ),
+    **_each(
+        "saves_per_epoch",
+        note="save_every counts examples: those of an epoch, divided by the number of checkpoints; save_strategy=epoch is one",
+    ),
     **_each("save_total_limit max_checkpoints", "keep_last={}", "2"),
     **_each("load_best_model_at_end", "load_best={}", "true"),
     **_each("save_best", "keep_best=1"),
     **_each("ema_alpha ema_rate use_ema model_ema", "ema_decay={}", "0.99", {"true": "0.99"}),
     **_each("embedding_lr_scale", "lr_groups={{embed:{}}}", "0.1"),
-    **_each("embedding_lr embedding_learning_rate", "lr_groups={{embed:0.1}}", note="in multiples of lr"),
+    **_each(
+        "embedding_lr embedding_learning_rate",
+        *("lr_groups={{embed:{}}}", "0.1"),
+        computed=_as_multiple_of_lr,
+        note="lr_groups={embed: 0.1} is in multiples of lr",
+    ),
     **_each("metric_for_best_model", "objective={}", "loss/eval"),
     **_each("generate_during_eval", "sample_during_eval={}", "true"),
     **_each(
@@ -235,26 +395,34 @@ OTHER_NAMES: dict[str, Answer] = {
 }
 
 
-def answer(key: str, value: str | None = None) -> str | None:
-    """What an option of another tool is here, in one line; None for a name that none of them has."""
-    found = OTHER_NAMES.get(_plain(key))
+def answer(key: str, value: str | None = None, given: Given = NOTHING) -> str | None:
+    """What an option of another tool is here, in one line; None for a name that none of them has.
+
+    given: other arguments, from which some values follow.
+    """
+    found = OTHER_NAMES.get(plain(key))
     if found is None:
         return None
-    overrides = found.text(value)
-    said = f"in this project: {overrides}" if overrides else "" if found.note else "leave it out"
-    return f"{key}: {'; '.join(part for part in (said, found.note) if part)}"
+    overrides = " ".join(part.shown for part in found.parts(value, {**given, plain(key): value or ""}))
+    note = found.notes.get(_lower(value), found.note)
+    said = f"in this project: {overrides}" if overrides else "" if note else "leave it out"
+    return f"{key}: {'; '.join(part for part in (said, note) if part)}"
 
 
 def near_name(key: str) -> str | None:
     """The option of another tool that a misspelled name most likely means; None where none is near."""
-    return next(iter(get_close_matches(_plain(key), OTHER_NAMES, n=1, cutoff=0.85)), None)
+    return next(iter(get_close_matches(plain(key), OTHER_NAMES, n=1, cutoff=0.85)), None)
 
 
-def translated(key: str, value: str | None) -> str | None:
-    """The override for an option of another tool with the user's value; None where there is none."""
-    found = OTHER_NAMES.get(_plain(key))
-    return found.text(value) if found is not None else None
+def translated(key: str, value: str | None, given: Given = NOTHING) -> list[Part] | None:
+    """The overrides for an option of another tool with the user's value; None where it is lost without one."""
+    found = OTHER_NAMES.get(plain(key))
+    if found is None:
+        return None
+    parts = found.parts(value, {**given, plain(key): value or ""})
+    return parts if parts or found.is_done or (not found.notes and found.is_off(value)) else None
 
 
-def _plain(key: str) -> str:
+def plain(key: str) -> str:
+    """The name of an option as the table has it."""
     return key.lower().replace("-", "_")

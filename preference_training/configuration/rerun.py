@@ -15,7 +15,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from preference_training.configuration.composition import GROUPS, OPTIONAL_GROUPS, group_choices
-from preference_training.configuration.schema import RunConfig
+from preference_training.configuration.keys import PATH
+from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.configuration.sections import FROM_HALVES
 
 RERUN = "rerun.yaml"
@@ -25,16 +26,10 @@ HEAD = """# What this run was started with. To repeat it:
 # Of one start, not of what is run.
 OF_THE_START = ("resume", "dry_run", "local_run_dir", "sweep_dir", "hydra")
 # Keys whose values may be paths.
-PATHS = (
-    "model", "model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "model.reference_archive",
-    "model.chat_template", "datasets",
-    "contamination_files", "data.weights", "loss.function", "evaluation.to", "evaluation.against", "evaluation.task_path",
-    "cache_dir", "local_dirs", "rounds.prompts", "rounds.judge", "rounds.second_judge",
-    "rounds.judging.rubric", "rounds.held_out",
-)  # fmt: skip
+PATHS = frozenset({"model"}) | keys_with(PATH)
 
 # Judges are functions in files, models, or names such as tests, which a folder may have too.
-JUDGES = ("rounds.judge", "rounds.second_judge")
+JUDGES = ("rounds.judge", "rounds.second_judge", "evaluation.judge")
 MODEL_JUDGE = "reward_model:"
 
 

@@ -17,6 +17,7 @@ from preference_training.configuration.keys import (
     NOT_SHOWN,
     OPEN,
     OUTSIDE_JOB_IDENTITY,
+    PATH,
     Section,
     anything,
     expected,
@@ -103,7 +104,7 @@ class RunConfig(Section):
         expected("a port from 1 to 65535, or null", lambda value: value is None or (type(value) is int and 0 < value < 2**16)),
         *(MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN),
     )
-    datasets: list[Any] | str | dict[str, Any] = key(anything, NOT_SHOWN)
+    datasets: list[Any] | str | dict[str, Any] = key(anything, NOT_SHOWN, PATH)
     data: DataConfig = section(DataConfig)
     held_out_share: float = key(share())
     template: str | None = key(one_of(TEMPLATES, null=True))
@@ -115,20 +116,20 @@ class RunConfig(Section):
         *(MAY_CHANGE_ON_RESUME, NOT_SHOWN),
     )
     contamination_files: list[str] | str = key(
-        texts("paths, as in [gsm8k_test.jsonl]"), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN
+        texts("paths, as in [gsm8k_test.jsonl]"), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN, PATH
     )
     quality: QualityConfig = section(QualityConfig, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     eval_only: bool = key(switch, MAY_CHANGE_ON_RESUME)
     evaluation: EvaluationConfig = section(EvaluationConfig, MAY_CHANGE_ON_RESUME)
     tracking: list[str] | str = key(anything, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY)
     wandb: WandbConfig = section(WandbConfig, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
-    local_dirs: list[str] | str = key(anything, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
-    local_run_dir: str = key(anything, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
-    sweep_dir: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
+    local_dirs: list[str] | str = key(anything, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN, PATH)
+    local_run_dir: str = key(anything, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN, PATH)
+    sweep_dir: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN, PATH)
     gpus_per_job: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     pruner: str | None = key(known_name("pruner", PRUNERS, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     pruner_kwargs: dict[str, Any] = key(plain_section, OPEN, MAY_CHANGE_ON_RESUME, NOT_SHOWN)
-    cache_dir: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
+    cache_dir: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN, PATH)
     sample_during_eval: bool | None = key(
         expected("true, false or null", lambda value: value is None or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
     )
@@ -185,7 +186,7 @@ class RunConfig(Section):
     )
     compile: bool = key(switch)
     eval_every: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
-    resume: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    resume: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN, PATH)
     save_strategy: str = key(one_of(("steps", "epoch", "no"), "steps, epoch or no"), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     save_every: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     save_async: bool = key(switch, MAY_CHANGE_ON_RESUME, NOT_SHOWN)

@@ -11,6 +11,7 @@ from preference_training.configuration.keys import (
     NOT_SHOWN,
     OPEN,
     OUTSIDE_JOB_IDENTITY,
+    PATH,
     Section,
     anything,
     check_section,
@@ -139,11 +140,11 @@ def _tokens_problem(value: Any) -> str | None:
 class ModelConfig(Section):
     """model"""
 
-    name_or_path: str | None = key(text(null=True), NOT_SHOWN)
-    tokenizer_name_or_path: str | None = key(text(null=True), NOT_SHOWN)
-    chat_template: str | None = key(text(null=True), NEWER)
-    archive: str | None = key(text(null=True), NOT_SHOWN)
-    reference_archive: str | None = key(text(null=True), NOT_SHOWN, NEWER)
+    name_or_path: str | None = key(text(null=True), NOT_SHOWN, PATH)
+    tokenizer_name_or_path: str | None = key(text(null=True), NOT_SHOWN, PATH)
+    chat_template: str | None = key(text(null=True), NEWER, PATH)
+    archive: str | None = key(text(null=True), NOT_SHOWN, PATH)
+    reference_archive: str | None = key(text(null=True), NOT_SHOWN, NEWER, PATH)
     block_name: str | None = key(text(null=True))
     policy_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
     autocast_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
@@ -216,7 +217,7 @@ class LossConfig(Section):
         expected("a share above 0 to 1", lambda value: is_number(value) and 0 < value <= 1)
     )
     function: str | None = optional_key(
-        expected("FILE.py:NAME", lambda value: isinstance(value, str) and re.search(r"\.py:\w+$", value) is not None)
+        expected("FILE.py:NAME", lambda value: isinstance(value, str) and re.search(r"\.py:\w+$", value) is not None), PATH
     )
     options: dict[str, Any] | None = optional_key(plain_section, OPEN)
     own: dict[str, Any] = field(default_factory=dict)
@@ -279,12 +280,12 @@ class WandbConfig(Section):
 class EvaluationConfig(Section):
     """evaluation"""
 
-    to: str | None = key(text(null=True))
+    to: str | None = key(text(null=True), PATH)
     n_prompts: int | None = key(whole(1, null=True))
     max_sample_length: int | None = key(whole(1, null=True), NEWER)
-    judge: str | None = key(text(null=True))
+    judge: str | None = key(text(null=True), PATH)
     judge_url: str | None = key(text(null=True))
-    against: str = key(text())
+    against: str = key(text(), PATH)
     max_missing: float = key(share())
     judge_max_tokens: int | None = key(whole(1, null=True))
     judge_timeout: float = key(positive(" of seconds"))
@@ -292,7 +293,7 @@ class EvaluationConfig(Section):
     judge_pause: float = key(positive(" of seconds"))
     judge_workers: int = key(whole(1))
     tasks: list[str] | str = key(texts("names, as in [open_llm,gsm8k]"))
-    task_path: str | None = key(text(null=True))
+    task_path: str | None = key(text(null=True), PATH)
     task_limit: int | None = key(whole(1, null=True))
 
     @property
@@ -326,7 +327,7 @@ FROM_HALVES = "ledger"
 class DataConfig(Section):
     """data: which training pairs count, and how much."""
 
-    weights: str | None = key(text(null=True), NEWER)
+    weights: str | None = key(text(null=True), NEWER, PATH)
     half: int | None = key(expected("1, 2", lambda value: type(value) is int and value in (1, 2), null=True), NEWER)
 
 
@@ -349,7 +350,7 @@ class JudgingConfig(Section):
     tests_memory_mb: int = key(whole(16))
     tests_workers: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     prefer_fast: bool = key(switch)
-    rubric: str | None = key(text(null=True))
+    rubric: str | None = key(text(null=True), PATH)
     rubric_scale: int = key(whole(2))
     max_comparisons: int | None = key(whole(1, null=True))
     url: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
@@ -391,9 +392,9 @@ def _sampler_problem(value: Any) -> str | None:
 class RoundsConfig(Section):
     """rounds: None of a run that is no loop of rounds."""
 
-    prompts: str = key(text(), NOT_SHOWN)
-    judge: Any = key(judge_problem)
-    second_judge: Any = key(_second_judge_problem)
+    prompts: str = key(text(), NOT_SHOWN, PATH)
+    judge: Any = key(judge_problem, PATH)
+    second_judge: Any = key(_second_judge_problem, PATH)
     judging: JudgingConfig = section(JudgingConfig)
     rounds: int = key(whole(1), MAY_CHANGE_ON_RESUME)
     prompts_per_round: int | None = key(whole(1, null=True))
@@ -416,6 +417,6 @@ class RoundsConfig(Section):
     replay_share: float = key(share())
     reference: str = key(one_of(REFERENCES))
     held_out: float | str = key(
-        expected("a share from 0 to below 1, or a file", lambda value: isinstance(value, str) or share()(value) is None)
+        expected("a share from 0 to below 1, or a file", lambda value: isinstance(value, str) or share()(value) is None), PATH
     )
     n_held_out_samples: int = key(whole(1))

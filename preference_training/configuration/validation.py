@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from preference_training.configuration.checks.run import check_together
+from preference_training.configuration.checks.unread import check_warmups
 from preference_training.configuration.composition import (
     GROUPS,
     choice_keys,
@@ -19,9 +20,9 @@ from preference_training.configuration.composition import (
     preset_of,
     unknown_key,
 )
-from preference_training.configuration.config_files import FOLDER_FLAGS, take_flag
-from preference_training.configuration.keys import Section, check_section, declared
-from preference_training.configuration.schema import Origin, RunConfig
+from preference_training.configuration.config_files import FOLDER_FLAGS, key_of, take_flag
+from preference_training.configuration.keys import PATH, Section, at_home, check_section, declared
+from preference_training.configuration.schema import Origin, RunConfig, keys_with
 from preference_training.configuration.sections import LossConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.values import dotted
@@ -38,7 +39,8 @@ def validate(
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{missing[0]}: not given. Expected a value on the command line: {missing[0]}=...")
-    _prefer_given_warmup(config, choices)
+    _prefer_given_warmup(config, choices, overrides)
+    _expand_home(config)
     values = OmegaConf.to_container(config, resolve=True)
     _check_keys(RunConfig, values)
     for group, choice in (choices or {}).items():
@@ -57,11 +59,22 @@ def validate(
     return typed
 
 
-def _prefer_given_warmup(config: DictConfig, choices: dict[str, str] | None) -> None:
-    """Let warmup_steps replace the share that a preset has in its place."""
+def _prefer_given_warmup(config: DictConfig, choices: dict[str, str] | None, overrides: Sequence[str]) -> None:
+    """Let warmup_steps replace the share that a preset or a recipe has in its place. Raises UserError where both are given."""
+    check_warmups(overrides, config.get("warmup_steps"), config.get("warmup_share"))
     usual = default_values(model=preset_of((choices or {}).get("model", "base_model")))
-    if usual["warmup_steps"] is None is not config.get("warmup_steps") and config.get("warmup_share") == usual["warmup_share"]:
+    is_preset = usual["warmup_steps"] is None and config.get("warmup_share") == usual["warmup_share"]
+    given = set(map(key_of, overrides))
+    is_given = "warmup_steps" in given and "warmup_share" not in given
+    if (is_preset or is_given) and config.get("warmup_steps") is not None:
         config.warmup_share = None
+
+
+def _expand_home(config: DictConfig) -> None:
+    """Let paths that begin with ~ begin with the home directory."""
+    for key, value in dotted(OmegaConf.to_container(config, resolve=False)).items():
+        if key in keys_with(PATH) and at_home(value) != value:
+            OmegaConf.update(config, key, at_home(value), merge=False)
 
 
 def configured(*overrides: str) -> RunConfig:
@@ -115,6 +128,3 @@ def _check_group_names(loss: dict[str, Any], trainer: dict[str, Any]) -> None:
         if found.keys() != known[found["name"]]:
             name = found["name"]
             raise UserError(f"{group}.name: found {name!r} with the keys of another {group}. Choose it by {group}={name}.")
-
-
-# ---- what does not go together ----------------------------------------------------------------------------------------------

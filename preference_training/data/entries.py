@@ -155,7 +155,9 @@ def _unused_token_keys(path: str, general: dict) -> list[str]:
     """Notes on text settings, for a file of token ids."""
     if not path.endswith(TOKENIZED_SUFFIX):
         return []
-    return [f"{key} has no effect: the file holds token ids" for key in ("template", "system_prompt") if key in general]
+    keys = [key for key in ("template", "system_prompt") if key in general]
+    keys += ["train_on"] if general.get("train_on") == "last_turn" else []
+    return [f"{key} has no effect: the file holds token ids" for key in keys]
 
 
 def _unused_path_keys(path: str, given: dict) -> list[str]:
@@ -434,9 +436,11 @@ def _lacks(of: FieldMap, has_token_ids: bool, loss: Loss) -> str | None:
 
 def _unused_run_settings(config: RunConfig, entry: Entry) -> list[str]:
     """Notes on changed settings of the run without effect on an entry, and on data that its loss does not read."""
-    notes, usual = [], default_values(model=config.origin.preset)
-    if entry.dataset.sft_note and example_kind(config.loss.name) == "targets":
+    notes, usual, kind = [], default_values(model=config.origin.preset), example_kind(config.loss.name)
+    if entry.dataset.sft_note and kind == "targets":
         notes.append(entry.dataset.sft_note)
+    if (entry.train_on or config.train_on) == "last_turn" and kind != "targets" and entry.tokenized_file is None:
+        notes.append(f"train_on has no effect: loss={config.loss.name} trains on {kind}, and it is of SFT")
     drops = (entry.truncation_mode or entry.dataset.truncation_mode) == "drop"
     if config.max_prompt_length != (usual["max_prompt_length"] or config.max_length // 2) and drops:
         notes.append("max_prompt_length has no effect: truncation_mode=drop truncates nothing")

@@ -88,7 +88,7 @@ def _run_user_file(path: Path) -> dict[str, Dataset]:
 
 
 def _find_user_dataset(file: str, name: str) -> Dataset:
-    path = Path(file).absolute()
+    path = Path(file).expanduser().absolute()
     if not path.is_file():
         raise UserError(f"datasets: {file}: no such file. Expected a Python file that registers {name!r}.")
     registered = _run_user_file(path)

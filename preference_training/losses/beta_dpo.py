@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# What the threshold of the adapted beta may be.
-THRESHOLDS = ("running_mean", "trend")
 MOMENTUM = 0.9
 MIN_BETA, MIN_DEVIATION = 1e-3, 1e-6
 

@@ -230,7 +230,11 @@ def _is_number(value: object) -> bool:
 @register_loss("ipo", "identity preference optimization (IPO)", "2310.12036")
 @dataclass
 class IPOLoss(LogRatioLoss):
-    """`ipo_loss` of every pair, of summed log-probs or of log-probs per token."""
+    """`ipo_loss` of every pair, of summed log-probs or of log-probs per token.
+
+    Rewards are of summed log-probs in both cases, as in TRL, so that with `length_normalised` their accuracy can contradict the
+    loss: of two responses of different lengths another one may be ahead per token.
+    """
 
     beta: float = 0.1
     length_normalised: bool = False

@@ -2,9 +2,10 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+from preference_training.configuration.checks.unread import given_keys, unread_keys
 from preference_training.configuration.rerun import OF_THE_START
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import configured
@@ -152,12 +153,12 @@ def check(config: RunConfig) -> list[str]:
     _check_reference(config)
     _check_samples(config, pairs)
     check_judge(config)
-    given = _given(config)
+    given = given_keys(config)
     unread = [key for key, ways in READ_BY.items() if f"rounds.{key}" in given and pairs not in ways]
     unused = [f"rounds.{key}: without effect, since pairs is {pairs}" for key in unread]
     others, why = (OF_LOCAL, "a server") if is_served(config) else (OF_SERVERS, "local")
     unused += [f"rounds.{key}: without effect, since sampler is {why}" for key in others if f"rounds.{key}" in given]
-    return unused + check_sampler(config)
+    return unused + unread_keys(config) + check_sampler(config)
 
 
 def _check_weights(config: RunConfig) -> None:
@@ -167,10 +168,6 @@ def _check_weights(config: RunConfig) -> None:
             "model: rounds sample from the model, and this one would have random weights. Train it with loss=sft first, then "
             "set model.archive to its checkpoint."
         )
-
-
-def _given(config: RunConfig) -> Sequence[str]:
-    return [text.lstrip("+").partition("=")[0] for text in config.origin.overrides]
 
 
 def _check_reference(config: RunConfig) -> None:

@@ -4,7 +4,6 @@ Hydra makes the callback at every start, so nothing heavy is imported before it 
 """
 
 import os
-import re
 import signal
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from hydra.experimental.callback import Callback
 from omegaconf import OmegaConf
 
+from preference_training.configuration.composition import parsed_override
 from preference_training.configuration.sections import FROM_HALVES
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, HELD_OUT_REWARD, ROUNDS, smaller_is_better
@@ -106,10 +106,10 @@ def _check_halves(config) -> None:
 
 def _swept(overrides: Iterable[str]) -> list[str]:
     """The keys over which a command line sweeps."""
-    given = {text.partition("=")[0].lstrip("+"): text.partition("=")[2] for text in overrides}
+    found = [override for text in overrides if (override := parsed_override(text)) and override.is_sweep_override()]
     # choice(VALUE) is how a key is given that only some choices of a swept group have.
-    once = re.compile(r"choice\([^,()]*\)")
-    return [key for key, value in given.items() if ("," in value or "(" in value) and not once.fullmatch(value)]
+    several = [each for each in found if not (each.is_choice_sweep() and len(each.value().list) == 1)]
+    return list(dict.fromkeys(each.key_or_group for each in several))
 
 
 def comparison_warnings(objective: str, loss: str, swept: Iterable[str], parts: object = None) -> list[str]:

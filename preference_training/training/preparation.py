@@ -14,6 +14,7 @@ from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.resume import check_same_config, checkpoint_to_resume, find_run
 from preference_training.configuration.checks.model import check_noise
 from preference_training.configuration.checks.run import check_objective, check_weights
+from preference_training.configuration.checks.unread import unread_keys
 from preference_training.configuration.keys import listed
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.sections import FROM_HALVES
@@ -108,7 +109,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     if not config.eval_only:
         lines += [line] if (line := unusual_lr(config, loss.learns, count)) else []
     config = fit_lr(config, loss.learns, count)
-    lines += [*vocabulary_notices(config, tokenizer), *process_notices(config)]
+    lines += [*vocabulary_notices(config, tokenizer), *process_notices(config), *unread_notices(config, run_dir)]
     lines += [] if config.eval_only else [*training_notices(config), *rates_of_weights(config, tokenizer)]
     limits = model_limits(config, tokenizer)
     config, entries = fit_templates(config, entries, tokenizer, earlier)
@@ -160,6 +161,11 @@ def process_notices(config: RunConfig) -> list[str]:
     if trainer.world_size is not None and not config.dry_run:
         lines.append("trainer.world_size: read by dry_run=true alone; this run has the processes that are started")
     return lines
+
+
+def unread_notices(config: RunConfig, run_dir: Path) -> list[str]:
+    """What a run says of keys without effect; a loop has said it when it started."""
+    return [] if is_of_loop(run_dir) else unread_keys(config)
 
 
 def count_parameters(config: RunConfig, tokenizer) -> int:

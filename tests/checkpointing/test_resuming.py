@@ -290,6 +290,12 @@ def test_a_run_of_before_a_key_goes_on_with_its_default_and_with_nothing_else(av
     assert goes_on or "loss.average: was 'responses', is 'tokens'" in refusal
 
 
+def test_a_run_with_a_path_in_the_home_directory_goes_on(same_run):
+    then, now = ({"chat_template": path} for path in ("~/chat.jinja", str(Path.home() / "chat.jinja")))
+    assert same_run(made_of(model=then), made_of(model=now)) is None
+    assert same_run(made_of(model=then), made_of(model={"chat_template": "/chat.jinja"})) is not None
+
+
 def test_a_job_is_what_it_was_before_there_was_a_key_that_has_its_default():
     before, usual, other = ({"loss": {"name": "sft"} | more} for more in ({}, {"average": "responses"}, {"average": "tokens"}))
     assert job_identity(before) == job_identity(usual) != job_identity(other)

@@ -85,7 +85,7 @@ def test_the_names_that_people_bring_are_answered_in_a_line(name):
         ("finetuning_type=full", "finetuning_type: without +adapter=lora all weights are trained"),
         (
             "save_steps=500",
-            "save_steps: in this project: save_every=500; it counts examples, not steps: steps times batch_size",
+            "save_steps: save_every counts examples, not steps: steps times batch_size",
         ),
         ("model_name_or_path=a/b", "model_name_or_path: in this project: model=a/b"),
         ("--lr=1e-5", "--lr: written without dashes here: lr=1e-5"),
@@ -123,15 +123,100 @@ def test_several_are_answered_together_with_the_whole_command():
 @pytest.mark.parametrize(
     ("given", "together"),
     [
-        (["loss=dpo", "+adapter=lora", "lora_r=8", "beta=0.2"], "+adapter=lora model.lora.r=8 loss=dpo loss.beta=0.2"),
+        (["loss=dpo", "+adapter=lora", "lora_r=8", "beta=0.2"], "loss=dpo +adapter=lora model.lora.r=8 loss.beta=0.2"),
         (["load_in_4bit=true", "lora_r=8"], "+adapter=qlora model.lora.r=8"),
-        (["lora_r=8", "load_in_4bit=true"], "model.lora.r=8 +adapter=qlora"),
+        (["lora_r=8", "load_in_4bit=true"], "+adapter=qlora model.lora.r=8"),
     ],
 )
 def test_the_whole_command_sets_each_key_once_and_can_be_typed(given, together, plain):
     shown = refusal(*given).splitlines()[-1].removeprefix("Together: python train.py ")
     assert shown == together
     plain(*shown.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "together"),
+    [
+        ("--loss_type ipo --beta 0.1", "loss=ipo loss.beta=0.1"),
+        ("--beta 0.1 --loss_type ipo", "loss=ipo loss.beta=0.1"),
+        ("--rl kto --rl_beta 0.1", "loss=kto loss.beta=0.1"),
+        ("--pref_loss orpo --pref_beta 0.1", "loss=orpo loss.beta=0.1"),
+        ("--rl simpo --beta 2.0 --simpo_gamma 1.0", "loss=simpo loss.beta=2.0 loss.gamma=1.0"),
+        ("loss=ipo --beta 0.1 --lr 1e-5", "loss=ipo loss.beta=0.1 lr=1e-5"),
+        ("--pref_loss simpo --stage dpo", "loss=simpo"),
+        ("--loss_type sigmoid --rpo_alpha 1.0", "loss=rpo loss.alpha=1.0"),
+        ("--sync_ref_model true --loss_type sigmoid", "loss=tr_dpo"),
+        ("--optim adamw_8bit --adam_epsilon 1e-8", "optimizer=AdamW8bit optimizer_kwargs.eps=1e-8"),
+        ("--lr_scheduler_type linear --min_lr_ratio 0.1", "lr_schedule=linear final_lr_share=0.1"),
+        ("adapter=dora --lora_r 8 --lora_alpha 16", "adapter=dora model.lora.r=8 model.lora.alpha=16"),
+        ("--bnb_4bit_compute_dtype bf16 --load_in_4bit", "+adapter=qlora model.quantized_compute_dtype=bfloat16"),
+        ("--tensor_parallel --num_gpus 4", "trainer=TensorParallelTrainer trainer.nproc_per_node=4"),
+    ],
+)
+def test_a_choice_that_an_answer_carries_along_replaces_none_that_is_given(given, together, plain):
+    shown = refusal(*given.split()).splitlines()[-1].removeprefix("Together: python train.py ")
+    assert shown == together
+    plain(*shlex.split(shown))
+
+
+def test_the_two_betas_of_an_optimizer_are_one_list(plain):
+    shown = refusal("--adam_beta1", "0.95", "--adam_beta2=0.98").splitlines()[-1]
+    assert shown == "Together: python train.py optimizer=AdamW 'optimizer_kwargs.betas=[0.95,0.98]'"
+    assert translated("adam_beta2", "0.98")[1].text == "optimizer_kwargs.betas=[0.9,0.98]"
+
+
+def test_keys_that_the_given_loss_lacks_are_left_out_in_words():
+    assert refusal("--loss_type", "ipo", "--simpo_gamma", "1.0").splitlines()[2:] == [
+        "loss.gamma=1.0: left out, since loss=ipo has no such key",
+        "Together: python train.py loss=ipo",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "together"),
+    [
+        ("batch_size=8 --eval_steps 100 --save_steps 50", "batch_size=8 eval_every=800 save_every=400"),
+        ("--per_device_train_batch_size 4 --gradient_accumulation 2 --eval_steps 100", "per_device_batch_size=4 "
+         "gradient_accumulation_steps=2 eval_every=800"),
+        ("--num_train_epochs 1 --max_samples 1000", "n_epochs=1 n_examples=1000"),
+        ("--epochs 3 --max_steps_per_epoch 100", "n_epochs=3 n_steps=300"),
+        ("--learning_rate 1e-4 --embedding_lr 1e-5", "lr=1e-4 'lr_groups={embed:0.1}'"),
+    ],
+)  # fmt: skip
+def test_values_that_mean_something_else_here_are_computed_from_what_else_is_given(given, together):
+    assert refusal(*given.split()).splitlines()[-1] == f"Together: python train.py {together}"
+
+
+@pytest.mark.parametrize(
+    ("given", "end"),
+    [
+        ("--eval_steps 100 --fp16", ", without eval_steps: python train.py model.autocast_dtype=float16"),
+        ("--eval_steps 0.1 batch_size=8", ""),
+        ("--trainer FSDPTrainer --per_device_train_batch_size 4 --save_steps 9", ", without save_steps: python train.py "
+         "trainer=FSDPTrainer per_device_batch_size=4"),
+        ("--num_train_epochs 3 --max_samples 1000", ", without max_samples: python train.py n_epochs=3"),
+        ("--ref_model a/b --learning_rate 1e-5", ", without ref_model: python train.py lr=1e-5"),
+        ("--learninrate 1 --fp16", ", without learninrate: python train.py model.autocast_dtype=float16"),
+        ("--packing true --fp16", ": python train.py model.autocast_dtype=float16"),
+    ],
+)  # fmt: skip
+def test_a_command_that_lacks_what_was_given_says_so(given, end):
+    whole = refusal(*given.split()).splitlines()[-1]
+    assert whole == f"Together{end}" if end else "Together" not in whole
+
+
+def test_no_evaluation_is_answered_with_how_there_is_none():
+    assert refusal("--eval_strategy", "no") == (
+        "eval_strategy: nothing is evaluated where nothing is held out: held_out_share=0"
+    )
+
+
+def test_a_value_with_a_space_stays_one_argument(plain):
+    shown = refusal("--output_dir", "out dir", "--exp-name=my run").splitlines()
+    assert shown[0] == "output_dir: in this project: 'local_run_dir=out dir'"
+    words = shlex.split(shown[-1].removeprefix("Together: python train.py "))
+    assert words == ["local_run_dir=out dir", "exp_name=my run"]
+    assert plain(*words)["local_run_dir"] == "out dir"
 
 
 @pytest.mark.parametrize(

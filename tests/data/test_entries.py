@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from preference_training.configuration.schema import GENERAL_KEYS
 from preference_training.core.errors import UserError
 from preference_training.data import registry
-from preference_training.data.entries import UserData, check_examples, load_records, read_entry
+from preference_training.data.entries import UserData, check_examples, load_records, read_entries, read_entry
 from preference_training.data.registry import Dataset
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import OTHER_PROMPT, SAME_TEXT, DataReport, PreferenceRecord, Turn
@@ -853,6 +853,16 @@ def test_settings_of_texts_are_noted_for_files_of_token_ids(tmp_path):
     path.touch()
     entry = read_entry({"path": str(path), "template": "chat"}, {"system_prompt": "Be brief.", "truncation_mode": "drop"})
     assert list(entry.notes) == [f"{key} has no effect: the file holds token ids" for key in ("template", "system_prompt")]
+
+
+def test_the_choice_of_turns_is_noted_where_nothing_learns_turns(tmp_path, compose):
+    ids, rows = tmp_path / "rows.pt", write(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    ids.touch()
+    given = f"datasets=['{ids}','{rows}',{{name: toy, train_on: all_turns}}]", "train_on=last_turn"
+    of_dpo, of_sft = ([entry.notes for entry in read_entries(compose(f"loss={name}", *given))] for name in ("dpo", "sft"))
+    token_ids = ("train_on has no effect: the file holds token ids",)
+    assert of_dpo == [token_ids, ("train_on has no effect: loss=dpo trains on pairs, and it is of SFT",), ()]
+    assert of_sft == [token_ids, (), ()]
 
 
 def test_keys_of_a_loaders_records_that_nobody_reads_are_named(tmp_path):

@@ -461,12 +461,20 @@ def test_a_key_of_sweeps_that_makes_no_sense_is_refused(compose, override, told)
         ("loss/eval", ["loss=dpo,ipo", "loss.beta=choice(0.5)"], None, "these jobs: loss changes"),
         ("loss/eval", [], {"loss.beta": "interval(0.1, 1)", "lr": "interval(1e-5, 1e-4)"}, "these jobs: loss.beta changes"),
         ("loss/eval", ["lr=1e-3,1e-4", "loss.beta=0.1", "loss.a=0.2,0.6"], None, None),
+        ("loss/eval", ["loss=mix", "loss.parts=[{name: dpo}, {name: sft, weight: 0.2}]", "lr=1e-5,1e-6"], None, None),
         ("rewards_eval/accuracies", ["loss.beta=0.1,0.5"], None, None),
     ],
 )
 def test_an_objective_that_does_not_compare_the_jobs_is_said(objective, task, params, told):
     found = comparison_warnings(objective, "dpo", [*(params or ()), *_swept(task)])
     assert len(found) == bool(told) and all(told in text for text in found)
+
+
+def test_only_several_values_of_a_key_are_a_sweep():
+    lists = ["datasets=[hh,shp]", "+experiment=a", "exp_name='a,b'", "loss.parts=[{name: dpo, weight: 0.2}]"]
+    swept = ["lr=1e-5,1e-6", "+adapter=lora,qlora", "seed=range(3)", "loss.beta=interval(0.1,1)", "max_length=choice(64,128)"]
+    assert _swept([*lists, "-m", "~loss.a", "loss.beta=choice(0.5)"]) == []
+    assert _swept([*lists, *swept]) == ["lr", "adapter", "seed", "loss.beta", "max_length"]
 
 
 def test_a_mix_with_a_loss_that_depends_on_its_run_does_not_compare_jobs():

@@ -275,7 +275,7 @@ def test_where_no_value_has_a_gradient_there_is_no_share():
         (["warmup_steps=150"], 150, True),
         (["warmup_steps=150"], 151, False),
         (["warmup_steps=0"], 1, False),
-        (["warmup_steps=150", "warmup_share=0.1"], 9, False),
+        (["warmup_share=0.1"], 9, False),
     ],
 )
 def test_a_warm_up_that_is_longer_than_the_run_is_said_before_the_first_step(overrides, steps, said, compose):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from preference_training.configuration.checks.evaluation import check_evaluation
 from preference_training.configuration.checks.model import check_model_keys
+from preference_training.configuration.checks.unread import check_misleading
 from preference_training.configuration.keys import listed, refuse, texts
 from preference_training.configuration.model_names import is_gguf, local_gguf
 from preference_training.configuration.schema import RunConfig
@@ -39,6 +40,7 @@ def check_together(config: RunConfig) -> None:
     _check_optimizer(config)
     _check_load_best(config)
     check_model_keys(config)
+    check_misleading(config)
     _check_sharding(config)
     _check_loss(config)
     if config.per_device_batch_size is None:

@@ -81,7 +81,8 @@ def with_roles(row: dict, roles: Mapping[str, str]) -> dict:
             return {key: renamed(inner) for key, inner in value.items()}
         return value | {keys[0]: role} if role else value
 
-    return {column: renamed(value) for column, value in row.items()}
+    # The row may say that its values have no types.
+    return type(row)({column: renamed(value) for column, value in row.items()})
 
 
 def check_mask(row: dict) -> None:

@@ -10,6 +10,13 @@ from preference_training.data.rows.conversations import RowError, parse_literal
 from preference_training.data.rows.records import shown, text_error
 
 
+class UntypedRow(dict):
+    """A row of a table without types, such as a CSV file: lists are written into its cells as texts.
+
+    In rows of other sources a list is a list, and the text of one, such as structured output, is a text.
+    """
+
+
 def is_empty(value) -> bool:
     """Whether a value is empty, as in tables where a row lacks the column."""
     return value is None or (isinstance(value, str | list | dict) and not value)
@@ -151,6 +158,7 @@ def as_label(value, name: str) -> bool:
     return label
 
 
+CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 OPERATORS = {
     ">=": operator.ge, "<=": operator.le, "!=": operator.ne, "==": operator.eq, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
@@ -162,17 +170,55 @@ def condition(wanted, column: str = "value") -> Callable[[object], bool]:
     Raises ValueError for a comparison with something that is no number.
     """
     if isinstance(wanted, list):
-        texts = {comparable(value) for value in wanted}
-        return lambda value: comparable(value) in texts
+        # Lists may be long: only those of the same form are compared.
+        by_form: dict[object, list] = {}
+        for one in wanted:
+            by_form.setdefault(_form(one), []).append(one)
+        return lambda value: any(equal(value, one) for one in by_form.get(_form(value), ()))
     sign = next((sign for sign in OPERATORS if isinstance(wanted, str) and wanted.startswith(sign)), None)
     if sign is None:
-        return lambda value: comparable(value) == comparable(wanted)
+        return lambda value: equal(value, wanted)
     compare, bound_text = OPERATORS[sign], wanted.removeprefix(sign).strip()
     if sign in ("!=", "=="):
-        wanted_text = comparable(bound_text)
-        return lambda value: compare(comparable(value), wanted_text)
+        constant, is_wanted = _constant(bound_text), sign == "=="
+        return lambda value: equal(value, constant) == is_wanted
     bound = float(bound_text)
     return lambda value: compare(as_number(value, column), bound)
+
+
+def equal(a: object, b: object) -> bool:
+    """Whether two values are the same, be they numbers, true, false and null or, as in CSV files, their texts; 1.0 is 1.
+
+    Two texts are the same only as they are written: "1.0" is not "1".
+    """
+    if isinstance(a, str) and isinstance(b, str):
+        return comparable(a) == comparable(b)
+    if any(one is None or isinstance(one, bool) for one in (a, b)):
+        return _form(a) == _form(b)
+    one, other = _number(a), _number(b)
+    return comparable(a) == comparable(b) if one is None or other is None else one == other
+
+
+def _form(value: object) -> object:
+    """What equal values have in common: a number, or a text."""
+    number = None if value is None or isinstance(value, bool) else _number(value)
+    text = comparable(value).strip().lower()
+    return number if number is not None else "none" if text == "null" else text
+
+
+def _number(value: object) -> Decimal | None:
+    """The number that a value is, or is the text of, exactly; None for others."""
+    try:
+        number = Decimal(str(value)) if isinstance(value, Real | Decimal | str) else None
+    except ArithmeticError:
+        return None
+    return None if number is None or number.is_nan() else number
+
+
+def _constant(text: str) -> object:
+    """A value as conditions write it: a number, true, false or null, or else a text."""
+    number = _number(text)
+    return number if number is not None else CONSTANTS.get(text.lower(), text)
 
 
 def comparable(value) -> str:

@@ -12,6 +12,7 @@ from preference_training.data.files import EXPECTED, format_of, is_data_file, re
 from preference_training.data.hub_sets import hub_rows, load_hub
 from preference_training.data.registry import TOKENIZED_SUFFIX
 from preference_training.data.rows.records import DataReport, NumberedRows
+from preference_training.data.rows.values import UntypedRow
 from preference_training.data.sources.storage import cloud_errors, content_hash, file_system, is_pattern, is_remote
 
 
@@ -81,7 +82,10 @@ class TableSource:
 
     def rows(self, report: DataReport) -> NumberedRows:
         """(row number, row)."""
-        return hub_rows(self.table, self.place, report)
+        rows = hub_rows(self.table, self.place, report)
+        if self.table.info.builder_name != "csv":
+            return rows
+        return ((number, UntypedRow(row)) for number, row in rows)
 
     def fingerprint(self) -> str | None:
         """The library's; a stream has none."""

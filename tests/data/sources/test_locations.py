@@ -54,6 +54,16 @@ def test_a_pattern_is_the_rows_of_the_files_that_match_it(shards):
         read_entry("shards/*.md")
 
 
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_lists_in_cells_are_read_of_what_the_hub_library_loaded_from_a_table_without_types(tmp_path, kind):
+    rows = [{"prompt": "q", "chosen": '["a"]', "rejected": '["b", "c"]'}]
+    path = write(tmp_path / ("rows.csv" if kind == "csv" else "rows.jsonl"), rows)
+    loaded = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    loaded.save_to_disk(str(tmp_path / "saved"))
+    (record,) = load_records(read_entry(f"{tmp_path}/saved", {"held_out_share": 0}), "train")
+    assert record.responses == (["a", "b", "c"] if kind == "csv" else ['["a"]', '["b", "c"]'])
+
+
 def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
     write(tmp_path / "rows[1].jsonl", triplets(0, 2))
     assert prompts(str(tmp_path / "rows[1].jsonl")) == [0, 1]

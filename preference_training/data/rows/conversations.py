@@ -137,7 +137,9 @@ def _turn(item, place: str) -> Turn:
     if "tool_calls" in rest:
         rest["tool_calls"] = _calls(rest["tool_calls"], place)
     content = "" if content is None and (rest or role in ("system", "developer", "tool")) else content
-    if role in ("system", "developer") and isinstance(content, str) and not content.strip():
+    if isinstance(content, str) and not content.strip() and (role in ("system", "developer", "tool") or "tool_calls" in rest):
+        content = ""
+    if role in ("system", "developer") and content == "":
         return Turn(role, "")
     if role == "assistant" and not _is_learned(item, place):
         rest["weight"] = 0

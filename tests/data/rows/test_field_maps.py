@@ -833,6 +833,10 @@ def test_what_stands_beside_role_and_text_of_a_turn_is_named():
     report = DataReport()
     mapped([{"chosen": chosen, "rejected": turns("q", "b")}], report)
     assert report.columns_not_read == {"chosen.turn_id": 1, "chosen.vote": 1}
+    # The older form of a call is read.
+    report, calls = DataReport(), {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    mapped([{"messages": [chosen[0], calls]}], report)
+    assert report.columns_not_read == {"messages.turn_id": 1}
     # In a text, too; what cannot be read as turns there may still be compared.
     report, broken = DataReport(), "[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]"
     row = {"chosen": json.dumps(chosen), "rejected": json.dumps(turns("q", "b")), "meta": broken}

@@ -257,7 +257,7 @@ class FieldMap:
         found = rounds_in(row, self.prompt, columns) or [answer_of(answers, self.responses, k) for k in rated]
         sign = 1 if self.scores else -1
         scores = [sign * as_number(comparable_number(numbers[k]), shown_names(numbers_name)) for k in rated]
-        pairs = pairs_by_score(scores)
+        pairs = pairs_by_score(scores, report)
         if isinstance(self.responses, list) and not pairs and len(answers) > 1:
             raise LeftOut(TIE if len(rated) > 1 else NO_VERDICT)
         prompt, responses = self.splitting.split(row, found)

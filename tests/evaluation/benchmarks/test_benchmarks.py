@@ -17,6 +17,7 @@ from preference_training.evaluation.benchmarks import arena, length_control, sec
 from preference_training.evaluation.benchmarks.command import benchmark_win_rate, pair_accuracy
 from preference_training.evaluation.benchmarks.outputs import read_outputs
 from preference_training.evaluation.benchmarks.pairs import read_pairs, score_by_language_model, tokenized
+from preference_training.evaluation.benchmarks.text import pair_lines
 from preference_training.evaluation.results_text import format_results
 from preference_training.generation.chat import load_for_chat
 from tests.support import shown
@@ -65,7 +66,7 @@ def test_rows_of_one_scored_response_form_pairs_of_their_prompt_and_category(tmp
     assert pairs.left_out == {"two responses have equal scores": 1, "a prompt has no two responses with different scores": 1}
 
 
-def test_what_is_left_out_of_pairs_is_counted_and_said(tmp_path, monkeypatch):
+def test_what_is_left_out_of_pairs_is_counted_and_said(tmp_path):
     rows = [
         *PAIRS,
         PAIRS[0] | {"rejected": " Blue."},
@@ -75,8 +76,11 @@ def test_what_is_left_out_of_pairs_is_counted_and_said(tmp_path, monkeypatch):
     file = write(tmp_path / "pairs.jsonl", rows)
     pairs = read_pairs(str(file))
     assert pairs.left_out == {SAME_TEXT: 1, OTHER_PROMPT: 1, "no rejected answer": 1}
-    lines = benchmark(monkeypatch, "pairs", file, "--model", GOLDEN / "llama", "--to", tmp_path / "found.json")
-    assert f"left out of {file}: 1 x {SAME_TEXT}" in lines
+    found = {"all": {"pairs": 4, "mean": 0.5, "low": 0.1, "high": 0.9}}
+    models = {"m": {"accuracy": {"reward": found}, "sections": {}, "left_out": {}}}
+    assert f"left out of {file}: 1 x {SAME_TEXT}" in pair_lines(
+        {"file": str(file), "left_out": pairs.left_out, "models": models}
+    )
 
 
 def test_what_a_model_cannot_tokenize_is_counted(tmp_path):

@@ -6,7 +6,7 @@ from decimal import Decimal
 from math import isnan
 from numbers import Real
 
-from preference_training.data.rows.conversations import RowError, parse_literal
+from preference_training.data.rows.conversations import RowError, is_missing_word, parse_literal
 from preference_training.data.rows.records import shown, text_error
 
 
@@ -111,7 +111,7 @@ def comparable_number(value):
 def is_missing_number(number) -> bool:
     """Whether a number is missing, also as a text."""
     if isinstance(number, str):
-        return number.strip().lower() in ("", "n/a", "na", "nan", "none", "null")
+        return is_missing_word(number)
     return number is None or (isinstance(number, float) and isnan(number))
 
 
@@ -239,7 +239,7 @@ TIES = {
 NEITHER = TIES | {"0", "0.5", ""}
 
 
-def _word(value) -> str:
+def verdict_word(value) -> str:
     """A verdict as it is compared: numbers keep their sign, true is 1, other texts keep only their letters and digits."""
     text = comparable(value).strip().lower()
     text = {"true": "1", "false": "0"}.get(text, text)
@@ -251,7 +251,7 @@ def _word(value) -> str:
 
 def is_tie(value) -> bool:
     """Whether a verdict that means neither answer says so."""
-    return _word(value) in NEITHER
+    return verdict_word(value) in NEITHER
 
 
 def verdict_values(values: Iterable, answers: list[str]) -> list[list] | None:
@@ -262,7 +262,7 @@ def verdict_values(values: Iterable, answers: list[str]) -> list[list] | None:
     values = [value for value in values if not is_empty(value)]
     if any(comparable(value).strip().lower() in ("true", "false") for value in values):
         return None  # Either may mean the first.
-    found = {_word(value) for value in values}
+    found = {verdict_word(value) for value in values}
     seen = found - TIES
     words = [_words_for(name, place) for place, name in enumerate(answers)]
     # A single number may count from 0 or from 1.
@@ -277,9 +277,15 @@ def verdict_values(values: Iterable, answers: list[str]) -> list[list] | None:
 
 
 def _words_for(answer: str, place: int) -> set[str]:
-    suffix = _word(answer[-1:])
+    suffix = verdict_word(answer[-1:])
     stems = ("model", "response", "answer", "assistant", "output", "completion", "conversation", "option")
-    return {suffix, _word(answer), ("first", "second")[place], ("left", "right")[place], *(stem + suffix for stem in stems)}
+    return {
+        suffix,
+        verdict_word(answer),
+        ("first", "second")[place],
+        ("left", "right")[place],
+        *(stem + suffix for stem in stems),
+    }
 
 
 def better_answer(row: dict, better: str | dict, place_names: str) -> int | None:
@@ -310,9 +316,9 @@ def _names_value(value, wanted, row: dict) -> bool:
 
 def _means(value, wanted, column: str) -> bool:
     if isinstance(wanted, list):
-        return _word(value) in {_word(one) for one in wanted}
+        return verdict_word(value) in {verdict_word(one) for one in wanted}
     if not isinstance(wanted, str) or not wanted.startswith(("<", ">", "=", "!")):
-        return _word(value) == _word(wanted)
-    if is_empty(value) or _word(value) in NEITHER - {"0", "0.5"}:
+        return verdict_word(value) == verdict_word(wanted)
+    if is_empty(value) or verdict_word(value) in NEITHER - {"0", "0.5"}:
         return False
     return condition(wanted, column)(value)

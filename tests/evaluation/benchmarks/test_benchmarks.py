@@ -54,7 +54,8 @@ def test_rows_of_one_scored_response_form_pairs_of_their_prompt_and_category(tmp
     rows = [
         {"prompt": prompt, "response": response, "score": score, "subset": subset}
         for prompt, response, score, subset in (
-            ("p", "a", 3, "x"), ("q", "c", 2, "x"), ("p", "b", 1, "x"), ("p", "d", 1, "y"), ("q", "e", 2, "x"), ("q", "f", 1, "x"),
+            ("p", "a", 3, "x"), ("q", "c", 2, "x"), ("p", "b", 1, "x"), ("p", "d", 1, "y"), ("q", "e", 2, "x"),
+            ("q", "f", 1, "x"),
         )
     ]  # fmt: skip
     pairs = read_pairs(str(write(tmp_path / "pairs.jsonl", rows)))

@@ -152,7 +152,7 @@ def leetcode_records(rows: NumberedRows, report: DataReport) -> Items:
             label = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}.get(str(row["preference"]).strip())
             texts = [str(row[name] or "").strip() for name in ("description", "version1", "version2")]
             if label is None:
-                report.skip("nobody has labelled the row")
+                report.skip("nobody has labeled the row")
             elif not all(texts):
                 report.skip(EMPTY_TEXT)
             else:

@@ -9,6 +9,7 @@ The labeling app calls this for `score --ledger RUN`.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
@@ -19,12 +20,13 @@ from preference_training.checkpointing.checkpoint import Checkpoint, list_checkp
 from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
 from preference_training.data.entries import read_entries
-from preference_training.data.files import read_rows
+from preference_training.data.files import read_whole_file
 from preference_training.data.pairs.weights import pair_key
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.answers import listed_answer
+from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.field_maps import FieldMap
-from preference_training.data.rows.records import DataReport, PreferenceRecord, Turn, response_of
+from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, Response, Turn, response_of
 from preference_training.data.tokenization import TokenizedPrompt, tokenize_records
 from preference_training.evaluation.runs import load_run_config
 from preference_training.losses.registry import build_loss
@@ -70,13 +72,30 @@ def pairs_of_ledger(run: Path, table: PromptTable) -> Callable[[TokenizedPrompt,
     return probability
 
 
-def records_of(rows: Iterable[tuple[int, dict]]) -> Iterator[tuple[str, PreferenceRecord]]:
-    """(id, record) of rows, with all pairs of responses; texts also as `lc` has them, which reads them as conversations."""
+def prompt_and_responses(row: dict) -> tuple[Prompt, list[Response]]:
+    """The prompt and the responses of a row of PAIRS. Raises RowError where it lacks something."""
+    if missing := [name for name in ("id", "prompt", "responses") if row.get(name) is None]:
+        raise RowError(f"no {', '.join(missing)}. Expected an id, a prompt and a list of responses.")
+    if not isinstance(row["id"], str | int):
+        raise RowError(f"field 'id' is {row['id']!r:.60}, expected a text or a whole number.")
+    if not isinstance(row["responses"], list) or not row["responses"]:
+        raise RowError(f"field 'responses' is {row['responses']!r:.60}, expected a list of responses.")
+    prompt = "" if row["prompt"] == "" else FieldMap().prompts.read(row)
+    answers = [listed_answer(answer, "responses", k) for k, answer in enumerate(row["responses"])]
+    return prompt, [response_of(answer) if isinstance(answer, tuple) else answer for answer in answers]
+
+
+def records_of(rows: Iterable[tuple[int, dict]], place: str) -> Iterator[tuple[str, PreferenceRecord]]:
+    """(id, record) of rows, with all pairs of responses; texts also as `lc` has them, which reads them as conversations.
+
+    Raises UserError, with the place and the row, where one cannot be read.
+    """
     number = 0
-    for _, row in rows:
-        prompt = "" if row["prompt"] == "" else FieldMap().prompts.read(row)
-        answers = [listed_answer(answer, "responses", k) for k, answer in enumerate(row["responses"])]
-        responses = [response_of(answer) if isinstance(answer, tuple) else answer for answer in answers]
+    for row_number, row in rows:
+        try:
+            prompt, responses = prompt_and_responses(row)
+        except RowError as error:
+            raise UserError(f"{place}, row {row_number}: {error}") from None
         forms = [(prompt, responses)]
         if isinstance(prompt, str) and prompt.strip() and all(isinstance(text, str) for text in responses):
             forms.append(((Turn("user", prompt.strip()),), [text.strip() for text in responses]))
@@ -104,17 +123,18 @@ def load_run(run: Path):
     return tokenizer, train.table, list(dict.fromkeys(map(settings, entries)))
 
 
-def flip_probabilities(run: Path, rows: Iterable[tuple[int, dict]]) -> dict[str, float]:
+def flip_probabilities(run: Path, rows: Iterable[tuple[int, dict]], place: str = "PAIRS") -> dict[str, float]:
     """The probability that a label of each row's pairs is wrong: id -> probability, of the rows that the run has seen.
 
-    Raises UserError for a directory that is no run with a ledger, or halves.
+    Raises UserError for a row that cannot be read, and for a directory that is no run with a ledger, or halves.
     """
+    # Before the run's data is prepared, which takes longer.
+    given = list(records_of(rows, place))
     probability = pairs_of_halves(run)
     if probability is None and not len(read_ledger(run)):
         raise UserError(f"{run}: no ledger. Expected the directory of a run of a preference loss with ledger=true.")
     tokenizer, table, settings = load_run(run)
     probability = probability or pairs_of_ledger(run, table)
-    given = list(records_of(rows))
     ids, found = {record.number: id for id, record in given}, {}
     for each in settings:
         report = DataReport(skip_bad_rows=True)
@@ -124,6 +144,14 @@ def flip_probabilities(run: Path, rows: Iterable[tuple[int, dict]]) -> dict[str,
                     id = ids[prompt.number]
                     found[id] = max(value, found.get(id, 0.0))
     return found
+
+
+def write(to: Path, text: str) -> None:
+    """Write a file that the user named. Raises UserError where that fails."""
+    try:
+        write_atomically(to, text)
+    except OSError as error:
+        raise UserError(f"TO: cannot write {to}: {error.strerror}. Expected a writable file.") from error
 
 
 def main() -> None:
@@ -136,10 +164,12 @@ def main() -> None:
     parser.add_argument("to", type=Path, help="the file to write, as JSON lines")
     options = parser.parse_args()
     try:
+        if not os.access(options.to.absolute().parent, os.W_OK):
+            raise UserError(f"TO: cannot write {options.to}. Expected a file in a writable folder that is there.")
         with redirect_stdout(sys.stderr):
-            found = flip_probabilities(options.run, read_rows(options.pairs))
+            found = flip_probabilities(options.run, read_whole_file(str(options.pairs), "PAIRS"), f"PAIRS: {options.pairs}")
         lines = (json.dumps({"id": id, "probability": round(value, 6)}) + "\n" for id, value in found.items())
-        write_atomically(options.to, "".join(lines))
+        write(options.to, "".join(lines))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -72,3 +72,38 @@ def test_a_comparison_has_the_probability_of_its_pair_in_either_order(store, run
 def test_a_directory_without_a_ledger_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(UserError, match="no ledger. Expected the directory of a run of a preference loss with ledger=true"):
         check_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"prompt": "q1", "responses": ["a", "b"]}', "row 1: no id. Expected an id, a prompt and a list of responses."),
+        ('{"id": "1", "responses": ["a", "b"]}', "row 1: no prompt. Expected"),
+        ('{"id": "1", "prompt": "q1"}', "row 1: no responses. Expected"),
+        ('{"id": ["1"], "prompt": "q1", "responses": ["a", "b"]}', "row 1: field 'id' is ['1'], expected a text"),
+        ('{"id": "1", "prompt": " ", "responses": ["a", "b"]}', "row 1: field 'prompt' is empty"),
+        ('{"id": "1", "prompt": "q1", "responses": "a"}', "row 1: field 'responses' is 'a', expected a list"),
+        ('{"id": "1", "prompt": "q1", "responses": ["a", ""]}', "row 1: field 'responses': response 1 is empty"),
+        ('{"id": "1", "prom', "row 1: not JSON"),
+        (None, ": no such data file."),
+    ],
+)
+def test_a_faulty_file_of_pairs_is_named_before_the_run_is_loaded(run, tmp_path, monkeypatch, capsys, line, told):
+    monkeypatch.setattr(flip_probabilities, "load_run", lambda run: pytest.fail("the run was loaded"))
+    if line is not None:
+        (tmp_path / "pairs.jsonl").write_text(line + "\n")
+    monkeypatch.setattr("sys.argv", ["x", str(run), str(tmp_path / "pairs.jsonl"), str(tmp_path / "to.jsonl")])
+    with pytest.raises(SystemExit, match="2"):
+        flip_probabilities.main()
+    said = capsys.readouterr().err
+    assert said.startswith(f"PAIRS: {tmp_path / 'pairs.jsonl'}") and told in said and "on_bad_row" not in said
+
+
+def test_a_file_that_cannot_be_written_is_named(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "pairs.jsonl").write_text('{"id": "1", "prompt": "q1", "responses": ["a", "b"]}\n')
+    (tmp_path / "folder").mkdir()
+    for to in ("gone/to.jsonl", "folder"):
+        monkeypatch.setattr("sys.argv", ["x", str(run), str(tmp_path / "pairs.jsonl"), str(tmp_path / to)])
+        with pytest.raises(SystemExit, match="2"):
+            flip_probabilities.main()
+        assert capsys.readouterr().err.startswith(f"TO: cannot write {tmp_path / to}")

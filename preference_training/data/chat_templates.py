@@ -48,7 +48,9 @@ def run_format(config: dict, requested: str | None = None) -> tuple[str, str | N
 
 def _entry_format(entry: dict, config: dict) -> tuple[str | None, str | None]:
     name = entry.get("template") or config["template"]
-    system = entry.get("system_prompt") or config["system_prompt"] or None
+    own = entry.get("system_prompt")
+    # An empty one of an entry is none, whatever the run's is.
+    system = (config["system_prompt"] if own is None else own) or None
     if name is not None:
         return name, None if name == "raw" else system
     # template=null leaves dialogues unchanged, and renders conversations as dialogues.

@@ -17,7 +17,6 @@ from preference_training.configuration.composition import default_values
 from preference_training.configuration.keys import listed
 from preference_training.configuration.schema import GENERAL_CHOICES, GENERAL_KEYS, RunConfig
 from preference_training.core.errors import UserError, nearest
-from preference_training.data.files import is_data_file
 from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, Dataset, find_dataset
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.nearest_entry import with_nearest
@@ -33,7 +32,7 @@ from preference_training.data.rows.records import (
 )
 from preference_training.data.rows.values import has_field, listed_names
 from preference_training.data.sources.filters import Where, where_error
-from preference_training.data.sources.locations import check_location, is_location
+from preference_training.data.sources.locations import check_location, is_location, options_without_effect
 from preference_training.data.sources.storage import expanded
 from preference_training.data.sources.user_data import UserData
 from preference_training.losses.base import Loss
@@ -117,8 +116,8 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
         # As with the general keys, null means not set.
         rest = {key: value for key, value in rest.items() if value is not None}
         rest = {"held_out_share": defaults.get("held_out_share", 0.05)} | rest
-        notes = (*_unused_token_keys(name, general), *_unused_path_keys(name, given))
         dataset = _build_dataset(name, rest)
+        notes = (*_unused_token_keys(name, general), *_unused_path_keys(name, given))
         parsed = Entry(name, dataset, held_out_share=rest["held_out_share"], notes=notes, **general)
     else:
         name = str(given["name"])
@@ -148,6 +147,8 @@ def _build_dataset(path: str, options: dict) -> Dataset:
     own = replace(own, test_path=own.test_path and expanded(own.test_path))
     for location in filter(None, (own.path, own.test_path)):
         check_location(location)
+    if "test_split" in options_without_effect(path, own.test_path, options):
+        own = replace(own, test_split=None)
     return Dataset(own.load, "keep_end", fingerprint=own.fingerprint, held_out_by_share=own.by_hash and own.held_out_share > 0)
 
 
@@ -164,14 +165,11 @@ def _unused_path_keys(path: str, given: dict) -> list[str]:
     """Notes on keys of an entry that have no effect beside its others."""
     keys = {key for key, value in given.items() if value is not None and value is not False}
     notes = []
-    if is_data_file(path):
-        of_sets = ("data_dir", "split", "streaming", "subset", "test_split")
-        pointless = [key for key in of_sets if key in keys]
-        notes += [f"{key} has no effect: a file has no splits or subsets" for key in pointless]
-    if "held_out_share" in keys and (owner := keys & {"test_path", "test_split"}):
-        notes.append(f"held_out_share has no effect: {' and '.join(sorted(owner))} defines the held-out split")
-    if is_data_file(str(given.get("test_path"))) and "test_split" in keys and not is_data_file(path):
-        notes.append("test_split has no effect: test_path is a file")
+    pointless = options_without_effect(path, given.get("test_path") and expanded(given["test_path"]), keys)
+    notes += [f"{key} has no effect: {reason}" for key, reason in pointless.items()]
+    if "held_out_share" in keys and (owner := keys & {"test_path", "test_split"} - pointless.keys()):
+        defined = f"{' and '.join(sorted(owner))} define{'s' * (len(owner) == 1)}"
+        notes.append(f"held_out_share has no effect: {defined} the held-out split")
     kind = next((key for key in ANSWER_KEYS if key in keys), None)
     if kind:
         others = {"chosen", "rejected", "implicit_prompt", *ANSWER_KEYS[ANSWER_KEYS.index(kind) + 1 :]}

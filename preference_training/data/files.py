@@ -5,7 +5,7 @@ the report, which stops the run or counts it; one in the file always stops the r
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -61,8 +61,15 @@ def check_data_file(path: str, key: str) -> None:
 def read_whole_file(path: str, key: str) -> Iterator[tuple[int, dict]]:
     """The rows of a data file of which none is skipped. Raises UserError, which names a key or an option, for any fault."""
     check_data_file(path, key)
-    try:
+    with faults_of(key):
         yield from read_rows(path)
+
+
+@contextmanager
+def faults_of(key: str) -> Iterator[None]:
+    """Faults of rows are those of a key or an option which skips none, instead of `datasets`."""
+    try:
+        yield
     except UserError as error:
         text = str(error).removeprefix("datasets: ").replace(", or skip such rows with on_bad_row=skip", "")
         raise UserError(f"{key}: {text}") from error

@@ -46,10 +46,10 @@ def read_tokenized(
     """
     counts = report if split == "train" else DataReport(report.skip_bad_rows)
     for prompt_ids, rows in groupby(_valid_rows(path, vocabulary.size, counts), key=itemgetter(1)):
-        record, first = new_record(), None
+        record, places, first = new_record(), {}, None
         for number, _, chosen, rejected in rows:
             first = first or number
-            counts.skip(SAME_TEXT, add_responses(record, (chosen, rejected), [(0, 1)]))
+            counts.skip(SAME_TEXT, add_responses(record, (chosen, rejected), [(0, 1)], places))
         if not record["pairs"] or is_held_out(repr(prompt_ids), held_out_share) != (split == "test"):
             continue
         learned = [record["responses"][chosen] for chosen, _ in record["pairs"]]

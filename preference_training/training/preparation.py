@@ -28,6 +28,7 @@ from preference_training.data.pairs.halves import halves
 from preference_training.data.pairs.weights import weigh
 from preference_training.data.preparation import Prepared, count_identical_pairs, exclude_held_out, overlap, prepare
 from preference_training.data.prompt_table import PromptTable
+from preference_training.data.quality.contamination import check_readable
 from preference_training.data.rendering.choice import choose_templates
 from preference_training.data.rendering.settings import VERSION, VERSIONS, TokenSettings
 from preference_training.evaluation.phrasing import too_few
@@ -94,8 +95,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     check_noise(config, loss.needs_reference)
     if config.model.reference_archive is not None and not loss.needs_reference:
         raise UserError(f"model.reference_archive: given, and loss={config.loss.name} has no reference. Leave it null.")
-    if config.contamination_files and not config.dry_run:
-        print("contamination_files: read by dry_run=true alone, which compares them with the training data", flush=True)
+    check_contamination_files(config)
     # What takes seconds is checked before a model is converted or its tokenizer read.
     earlier = resumed_run(config, run_dir)
     entries = read_entries(config)
@@ -132,6 +132,14 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
         for line in [line for key, line in config.chosen.items() if key not in said]:
             print(line, flush=True)
     return PreparedRun(config, run_dir, in_sweep, loss, tokenizer, data, entries, pruner)
+
+
+def check_contamination_files(config: RunConfig) -> None:
+    """Raise UserError where a dry run could not read one; say that no other run does."""
+    if config.dry_run:
+        check_readable(listed(config.contamination_files))
+    elif config.contamination_files:
+        print("contamination_files: read by dry_run=true alone, which compares them with the training data", flush=True)
 
 
 def adapter_notice(config: RunConfig) -> str | None:

@@ -385,6 +385,12 @@ def test_prompts_that_are_rendered_already_are_read_as_they_are(template, end):
             [{"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}],
             (Turn("assistant", "", CALL),),
         ),
+        (
+            [{"role": "assistant", "content": "\n", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}],
+            (Turn("assistant", "", CALL),),
+        ),
+        ([{"role": "tool", "content": " "}], (Turn("tool", ""),)),
+        ([{"role": "tool", "content": [{"type": "text", "text": "\n"}]}], (Turn("tool", ""),)),
     ],
 )
 def test_messages_of_every_dialect_are_turns(messages, turns):

@@ -261,7 +261,7 @@ def leetcode_row(number: int, preference, **fields) -> dict:
 
 
 @pytest.mark.parametrize("name", ["lc", "leetcode"])
-def test_leetcode_problems_that_a_person_has_labelled_are_pairs_and_the_others_are_counted(tmp_path, name):
+def test_leetcode_problems_that_a_person_has_labeled_are_pairs_and_the_others_are_counted(tmp_path, name):
     rows = [
         leetcode_row(1, 0),
         leetcode_row(2, ""),
@@ -279,7 +279,7 @@ def test_leetcode_problems_that_a_person_has_labelled_are_pairs_and_the_others_a
         ((Turn("user", "problem 3,\nin two lines"),), ["def one_3():\n    return 1", "def two_3(): ..."], [(1, 0)],
          "def two_3(): ..."),
     ]  # fmt: skip
-    assert report.left_out == {"nobody has labelled the row": 2, EMPTY_TEXT: 2, SAME_TEXT: 1}
+    assert report.left_out == {"nobody has labeled the row": 2, EMPTY_TEXT: 2, SAME_TEXT: 1}
     assert report.rows_read == 7
     assert_one_hundredth_is_held_out(name, directory)
 

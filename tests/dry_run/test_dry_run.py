@@ -283,3 +283,10 @@ def test_a_contamination_file_that_is_missing_is_named_before_anything_is_prepar
     done = run(tmp_path, "contamination_files=[gone.jsonl]")
     assert done.returncode == 2 and done.stderr.startswith("contamination_files: gone.jsonl: no such file.")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_contamination_file_that_is_damaged_is_named_before_anything_is_prepared(tmp_path):
+    (tmp_path / "bench.jsonl").write_text('{"question": "Why?"}\n{"question": "W')
+    done = run(tmp_path, "contamination_files=bench.jsonl")
+    assert done.returncode == 2 and done.stderr.startswith("contamination_files: bench.jsonl, "), done.stderr
+    assert "train" not in done.stdout

@@ -285,6 +285,8 @@ def test_an_architecture_that_ollama_does_not_convert_is_refused_with_the_list()
         (config(None, None, [{"path": "x.jsonl", "template": "raw"}]), None, ("raw", None)),
         (config(None, "S", ["x.jsonl"]), "chatml", ("chatml", "S")),
         (config("chatml", "S"), "raw", ("raw", None)),
+        (config("chatml", "S", [{"path": "x.jsonl", "system_prompt": ""}]), None, ("chatml", None)),
+        (config("chatml", "S", [{"path": "x.jsonl", "system_prompt": None}]), None, ("chatml", "S")),
     ],
 )
 def test_a_runs_configuration_says_how_prompts_were_written(given_config, wanted, expected):
@@ -296,6 +298,8 @@ def test_an_unknown_prompt_format_must_be_given():
         run_format(config(None, None, ["x.jsonl"]))
     with pytest.raises(UserError, match="--template: the data sets of this run are written in several ways"):
         run_format(config(None, None, ["hh", {"name": "ultrafeedback", "template": "chatml"}]))
+    with pytest.raises(UserError, match="or with several system prompts"):
+        run_format(config("chatml", "Be brief.", [{"path": "a.jsonl", "system_prompt": ""}, "b.jsonl"]))
 
 
 # ---- facts that Ollama reads elsewhere --------------------------------------------------------------------------------------

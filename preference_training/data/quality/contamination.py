@@ -4,6 +4,7 @@ An item of a file is contaminated if a prompt or a response holds one of its n-g
 Letter case and punctuation do not count.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import numpy
 
 from preference_training.core.errors import UserError
-from preference_training.data.files import format_of, read_rows
+from preference_training.data.files import format_of, read_whole_file
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.quality.words import decode, ngrams, word_hashes
 
@@ -51,11 +52,17 @@ def find_contamination(table: PromptTable, tokenizer, paths: Sequence[str], n: i
     return [file.result() for file in files]
 
 
+def check_readable(paths: Sequence[str]) -> None:
+    """Raise UserError where a file cannot be read whole: said before the data is prepared that it would be compared with."""
+    for path in paths:
+        deque(read_items(Path(path).expanduser()), maxlen=0)
+
+
 def read_items(path: Path) -> Iterator[list[str]]:
     """The texts of each row of a data file, or each paragraph of any other file."""
     kind = format_of(path)
     if kind is not None:
-        for _, row in read_rows(path):
+        for _, row in read_whole_file(str(path), "contamination_files"):
             yield from ([paragraph] for paragraph in _paragraphs(row["text"])) if kind == ".txt" else [list(_texts(row))]
         return
     try:

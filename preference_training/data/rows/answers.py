@@ -115,7 +115,7 @@ def last_turns_replaced(values: list, names: list[str]) -> list:
         return [*before, {"role": "assistant", "content": value}] if isinstance(value, str) and value else value
 
     others = zip(values[1:], names[1:], strict=True)
-    return [values[0], *(continued(parse_serialized_turns(parse_text_list(value), name)) for value, name in others)]
+    return [values[0], *(continued(parse_serialized_turns(value, name)) for value, name in others)]
 
 
 def _not_the_assistants(name: str, role: str) -> str:

@@ -81,7 +81,8 @@ def with_roles(row: dict, roles: Mapping[str, str]) -> dict:
             return {key: renamed(inner) for key, inner in value.items()}
         return value | {keys[0]: role} if role else value
 
-    return {column: renamed(value) for column, value in row.items()}
+    # The row may say that its values have no types.
+    return type(row)({column: renamed(value) for column, value in row.items()})
 
 
 def check_mask(row: dict) -> None:
@@ -136,7 +137,9 @@ def _turn(item, place: str) -> Turn:
     if "tool_calls" in rest:
         rest["tool_calls"] = _calls(rest["tool_calls"], place)
     content = "" if content is None and (rest or role in ("system", "developer", "tool")) else content
-    if role in ("system", "developer") and isinstance(content, str) and not content.strip():
+    if isinstance(content, str) and not content.strip() and (role in ("system", "developer", "tool") or "tool_calls" in rest):
+        content = ""
+    if role in ("system", "developer") and content == "":
         return Turn(role, "")
     if role == "assistant" and not _is_learned(item, place):
         rest["weight"] = 0
@@ -217,12 +220,14 @@ def without_nones(value):
     return [without_nones(inner) for inner in value] if isinstance(value, list) else value
 
 
-NO_TOOLS = ("", "none", "null", "nan", "n/a")
+def is_missing_word(text: str) -> bool:
+    """Whether a text is a word that tables have where a value is missing, in any case, or is blank."""
+    return text.strip().lower() in ("", "n/a", "na", "nan", "none", "null")
 
 
 def parse_tools(value, name: str) -> str:
     """The tools in the field `name`, objects or their JSON text, as the JSON text of a list; "" for none. Raises RowError."""
-    if isinstance(value, str) and value.strip().lower() in NO_TOOLS:
+    if isinstance(value, str) and is_missing_word(value):
         return ""
     found = without_nones(_of_json(value))
     found = [found] if isinstance(found, dict) and found else found
@@ -233,8 +238,6 @@ def parse_tools(value, name: str) -> str:
         raise RowError(f"field {name!r} is {json_type(value)}, expected a list of tools (objects), or its JSON text.")
     return json.dumps(items, ensure_ascii=False)
 
-
-MISSING_NUMBERS = ("nan", "NaN", "None", "null", "")
 
 # The beginning of a text that contains a conversation or a turn, as JSON or as Python prints it.
 SERIALIZED_TURNS = re.compile(r"""\s*(\[\s*)?\{\s*["'](\w+)["']\s*:""")
@@ -253,7 +256,7 @@ def parse_literal(text: str):
 def _numbers(text: str) -> list:
     """A list of numbers, of which some are missing, as Python prints it. Raises ValueError."""
     words = (word.strip() for word in text.removeprefix("[").removesuffix("]").split(","))
-    return [None if word in MISSING_NUMBERS else float(word) for word in words]
+    return [None if is_missing_word(word) else float(word) for word in words]
 
 
 def parse_serialized_turns(value, name: str):

@@ -36,6 +36,7 @@ from preference_training.data.rows.unread_columns import ReadColumns, note_verdi
 from preference_training.data.rows.values import (
     NO_VERDICT,
     TIE,
+    UntypedRow,
     as_label,
     as_number,
     better_answer,
@@ -59,6 +60,7 @@ CONTEXT_JOINED = "prompts joined from question and context, on separate lines"
 INPUT_JOINED = "prompts joined from instruction and input, on separate lines"
 OWN_SYSTEM_TURN = "conversations with their own system turn, which replaces the field {!r}"
 LAST_TURNS = "conversations whose turns behind the assistant's last one were left out"
+LISTS_IN_CELLS = "rows whose cells are lists of answers, each read as several"
 NO_REJECTED = "no rejected answer"
 NO_SCORE = "answers left out that have no score or rank"
 NO_LABEL = "the answer has no label"
@@ -255,7 +257,7 @@ class FieldMap:
         found = rounds_in(row, self.prompt, columns) or [answer_of(answers, self.responses, k) for k in rated]
         sign = 1 if self.scores else -1
         scores = [sign * as_number(comparable_number(numbers[k]), shown_names(numbers_name)) for k in rated]
-        pairs = pairs_by_score(scores)
+        pairs = pairs_by_score(scores, report)
         if isinstance(self.responses, list) and not pairs and len(answers) > 1:
             raise LeftOut(TIE if len(rated) > 1 else NO_VERDICT)
         prompt, responses = self.splitting.split(row, found)
@@ -287,14 +289,16 @@ class FieldMap:
         present = [name for name, value in zip(others, given, strict=True) if len(others) == 1 or not is_empty(value)]
         names = [self.chosen] if [self.chosen] == others else [self.chosen, *(present or others[:1])]
         values = [_answer(row, name) for name in names]
+        cells = list(map(parse_text_list, values)) if isinstance(row, UntypedRow) else []
         if self.chosen in self.found and self.chosen in CONVERSATIONS:
-            values = last_turns_replaced(values, names)
+            report.change(LISTS_IN_CELLS, any(map(is_text_list, cells[1:])))
+            values = last_turns_replaced(cells or values, names)
+        elif cells and all(map(is_text_list, cells)):
+            report.change(LISTS_IN_CELLS)
+            values = cells  # One alone may be an answer in brackets.
         if any(value == [] for value in given) and all(map(is_empty, given)):
             answers_in(values[0], self.chosen)  # Its faults are told first.
             raise LeftOut(NO_REJECTED)
-        listed = [parse_text_list(value) for value in values]
-        if all(map(is_text_list, listed)):
-            values = listed  # One alone may be an answer in brackets.
         values[1:] = (without_empty(value, report) for value in values[1:])
         named = zip(names, values, strict=True)
         first, *found = [[(name, answer) for answer in answers_in(value, name)] for name, value in named]

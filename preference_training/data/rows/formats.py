@@ -36,12 +36,14 @@ from preference_training.data.rows.prompt_fields import CONTEXT, INSTRUCTIONS, Q
 from preference_training.data.rows.templates import ASSISTANT
 from preference_training.data.rows.values import (
     LABELS,
+    comparable,
     is_finite_number,
     is_text_pair,
     is_tie,
     label_word,
     parse_text_list,
     verdict_values,
+    verdict_word,
 )
 
 Keys = dict[str, object]
@@ -158,20 +160,26 @@ def _public_verdicts(columns: Columns) -> Found | None:
         if of.scores and (scores := columns.both(of.scores)):
             return Found({"responses": answers, "scores": scores}, f"{said}, scores in `{'` and `'.join(scores)}`")
         if of.better and (better := columns.get(of.better)):
-            return Found({"answers": answers, "better": {better: list(of.values)}}, _verdict_words(answers, better, of.values))
+            return Found(
+                {"answers": answers, "better": {better: list(of.values)}}, _verdict_words(columns, answers, better, of.values)
+            )
     if (answers := columns.get("summaries")) and (text := columns.inner(answers, LISTED_TEXTS)) and "choice" in columns.values:
         better = {"choice": [0, 1]}
         return Found({"answers": text, "better": better}, f"two answers in `{text}`, the better one's index in `choice`")
     return None
 
 
-def _verdict_words(answers: list[str], better: str, values: Iterable) -> str:
-    meaning = ", ".join(f"{_shown(value)} is `{name}`" for value, name in zip(values, answers, strict=True))
+def _verdict_words(columns: Columns, answers: list[str], better: str, values: Iterable) -> str:
+    """What the values of a verdict mean, as the rows write them."""
+    written = {verdict_word(value): comparable(value) for value in reversed(columns.values[better])}
+
+    def shown(value) -> str:
+        if not isinstance(value, list):
+            return str(value)
+        return next((written[word] for word in map(verdict_word, value) if word in written), str(value[0]))
+
+    meaning = ", ".join(f"{shown(value)} is `{name}`" for value, name in zip(values, answers, strict=True))
     return f"two answers in `{'` and `'.join(answers)}`, the better one in `{better}` ({meaning})"
-
-
-def _shown(value) -> str:
-    return str(value[0] if isinstance(value, list) else value)
 
 
 def _lists(columns: Columns) -> Found | None:
@@ -200,7 +208,7 @@ def _verdicts(columns: Columns) -> Found | None:
             values = verdict_values(columns.values[better], answers) or _named_models(columns, better, suffixes)
             # Labels of 1 may mean the first answer, as SHP's do, or the second.
             if values and not (values == [[0], [1]] and plain(better) in ("label", "labels")):
-                return Found({"answers": answers, "better": {better: values}}, _verdict_words(answers, better, values))
+                return Found({"answers": answers, "better": {better: values}}, _verdict_words(columns, answers, better, values))
         for stem in ("score", "rating", "reward"):
             scores = columns.both(f"{stem}_{suffix}" for suffix in suffixes)
             if scores and all(columns.all(name, is_finite_number) for name in scores):

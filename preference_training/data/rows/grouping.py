@@ -3,6 +3,7 @@
 Responses that repeat their prompt: if those of all rows do, it is removed from them.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, combinations, islice
 from typing import NamedTuple
@@ -20,14 +21,21 @@ def new_record() -> dict:
     return {"responses": [], "pairs": [], "sft_target": None}
 
 
-def add_responses(record: dict, responses: Iterable[Response], pairs: Iterable[tuple[int, int]]) -> int:
-    """Add responses, each once, and the pairs between them to a record. Returns how many pairs had identical texts."""
+def add_responses(
+    record: dict, responses: Iterable[Response], pairs: Iterable[tuple[int, int]], places: dict[Response, int] | None = None
+) -> int:
+    """Add responses, each once, and the pairs between them to a record. Returns how many pairs had identical texts.
+
+    places: of the responses that the record has, kept up to date; a caller that adds many keeps it, or else they are looked up.
+    """
     known = record["responses"]
+    places = {response: place for place, response in enumerate(known)} if places is None else places
     indices = []
     for response in responses:
-        if response not in known:
+        if response not in places:
+            places[response] = len(known)
             known.append(response)
-        indices.append(known.index(response))
+        indices.append(places[response])
     same = 0
     for preferred, other in pairs:
         if indices[preferred] == indices[other]:
@@ -37,10 +45,35 @@ def add_responses(record: dict, responses: Iterable[Response], pairs: Iterable[t
     return same
 
 
-def pairs_by_score(scores: list[float]) -> list[tuple[int, int]]:
-    """All pairs of indices whose scores differ, the higher one first, in the order of their indices."""
-    indices = combinations(range(len(scores)), 2)
+# Pairs of one prompt: those of some 1,400 scored responses. More would not fit into memory.
+MOST_PAIRS = 1_000_000
+TOO_MANY_PAIRS = f"pairs beyond {MOST_PAIRS:,} of a prompt's scored responses, among which where and top_k choose"
+
+
+def pairs_by_score(scores: Sequence[float], report: DataReport | None = None) -> list[tuple[int, int]]:
+    """All pairs of indices whose scores differ, the higher one first, in the order of their indices.
+
+    Of more than MOST_PAIRS some are taken, about as many with each index; the report counts the others.
+    """
+    number = len(scores)
+    if number * (number - 1) // 2 <= MOST_PAIRS:
+        return _with_different_scores(combinations(range(number), 2), scores)
+    # Each index with those at the same distances, which are spread evenly: rows may come sorted by their scores.
+    taken, half = max(1, MOST_PAIRS // number), (number - 1) // 2
+    distances = [1 + k * half // taken for k in range(taken)]
+    indices = sorted(tuple(sorted((i, (i + distance) % number))) for i in range(number) for distance in distances)
+    pairs = _with_different_scores(indices, scores)
+    if report is not None:
+        report.skip(TOO_MANY_PAIRS, number * (number - 1) // 2 - _equal_pairs(scores) - len(pairs))
+    return pairs
+
+
+def _with_different_scores(indices: Iterable[tuple[int, int]], scores: Sequence[float]) -> list[tuple[int, int]]:
     return [(i, j) if scores[i] > scores[j] else (j, i) for i, j in indices if scores[i] != scores[j]]
+
+
+def _equal_pairs(scores: Sequence[float]) -> int:
+    return sum(count * (count - 1) // 2 for count in Counter(scores).values())
 
 
 class Row(NamedTuple):
@@ -115,6 +148,7 @@ class _Group:
 
     def __init__(self):
         self.record = new_record()
+        self.places: dict[Response, int] = {}
         self.targets: list[Response] = []
         self.rows: list[int] = []
         # By response; `formed` are those whose pairs are formed at the end.
@@ -130,7 +164,7 @@ class _Group:
             self.formed += zip(row.responses, row.scores, strict=True)
             return
         different = [k for k, (i, j) in enumerate(row.pairs) if row.responses[i] != row.responses[j]]
-        report.skip(SAME_TEXT, add_responses(self.record, row.responses, row.pairs))
+        report.skip(SAME_TEXT, add_responses(self.record, row.responses, row.pairs, self.places))
         before = len(self.record["pairs"]) - len(different)
         for key, values, without in (("weights", row.weights, 1.0), ("margins", row.margins, None)):
             if values is not None or key in self.record:
@@ -159,7 +193,8 @@ class _Group:
         if self.formed:
             given = [response for response, _ in self.formed], [score for _, score in self.formed]
             responses, scores, pairs = _ranked(*given, report)
-            first, *others = [index for index, score in enumerate(scores) if score == max(scores)]
+            best = max(scores)
+            first, *others = [index for index, score in enumerate(scores) if score == best]
             self.add(Row(prompt, responses, pairs, first, scores, more_targets=tuple(others)), report)
         if self.targets or self.labels:
             # Of responses that are all undesirable, SFT learns none; a record has a target all the same.
@@ -200,9 +235,9 @@ def _ranked(
     """Responses, each once, their scores, and the pairs of those that differ."""
     score_of = dict(zip(responses, scores, strict=True))
     texts, kept = list(score_of), list(score_of.values())
-    pairs = pairs_by_score(kept)
+    pairs = pairs_by_score(kept, report)
     report.skip(SAME_RESPONSE, len(responses) - len(texts))
-    report.skip(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
+    report.skip(EQUAL_SCORES, _equal_pairs(kept))
     return texts, kept, pairs
 
 

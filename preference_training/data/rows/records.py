@@ -85,7 +85,6 @@ SAME_TEXT = "chosen and rejected are the same"
 OTHER_PROMPT = "chosen and rejected have different prompts"
 EMPTY_TEXT = "a text is empty"
 
-
 # Hints on some columns that were not read.
 COLUMN_HINTS = {
     "system": "with system: system it becomes the system turn",
@@ -324,7 +323,8 @@ def turn_error(turn: Turn) -> str | None:
     Calls of tools, and what tools return, may be without text, and so may system turns, which are none then.
     """
     may_be_empty = turn.role in ("system", "tool") or (turn.role == "assistant" and "tool_calls" in message_of(turn))
-    problem = None if turn.content == "" and may_be_empty else text_error(turn.content)
+    is_blank = turn.content == "" or (turn.role == "tool" and isinstance(turn.content, str) and turn.content.isspace())
+    problem = None if is_blank and may_be_empty else text_error(turn.content)
     return problem or (text_error(turn.rest) if turn.rest else None)
 
 
@@ -421,11 +421,11 @@ def split_by_hash(
     If none of two or more prompts would be held out, the one with the smallest hash is; therefore its items wait until a
     smaller hash comes.
     """
-    lowest, waiting, several = 1.0, [], False
-    held_out_any = share == 0
+    lowest, waiting, several, held_out_any = 1.0, [], False, False
     if share == 0:
         # All are read, also for the split that is empty, since reading reports their errors.
         yield from (item for item in items if split == "train")
+        return
     for item in items:
         prompt, record = item
         # Answers without a prompt, as plain texts are, are held out one by one.

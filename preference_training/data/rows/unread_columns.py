@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from preference_training.data.rows.column_names import MARK_OF_JUDGMENTS, OF_JUDGMENTS
 from preference_training.data.rows.conversations import (
+    LEGACY_CALL,
     MESSAGE_FIELDS,
     TURN_KEYS,
     WEIGHT_KEYS,
@@ -100,5 +101,5 @@ def _beside_turns(value, name: str) -> Iterator[str]:
         return
     for item in value if isinstance(value, list) else ():
         if isinstance(item, dict) and len(item) > 2 and (keys := turn_keys(item) or round_keys(item)):
-            read = (*keys, *MESSAGE_FIELDS, *WEIGHT_KEYS)
+            read = (*keys, *MESSAGE_FIELDS, *WEIGHT_KEYS, LEGACY_CALL)
             yield from (f"{name}.{key}" for key, inner in item.items() if key not in read and not is_empty(inner))

@@ -6,8 +6,15 @@ from decimal import Decimal
 from math import isnan
 from numbers import Real
 
-from preference_training.data.rows.conversations import RowError, parse_literal
+from preference_training.data.rows.conversations import RowError, is_missing_word, parse_literal
 from preference_training.data.rows.records import shown, text_error
+
+
+class UntypedRow(dict):
+    """A row of a table without types, such as a CSV file: lists are written into its cells as texts.
+
+    In rows of other sources a list is a list, and the text of one, such as structured output, is a text.
+    """
 
 
 def is_empty(value) -> bool:
@@ -104,7 +111,7 @@ def comparable_number(value):
 def is_missing_number(number) -> bool:
     """Whether a number is missing, also as a text."""
     if isinstance(number, str):
-        return number.strip().lower() in ("", "n/a", "na", "nan", "none", "null")
+        return is_missing_word(number)
     return number is None or (isinstance(number, float) and isnan(number))
 
 
@@ -151,6 +158,7 @@ def as_label(value, name: str) -> bool:
     return label
 
 
+CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 OPERATORS = {
     ">=": operator.ge, "<=": operator.le, "!=": operator.ne, "==": operator.eq, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
@@ -162,17 +170,55 @@ def condition(wanted, column: str = "value") -> Callable[[object], bool]:
     Raises ValueError for a comparison with something that is no number.
     """
     if isinstance(wanted, list):
-        texts = {comparable(value) for value in wanted}
-        return lambda value: comparable(value) in texts
+        # Lists may be long: only those of the same form are compared.
+        by_form: dict[object, list] = {}
+        for one in wanted:
+            by_form.setdefault(_form(one), []).append(one)
+        return lambda value: any(equal(value, one) for one in by_form.get(_form(value), ()))
     sign = next((sign for sign in OPERATORS if isinstance(wanted, str) and wanted.startswith(sign)), None)
     if sign is None:
-        return lambda value: comparable(value) == comparable(wanted)
+        return lambda value: equal(value, wanted)
     compare, bound_text = OPERATORS[sign], wanted.removeprefix(sign).strip()
     if sign in ("!=", "=="):
-        wanted_text = comparable(bound_text)
-        return lambda value: compare(comparable(value), wanted_text)
+        constant, is_wanted = _constant(bound_text), sign == "=="
+        return lambda value: equal(value, constant) == is_wanted
     bound = float(bound_text)
     return lambda value: compare(as_number(value, column), bound)
+
+
+def equal(a: object, b: object) -> bool:
+    """Whether two values are the same, be they numbers, true, false and null or, as in CSV files, their texts; 1.0 is 1.
+
+    Two texts are the same only as they are written: "1.0" is not "1".
+    """
+    if isinstance(a, str) and isinstance(b, str):
+        return comparable(a) == comparable(b)
+    if any(one is None or isinstance(one, bool) for one in (a, b)):
+        return _form(a) == _form(b)
+    one, other = _number(a), _number(b)
+    return comparable(a) == comparable(b) if one is None or other is None else one == other
+
+
+def _form(value: object) -> object:
+    """What equal values have in common: a number, or a text."""
+    number = None if value is None or isinstance(value, bool) else _number(value)
+    text = comparable(value).strip().lower()
+    return number if number is not None else "none" if text == "null" else text
+
+
+def _number(value: object) -> Decimal | None:
+    """The number that a value is, or is the text of, exactly; None for others."""
+    try:
+        number = Decimal(str(value)) if isinstance(value, Real | Decimal | str) else None
+    except ArithmeticError:
+        return None
+    return None if number is None or number.is_nan() else number
+
+
+def _constant(text: str) -> object:
+    """A value as conditions write it: a number, true, false or null, or else a text."""
+    number = _number(text)
+    return number if number is not None else CONSTANTS.get(text.lower(), text)
 
 
 def comparable(value) -> str:
@@ -193,7 +239,7 @@ TIES = {
 NEITHER = TIES | {"0", "0.5", ""}
 
 
-def _word(value) -> str:
+def verdict_word(value) -> str:
     """A verdict as it is compared: numbers keep their sign, true is 1, other texts keep only their letters and digits."""
     text = comparable(value).strip().lower()
     text = {"true": "1", "false": "0"}.get(text, text)
@@ -205,7 +251,7 @@ def _word(value) -> str:
 
 def is_tie(value) -> bool:
     """Whether a verdict that means neither answer says so."""
-    return _word(value) in NEITHER
+    return verdict_word(value) in NEITHER
 
 
 def verdict_values(values: Iterable, answers: list[str]) -> list[list] | None:
@@ -216,7 +262,7 @@ def verdict_values(values: Iterable, answers: list[str]) -> list[list] | None:
     values = [value for value in values if not is_empty(value)]
     if any(comparable(value).strip().lower() in ("true", "false") for value in values):
         return None  # Either may mean the first.
-    found = {_word(value) for value in values}
+    found = {verdict_word(value) for value in values}
     seen = found - TIES
     words = [_words_for(name, place) for place, name in enumerate(answers)]
     # A single number may count from 0 or from 1.
@@ -231,9 +277,15 @@ def verdict_values(values: Iterable, answers: list[str]) -> list[list] | None:
 
 
 def _words_for(answer: str, place: int) -> set[str]:
-    suffix = _word(answer[-1:])
+    suffix = verdict_word(answer[-1:])
     stems = ("model", "response", "answer", "assistant", "output", "completion", "conversation", "option")
-    return {suffix, _word(answer), ("first", "second")[place], ("left", "right")[place], *(stem + suffix for stem in stems)}
+    return {
+        suffix,
+        verdict_word(answer),
+        ("first", "second")[place],
+        ("left", "right")[place],
+        *(stem + suffix for stem in stems),
+    }
 
 
 def better_answer(row: dict, better: str | dict, place_names: str) -> int | None:
@@ -264,9 +316,9 @@ def _names_value(value, wanted, row: dict) -> bool:
 
 def _means(value, wanted, column: str) -> bool:
     if isinstance(wanted, list):
-        return _word(value) in {_word(one) for one in wanted}
+        return verdict_word(value) in {verdict_word(one) for one in wanted}
     if not isinstance(wanted, str) or not wanted.startswith(("<", ">", "=", "!")):
-        return _word(value) == _word(wanted)
-    if is_empty(value) or _word(value) in NEITHER - {"0", "0.5"}:
+        return verdict_word(value) == verdict_word(wanted)
+    if is_empty(value) or verdict_word(value) in NEITHER - {"0", "0.5"}:
         return False
     return condition(wanted, column)(value)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from preference_training.data.rows.conversations import RowError
-from preference_training.data.rows.values import as_number, field_value
+from preference_training.data.rows.values import as_number, equal, field_value
 
 Value = Callable[[dict], object]
 CONSTANTS = {"true": True, "false": False, "null": None}
@@ -116,9 +116,9 @@ Operand = tuple[object, str]
 def _comparison(op: ast.cmpop) -> Callable[[Operand, Operand], bool]:
     match op:
         case ast.Eq():
-            return lambda a, b: _equal(a[0], b[0])
+            return lambda a, b: equal(a[0], b[0])
         case ast.NotEq():
-            return lambda a, b: not _equal(a[0], b[0])
+            return lambda a, b: not equal(a[0], b[0])
         case ast.In():
             return lambda a, b: _contains(b, a)
         case ast.NotIn():
@@ -129,23 +129,9 @@ def _comparison(op: ast.cmpop) -> Callable[[Operand, Operand], bool]:
     raise ValueError("'is' compares nothing here; == does")
 
 
-def _equal(a: object, b: object) -> bool:
-    """Whether two values are the same, be they numbers or, as in CSV files, their texts; 1.0 is 1, and "true" is true."""
-    if a is None or b is None:
-        return a is b
-    if isinstance(a, bool) or isinstance(b, bool):
-        return str(a).strip().lower() == str(b).strip().lower()
-    if isinstance(a, int | float) or isinstance(b, int | float):
-        try:
-            return float(a) == float(b)
-        except (TypeError, ValueError, OverflowError):
-            return False
-    return a == b
-
-
 def _contains(many: Operand, one: Operand) -> bool:
     if isinstance(many[0], list | tuple):
-        return any(_equal(one[0], item) for item in many[0])
+        return any(equal(one[0], item) for item in many[0])
     if isinstance(many[0], str) and isinstance(one[0], str):
         return one[0] in many[0]
     raise RowError(f"{many[1]} is {many[0]!r}, expected a list, or a text that another may be part of.")

@@ -1,6 +1,6 @@
 """Where the rows of a path lie: a file, files of a folder or pattern, a directory that save_to_disk wrote, or the hub."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from preference_training.data.files import EXPECTED, format_of, is_data_file, re
 from preference_training.data.hub_sets import hub_rows, load_hub
 from preference_training.data.registry import TOKENIZED_SUFFIX
 from preference_training.data.rows.records import DataReport, NumberedRows
+from preference_training.data.rows.values import UntypedRow
 from preference_training.data.sources.storage import cloud_errors, content_hash, file_system, is_pattern, is_remote
 
 
@@ -81,7 +82,10 @@ class TableSource:
 
     def rows(self, report: DataReport) -> NumberedRows:
         """(row number, row)."""
-        return hub_rows(self.table, self.place, report)
+        rows = hub_rows(self.table, self.place, report)
+        if self.table.info.builder_name != "csv":
+            return rows
+        return ((number, UntypedRow(row)) for number, row in rows)
 
     def fingerprint(self) -> str | None:
         """The library's; a stream has none."""
@@ -138,6 +142,35 @@ def find_source(path: str, part: Part, cache_dir: str | None) -> Source:
     return TableSource(place, load_hub(path, part.subset, part.data_dir, part.split, cache_dir, part.streaming))
 
 
+# What says which part of a set of the hub is read.
+HUB_OPTIONS = ("data_dir", "split", "streaming", "subset", "test_split")
+
+
+def options_without_effect(path: str, test_path: str | None, given: Container[str]) -> dict[str, str]:
+    """The given options for sets of the hub that say nothing about the rows of a path and of a test path, with the reason."""
+    ignored = {place: _ignored(place) for place in (path, test_path) if place and any(map(given.__contains__, HUB_OPTIONS))}
+    found = {}
+    for key in filter(given.__contains__, HUB_OPTIONS):
+        # The held-out split may lie elsewhere.
+        reasons = [of.get(key) for place, of in ignored.items() if key != "test_split" or place == (test_path or path)]
+        if all(reasons):
+            found[key] = reasons[0]
+    return found
+
+
+def _ignored(path: str) -> dict[str, str]:
+    """The options that have no effect on a path's rows, with the reason."""
+    if is_pattern(path):
+        return dict.fromkeys(HUB_OPTIONS, "files of a pattern have no splits or subsets")
+    is_folder = _is_folder(path)
+    if is_data_file(path) and not is_folder:
+        return dict.fromkeys(HUB_OPTIONS, "a file has no splits or subsets")
+    if not is_folder or not _is_saved(path):
+        return {}
+    ignored = ("data_dir", "streaming", "subset") if _is_saved(path, SAVED[1:]) else HUB_OPTIONS
+    return dict.fromkeys(ignored, f"what save_to_disk wrote here has no {'splits or ' * (ignored is HUB_OPTIONS)}subsets")
+
+
 def _matching(pattern: str) -> tuple[str, ...]:
     """The data files whose paths match a pattern, sorted."""
     import fsspec.core
@@ -173,15 +206,16 @@ def _is_folder(path: str) -> bool:
 
 # ---- directories that save_to_disk wrote -----------------------------------------------------------------------------------
 
+# Of one table, and of one with several splits.
 SAVED = ("state.json", "dataset_dict.json")
 
 
-def _is_saved(path: str) -> bool:
+def _is_saved(path: str, names: Sequence[str] = SAVED) -> bool:
     if not is_remote(path):
-        return any((Path(path) / name).is_file() for name in SAVED)
+        return any((Path(path) / name).is_file() for name in names)
     system, inside = file_system(path)
     with cloud_errors(path):
-        return any(system.exists(f"{inside.rstrip('/')}/{name}") for name in SAVED)
+        return any(system.exists(f"{inside.rstrip('/')}/{name}") for name in names)
 
 
 def _load_saved(path: str, split: str):

@@ -10,6 +10,7 @@ from typing import BinaryIO
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.rows.conversations import without_nones
 from preference_training.data.rows.records import DataReport
+from preference_training.data.rows.values import UntypedRow
 
 DELIMITERS = ",;\t|"
 
@@ -39,7 +40,7 @@ def read_csv(file: BinaryIO, place: str, report: DataReport, delimiters: str = D
             records = _records(csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=spaced), lines, place)
         for number, values in enumerate(filter(None, records), start=1):
             if isinstance(values, list) and len(values) == len(header):
-                yield number, dict(zip(header, values, strict=True))
+                yield number, UntypedRow(zip(header, values, strict=True))
                 continue
             problem = (
                 values

@@ -45,7 +45,7 @@ def pair_accuracy(options: Namespace) -> list[str]:
     check_arguments(options)
     path = _results_path(options, f"pairs_{Path(options.file).name.partition('.')[0]}.json")
     pairs = read_pairs(options.file, options.by)
-    results: dict = {"file": options.file, "category_column": pairs.column, "models": {}}
+    results: dict = {"file": options.file, "category_column": pairs.column, "left_out": pairs.left_out, "models": {}}
     if options.model is not None:
         results["models"][options.model] = _found(pairs, _by_language_model(pairs, options))
     for name in options.reward_model or ():

@@ -15,9 +15,10 @@ import numpy
 from preference_training.batching.micro_batches import split_into_batches
 from preference_training.batching.packing import iterate_examples
 from preference_training.core.errors import UserError
-from preference_training.data.files import check_data_file, read_rows
+from preference_training.data.files import faults_of, read_whole_file
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.field_maps import FieldMap
+from preference_training.data.rows.grouping import Row, group_rows
 from preference_training.data.rows.records import DataReport, PreferenceRecord, prompt_text
 from preference_training.data.tokenization import TokenizedPrompt, tokenize_records
 from preference_training.evaluation.held_out import Scores, score_responses
@@ -31,11 +32,20 @@ PAIRS_AT_ONCE = 16
 
 
 class Pairs(NamedTuple):
-    """The pairs of a file: one record for each row, and the category of each record ("" for none) by its number."""
+    """The pairs of a file, and the category of each record ("" for none) by its number.
+
+    There is one record for each row, or for all rows of a prompt and a category that have one scored response each. left_out:
+    what has no pair, by reason.
+    """
 
     records: list[PreferenceRecord]
     categories: dict[int, str]
     column: str | None
+    left_out: dict[str, int]
+
+
+NO_PAIR = "a row compares nothing"
+NO_DIFFERENT_SCORES = "a prompt has no two responses with different scores"
 
 
 def read_pairs(path: str, column: str | None = None) -> Pairs:
@@ -43,24 +53,34 @@ def read_pairs(path: str, column: str | None = None) -> Pairs:
 
     Raises UserError where there are none.
     """
-    check_data_file(path, "pairs")
     report = DataReport()
-    rows = list(read_rows(path, report))
+    rows = list(read_whole_file(path, "pairs"))
     if column is not None and not any(column in row for _, row in rows):
         raise UserError(f"--by: no row of {path} has a column {column!r}. Expected one of {', '.join(rows[0][1])}.")
     column = column or next((name for name in CATEGORY_COLUMNS if any(name in row for _, row in rows)), None)
     given = {number: str(row[column]) for number, row in rows if column is not None and row.get(column) is not None}
+    together: dict[object, list[Row]] = {}
+    with faults_of("pairs"):
+        for row in FieldMap().map_rows(rows, path, report):
+            key = (row.prompt, row.tools, given.get(row.number, "")) if row.forms_pairs else row.number
+            together.setdefault(key, []).append(row)
     records, categories = [], {}
-    for row in FieldMap().map_rows(rows, path, report):
-        pairs = [(i, j) for i, j in row.pairs if row.responses[i] != row.responses[j]]
-        if pairs:
-            number, target = len(records), row.responses[pairs[0][0]]
-            source = f"{path}, row {row.number}"
-            records.append(PreferenceRecord(row.prompt, row.responses, pairs, target, number, source, tools=row.tools))
-            categories[number] = given.get(row.number, "")
+    for of_record in together.values():
+        first = of_record[0]
+        for prompt, record in group_rows(of_record, report):
+            if not record["pairs"]:
+                report.skip(NO_DIFFERENT_SCORES if first.forms_pairs else NO_PAIR)
+                continue
+            number, source = len(records), f"{path}, row {first.number}"
+            texts = record["responses"], record["pairs"], record["sft_target"]
+            records.append(PreferenceRecord(prompt, *texts, number, source, tools=first.tools))
+            categories[number] = given.get(first.number, "")
     if not records:
-        raise UserError(f"pairs: {path} has no pair of two different responses. Expected rows with chosen and rejected.")
-    return Pairs(records, categories, column)
+        found = "; ".join(f"{count} x {reason}" for reason, count in report.left_out.items()) or "it has none"
+        raise UserError(
+            f"pairs: {path} has no pair of two different responses ({found}). Expected rows with chosen and rejected."
+        )
+    return Pairs(records, categories, column, report.left_out)
 
 
 class Scored(NamedTuple):
@@ -91,7 +111,9 @@ def score_by_language_model(pairs: Pairs, policy: ChatModel, reference: ChatMode
         values = {"reward": found.policy - _scores(reference, batches).policy} | values
     values |= {f"{name} per token": each / lengths for name, each in list(values.items())}
     margins = {name: (each[members[:, 0]] - each[members[:, 1]]).numpy() for name, each in values.items()}
-    return Scored(margins, [prompt.number for prompt, _ in examples], report.left_out)
+    bad = {f"a row such as {report.bad_rows[0].removeprefix('datasets: ')}": report.num_bad_rows} if report.bad_rows else {}
+    left_out = report.left_out | bad
+    return Scored(margins, [prompt.number for prompt, _ in examples], left_out)
 
 
 def tokenized(pairs: Pairs, model: ChatModel, report: DataReport) -> list[TokenizedPrompt]:

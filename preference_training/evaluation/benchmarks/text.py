@@ -27,6 +27,7 @@ def pair_lines(results: dict) -> list[str]:
             lines.append(
                 "no score: it is of the sections Chat, Chat Hard, Safety and Reasoning, and not all of them have pairs"
             )
+    lines += [f"left out of {results['file']}: {count:,} x {reason}" for reason, count in results["left_out"].items()]
     for model, found in results["models"].items():
         lines += [f"not scored by {model}: {count:,} x {reason}" for reason, count in found["left_out"].items()]
     warning = _warning(pairs["all"], "accuracies")

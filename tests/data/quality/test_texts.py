@@ -186,6 +186,10 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / "bench.bin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"contamination_files: .*bench.bin: cannot be read"):
         contamination(table(("a", "b")), tmp_path / "bench.bin")
+    (tmp_path / "bench.jsonl").write_text('{"question": "Why?"}\n{"question": "W')
+    with pytest.raises(UserError, match=r"contamination_files: .*bench.jsonl, (line|row) 2: .*") as refusal:
+        contamination(table(("a", "b")), tmp_path / "bench.jsonl")
+    assert "on_bad_row" not in str(refusal.value)
 
 
 # ---- languages --------------------------------------------------------------------------------------------------------------

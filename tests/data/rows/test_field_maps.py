@@ -17,7 +17,7 @@ from preference_training.data.rows.records import (
     shown,
     text_error,
 )
-from preference_training.data.rows.values import LABELS, condition, field_value
+from preference_training.data.rows.values import LABELS, UntypedRow, condition, field_value
 
 
 def dialogue(question: str, answer: str) -> str:
@@ -499,9 +499,20 @@ def test_where_keeps_the_rows_that_fulfil_it_and_counts_the_others(wanted, kept,
         (1, True, False),
         ([1], "[1]", True),
         ("1.0", "1", False),
+        ("1.0", 1, True),
+        ("5.0", [4, 5], True),
+        ("5.0", "!= 5", False),
+        (2**53 + 1, 2**53, False),
+        (2**53 + 1, str(2**53), False),
+        (float("nan"), "!= nan", False),
+        ("True", "true", True),
+        (None, "!= null", False),
+        (None, "None", True),
+        ("null", None, True),
+        ("nul", [None, 3], False),
     ],
 )
-def test_where_compares_values_as_texts(value, wanted, keeps):
+def test_where_compares_numbers_by_value_and_other_values_as_texts(value, wanted, keeps):
     assert condition(wanted)(value) is keeps
 
 
@@ -736,8 +747,11 @@ def test_turns_in_texts_may_begin_with_any_key_and_unknown_roles_are_named():
 
 @pytest.mark.parametrize("written", [json.dumps, repr])
 def test_lists_of_answers_that_were_written_into_texts_are_read(written):
-    row = {"prompt": "p", "chosen": ["c"], "rejected": ["r", "s"]}
-    assert one(row | {name: written(row[name]) for name in ("chosen", "rejected")}) == one(row)
+    row, report = {"prompt": "p", "chosen": ["c"], "rejected": ["r", "s"]}, DataReport()
+    cells = UntypedRow(row | {name: written(row[name]) for name in ("chosen", "rejected")})
+    assert mapped([cells], report) == [one(row)]
+    assert report.changed == {"rows whose cells are lists of answers, each read as several": 1}
+    assert mapped([cells], DataReport(), roles={"bot": "assistant"}) == [one(row)]
     arena = {"prompt": ["q", "r"], "x": ["a", "b"], "y": ["c", "d"], "v": "x"}
     names = {"answers": ["x", "y"], "better": {"v": ["x", "y"]}}
     texts = arena | {name: written(arena[name]) for name in ("prompt", "x", "y")}
@@ -747,6 +761,16 @@ def test_lists_of_answers_that_were_written_into_texts_are_read(written):
     report = DataReport()
     assert mapped([texts | {"y": written(["c", None])}], report, **names) == []
     assert report.left_out == {"a prompt or an answer in a list is missing (null)": 1}
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [("['a', 'b']", "['b', 'a']"), ('["apple","pear"]', '["dog"]')])
+def test_typed_texts_that_are_lists_stay_texts_as_of_structured_output(chosen, rejected):
+    row = {"prompt": "p", "chosen": chosen, "rejected": rejected}
+    assert mapped([row, row]) == [Row("p", [chosen, rejected], [(0, 1)], 0)] * 2
+    beside = {"messages": turns("q", "a"), "rejected_response": rejected}
+    assert one(beside).responses == ["a", rejected]
+    cells = UntypedRow({name: value if name != "messages" else json.dumps(value) for name, value in beside.items()})
+    assert one(cells).responses == ["a", *json.loads(rejected.replace("'", '"'))]
 
 
 def test_a_conversation_as_text_that_cannot_be_read_is_reported():
@@ -809,6 +833,10 @@ def test_what_stands_beside_role_and_text_of_a_turn_is_named():
     report = DataReport()
     mapped([{"chosen": chosen, "rejected": turns("q", "b")}], report)
     assert report.columns_not_read == {"chosen.turn_id": 1, "chosen.vote": 1}
+    # The older form of a call is read.
+    report, calls = DataReport(), {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    mapped([{"messages": [chosen[0], calls]}], report)
+    assert report.columns_not_read == {"messages.turn_id": 1}
     # In a text, too; what cannot be read as turns there may still be compared.
     report, broken = DataReport(), "[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]"
     row = {"chosen": json.dumps(chosen), "rejected": json.dumps(turns("q", "b")), "meta": broken}

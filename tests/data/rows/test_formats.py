@@ -334,6 +334,13 @@ def test_of_two_answers_the_public_sets_verdicts_are_known(row, better):
     assert said.startswith("two answers in `")
 
 
+def test_verdicts_are_shown_as_the_rows_write_them():
+    rows = [ARENA | {"winner": winner} for winner in ("Model A", "tie", "Model B")]
+    report = DataReport()
+    mapped(rows, report)
+    assert report.found.endswith("the better one in `winner` (Model A is `conversation_a`, Model B is `conversation_b`)")
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -1,6 +1,7 @@
 """How rows of a prompt come together: pairs, scored and labeled responses, and which of them SFT learns."""
 
 import json
+import time
 from collections import Counter
 from itertools import count, islice
 
@@ -10,11 +11,13 @@ from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
+from preference_training.data.rows import grouping
 from preference_training.data.rows.grouping import (
     BOTH_LABELS,
     EQUAL_SCORES,
     NO_PAIR,
     SAME_RESPONSE,
+    TOO_MANY_PAIRS,
     Row,
     add_responses,
     group_rows,
@@ -51,6 +54,26 @@ def test_pairs_by_score_are_all_pairs_of_different_scores_with_the_higher_one_fi
     assert [tuple(sorted(pair)) for pair in pairs] == [
         (i, j) for i in range(len(scores)) for j in range(i + 1, len(scores)) if scores[i] != scores[j]
     ]
+
+
+def test_of_more_pairs_than_fit_some_of_each_response_are_taken_and_the_others_are_counted(monkeypatch):
+    monkeypatch.setattr(grouping, "MOST_PAIRS", 500)
+    report, scores = DataReport(), [1.0] * 50 + [0.0] * 50
+    rows = [scored_row("p", f"a{n}", score) for n, score in enumerate(scores)]
+    ((_, record),) = group_rows(rows, report)
+    pairs = record["pairs"]
+    assert all(scores[better] > scores[worse] for better, worse in pairs)
+    assert len(pairs) == len(set(pairs)) and 200 < len(pairs) <= 500
+    assert set(Counter(index for pair in pairs for index in pair)) == set(range(100))
+    # 2,500 pairs differ; of each score 50 responses are equal.
+    assert report.left_out == {TOO_MANY_PAIRS: 2500 - len(pairs), EQUAL_SCORES: 2 * 50 * 49 // 2}
+
+
+def test_many_rows_of_one_prompt_take_no_time():
+    rows = [pair_row("p", f"a{n}", f"b{n}") for n in range(20_000)]
+    started = time.process_time()
+    ((_, record),) = group_rows(rows, DataReport())
+    assert len(record["responses"]) == 40_000 and time.process_time() - started < 5
 
 
 def pair_row(prompt, chosen: str, rejected: str) -> Row:

@@ -69,6 +69,9 @@ PAIRS = {
     "CSV, lists as JSON": ({"prompt": "q", "responses": '["a", "b"]', "scores": "[2, 1]"}, "q", ["a", "b"]),
     "CSV, lists as Python prints them": ({"prompt": "q", "responses": "['a', 'b']", "scores": "[2.0, 1.0]"}, "q", ["a", "b"]),
     "CSV, a missing number": ({"prompt": "q", "responses": "['a', 'x', 'b']", "scores": "[2.0, nan, 1.0]"}, "q", ["a", "b"]),
+    "CSV, other words for a missing number": (
+        {"prompt": "q", "responses": "['a', 'x', 'b', 'y']", "scores": "[2.0, NA, 1.0, n/a]"}, "q", ["a", "b"],
+    ),
     "CSV, objects": ({"prompt": "q", "completions": '[{"text": "a", "score": 2}, {"text": "b", "score": 1}]'}, "q", ["a", "b"]),
     "CSV, ranks": ({"prompt": "q", "responses": '["a", "b"]', "ranks": "[1, 2]"}, "q", ["a", "b"]),
 }  # fmt: skip
@@ -170,7 +173,7 @@ F = {"type": "function", "function": {"name": "f"}}
     ("value", "text"),
     [
         (F, json.dumps([F])), ([F], json.dumps([F])), (json.dumps(F), json.dumps([F])), (json.dumps([F]), json.dumps([F])),
-        ("none", ""), ("null", ""), ("[]", ""), (" ", ""),
+        ("none", ""), ("null", ""), ("NA", ""), ("n/a", ""), ("[]", ""), (" ", ""),
     ],
 )  # fmt: skip
 def test_tools_may_be_one_or_several_objects_or_their_text_or_none(name, value, text):

@@ -375,6 +375,16 @@ def split_of(items: list, share: float) -> tuple[list, list]:
     return tuple(list(split_by_hash(iter(items), split, share)) for split in ("train", "test"))
 
 
+def test_without_a_held_out_share_each_item_is_trained_on_once_whatever_it_comes_from():
+    items = [("p", {"sft_target": "a"}), ("q", {"sft_target": "b"})]
+    assert list(split_by_hash(items, "train", 0)) == items
+    assert list(split_by_hash(items, "test", 0)) == []
+
+
+def test_what_a_tool_returns_may_be_white_space():
+    assert item_error(((Turn("user", "q"), CALL, Turn("tool", " \n")), SOUND)) is None
+
+
 MANY_PROMPTS = PROMPTS | st.integers(0, 100).map(str) | st.integers(0, 20).map(lambda number: (Turn("user", str(number)),))
 SHARES = st.sampled_from([1e-12, 0.01, 0.05, 0.3, 0.9, 0.999])
 

@@ -1,9 +1,12 @@
 """Conditions over columns: what they select, and that nothing else can be written in them."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.records import DataReport
+from preference_training.data.rows.values import condition
 from preference_training.data.sources.expressions import parse_expression
 from preference_training.data.sources.filters import RowFilter
 
@@ -42,6 +45,24 @@ ROW = {
 )
 def test_a_condition_is_what_it_says(text, expected):
     assert parse_expression(text).test(ROW) is expected
+
+
+NUMBERS = st.integers(-3, 3) | st.integers(2**53, 2**53 + 2) | st.sampled_from([0.5, 1.0, 2.0, 1e16])
+CONSTANTS = NUMBERS | st.booleans() | st.none() | st.sampled_from(["en", "de", "1 b", "0x1", "-"])
+TEXTS = ["True", "false", "null", "None", "", "1.0", "1e0", "nan"]
+CELLS = CONSTANTS | NUMBERS.map(str) | st.sampled_from([*TEXTS, float("nan"), [1]])
+
+
+@given(CELLS, CONSTANTS)
+def test_all_forms_of_a_condition_agree(value, wanted):
+    row, written = {"x": value}, {"True": "true", "None": "null"}.get(repr(wanted), repr(wanted))
+    is_same = parse_expression(f"x == {written}").test(row)
+    assert parse_expression(f"x != {written}").test(row) is not is_same
+    assert parse_expression(f"x in [{written}, 'other']").test(row) is is_same
+    word = wanted if isinstance(wanted, str) else written
+    for same in (wanted, [wanted], ["other", wanted], f"== {word}"):
+        assert condition(same)(value) is is_same
+    assert condition(f"!= {word}")(value) is not is_same
 
 
 def test_a_condition_knows_its_columns():

@@ -54,6 +54,49 @@ def test_a_pattern_is_the_rows_of_the_files_that_match_it(shards):
         read_entry("shards/*.md")
 
 
+OPTIONS = {"split": "train", "test_split": "train", "subset": "en", "data_dir": "x", "streaming": True}
+
+
+@pytest.mark.parametrize(
+    ("path", "unused", "reason"),
+    [
+        ("shards/part[01].*", sorted(OPTIONS), "files of a pattern have no splits or subsets"),
+        ("shards/p*", sorted(OPTIONS), "files of a pattern have no splits or subsets"),
+        ("shards/part1.csv", sorted(OPTIONS), "a file has no splits or subsets"),
+        ("table", sorted(OPTIONS), "what save_to_disk wrote here has no splits or subsets"),
+        ("splits", ["data_dir", "streaming", "subset"], "what save_to_disk wrote here has no subsets"),
+        ("shards", [], ""),
+    ],
+)
+def test_options_that_a_path_does_not_have_are_noted(shards, path, unused, reason):
+    table = datasets.Dataset.from_list(triplets(0, 20))
+    table.save_to_disk("table")
+    datasets.DatasetDict(train=table, dev=table).save_to_disk("splits")
+    entry = {"path": path, **OPTIONS}
+    assert list(read_entry(entry).notes) == [f"{key} has no effect: {reason}" for key in unused]
+    # Where there are no splits, a share is held out: what is trained on is not.
+    if "test_split" in unused:
+        read = {"path": path, "test_split": "train"}
+        assert not set(prompts(read, held_out_share=0.5)) & set(prompts(read, "test", held_out_share=0.5))
+
+
+def test_options_of_a_test_path_count_where_the_other_path_has_none_of_them(shards):
+    datasets.DatasetDict(dev=datasets.Dataset.from_list(triplets(8, 9))).save_to_disk("splits")
+    entry = {"path": "shards/part0.jsonl", "test_path": "splits", "test_split": "dev", "held_out_share": 0.5}
+    assert list(read_entry(entry).notes) == ["held_out_share has no effect: test_path and test_split define the held-out split"]
+    assert (prompts(entry), prompts(entry, "test")) == ([0, 1, 2], [8])
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_lists_in_cells_are_read_of_what_the_hub_library_loaded_from_a_table_without_types(tmp_path, kind):
+    rows = [{"prompt": "q", "chosen": '["a"]', "rejected": '["b", "c"]'}]
+    path = write(tmp_path / ("rows.csv" if kind == "csv" else "rows.jsonl"), rows)
+    loaded = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    loaded.save_to_disk(str(tmp_path / "saved"))
+    (record,) = load_records(read_entry(f"{tmp_path}/saved", {"held_out_share": 0}), "train")
+    assert record.responses == (["a", "b", "c"] if kind == "csv" else ['["a"]', '["b", "c"]'])
+
+
 def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
     write(tmp_path / "rows[1].jsonl", triplets(0, 2))
     assert prompts(str(tmp_path / "rows[1].jsonl")) == [0, 1]

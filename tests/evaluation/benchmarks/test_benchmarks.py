@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import run_file
-from preference_training.data.rows.records import DataReport
+from preference_training.data.rows.records import OTHER_PROMPT, SAME_TEXT, DataReport
 from preference_training.evaluation.benchmarks import arena, length_control, sections
 from preference_training.evaluation.benchmarks.command import benchmark_win_rate, pair_accuracy
 from preference_training.evaluation.benchmarks.outputs import read_outputs
 from preference_training.evaluation.benchmarks.pairs import read_pairs, score_by_language_model, tokenized
+from preference_training.evaluation.benchmarks.text import pair_lines
 from preference_training.evaluation.results_text import format_results
 from preference_training.generation.chat import load_for_chat
 from tests.support import shown
@@ -47,6 +48,57 @@ def benchmark(monkeypatch, *words: object) -> list[str]:
 
 
 # ---- pairs ------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_one_scored_response_form_pairs_of_their_prompt_and_category(tmp_path):
+    rows = [
+        {"prompt": prompt, "response": response, "score": score, "subset": subset}
+        for prompt, response, score, subset in (
+            ("p", "a", 3, "x"), ("q", "c", 2, "x"), ("p", "b", 1, "x"), ("p", "d", 1, "y"), ("q", "e", 2, "x"),
+            ("q", "f", 1, "x"),
+        )
+    ]  # fmt: skip
+    pairs = read_pairs(str(write(tmp_path / "pairs.jsonl", rows)))
+    assert [(record.prompt, record.responses, record.pairs) for record in pairs.records] == [
+        ("p", ["a", "b"], [(0, 1)]),
+        ("q", ["c", "e", "f"], [(0, 2), (1, 2)]),
+    ]
+    assert pairs.categories == {0: "x", 1: "x"}
+    assert pairs.left_out == {"two responses have equal scores": 1, "a prompt has no two responses with different scores": 1}
+
+
+def test_what_is_left_out_of_pairs_is_counted_and_said(tmp_path):
+    rows = [
+        *PAIRS,
+        PAIRS[0] | {"rejected": " Blue."},
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
+        {"prompt": "q", "chosen": "only", "rejected": []},
+    ]
+    file = write(tmp_path / "pairs.jsonl", rows)
+    pairs = read_pairs(str(file))
+    assert pairs.left_out == {SAME_TEXT: 1, OTHER_PROMPT: 1, "no rejected answer": 1}
+    found = {"all": {"pairs": 4, "mean": 0.5, "low": 0.1, "high": 0.9}}
+    models = {"m": {"accuracy": {"reward": found}, "sections": {}, "left_out": {}}}
+    assert f"left out of {file}: 1 x {SAME_TEXT}" in pair_lines(
+        {"file": str(file), "left_out": pairs.left_out, "models": models}
+    )
+
+
+def test_what_a_model_cannot_tokenize_is_counted(tmp_path):
+    model = load_for_chat(str(GOLDEN / "llama"))
+    rows = [*PAIRS, {"prompt": "p", "chosen": f" a{model.tokenizer.eos_token}", "rejected": " b"}]
+    scored = score_by_language_model(read_pairs(str(write(tmp_path / "pairs.jsonl", rows))), model, None)
+    [(reason, count)] = scored.left_out.items()
+    assert (len(scored.records), count) == (4, 1) and "row 5: the text contains" in reason
+
+
+def test_a_faulty_file_of_pairs_is_named_with_the_command_that_reads_it(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "cho')
+    with pytest.raises(UserError, match="pairs: .*pairs.jsonl, row 2: not JSON.*Fix the row.$"):
+        read_pairs(str(tmp_path / "pairs.jsonl"))
+    write(tmp_path / "pairs.jsonl", [PAIRS[0], {"prompt": " ", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(UserError, match="pairs: .*pairs.jsonl, row 2: field 'prompt' is empty. Fix the row.$"):
+        read_pairs(str(tmp_path / "pairs.jsonl"))
 
 
 def plain_logps(directory: Path, prompts) -> dict[int, list[tuple[float, int]]]:

@@ -34,7 +34,7 @@ class ExampleFacts:
     """Properties of the held-out examples, in the order of their metrics: lists and arrays of [E].
 
     Lengths in tokens: of the prompt, of the preferred response (SFT: the response), and of the rejected one (SFT: None).
-    prompts: the number of the prompt, one for all that come from one record. turns: the number of the user's turns in the prompt.
+    prompts: the number of the prompt, the same for all that come from one record. turns: the number of the user's turns in it.
     """
 
     data_sets: list[str]

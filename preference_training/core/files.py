@@ -117,6 +117,21 @@ def locked(path: Path, waiting: str) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process on this machine holds the lock at `path`. False where that cannot be known; creates no file."""
+    from filelock import FileLock, Timeout
+
+    if not path.is_file():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
 # ---- reading ----------------------------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def format_number(value: float) -> str:
+    """A number for labels and tables: 12,800, 0.693, 1.2e-07."""
+    if value != 0 and not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines, with columns of one width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -34,7 +34,7 @@ class ExampleFacts:
     """Properties of the held-out examples, in the order of their metrics: lists and arrays of [E].
 
     Lengths in tokens: of the prompt, of the preferred response (SFT: the response), and of the rejected one (SFT: None).
-    prompts: the number of the prompt. turns: the number of the user's turns in the prompt.
+    prompts: the number of the prompt, the same for all that come from one record. turns: the number of the user's turns in it.
     """
 
     data_sets: list[str]
@@ -47,16 +47,21 @@ class ExampleFacts:
     @classmethod
     def of(cls, prompts: Selection, n_examples: int | None, tokenizer) -> "ExampleFacts":
         """The properties of the first `n_examples` examples (None: all) of some prompts."""
-        markers, rows, number = user_markers(tokenizer), [], -1
+        markers, rows = user_markers(tokenizer), []
+        # The chunks of one text share a source: they are one prompt.
+        numbers_of: dict[str, int] = {}
         last = None
         for prompt, example in islice(iterate_examples(prompts), n_examples):
             if prompt is not last:
-                text, number, last = tokenizer.decode(prompt.prompt_ids), number + 1, prompt
+                text, last = tokenizer.decode(prompt.prompt_ids), prompt
                 turns = max(1, *(text.count(marker) for marker in markers))
+                number = numbers_of.setdefault(prompt.source, len(numbers_of))
+                # Labels belong to single responses.
+                is_paired = bool(prompt.examples) and prompt.labels is None
             members = prompt.members(example)
             lengths = [len(prompt.responses[index]) for index in (members[0], members[-1])]
             # A source is "NAME, test prompt 5".
-            rows.append((prompt.source.rsplit(", ", 1)[0], number, len(prompt.prompt_ids), *lengths, turns, bool(prompt.pairs)))
+            rows.append((prompt.source.rsplit(", ", 1)[0], number, len(prompt.prompt_ids), *lengths, turns, is_paired))
         names, *numbers, paired = zip(*rows, strict=True)
         prompts_of, prompt_lengths, responses, others, turns_of = map(numpy.array, numbers)
         return cls(list(names), prompts_of, prompt_lengths, responses, others if all(paired) else None, turns_of)

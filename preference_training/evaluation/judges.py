@@ -49,7 +49,7 @@ class Judge(ABC):
 
     def __init__(self, identity: str):
         self.identity = identity
-        # The number of retries, by reason.
+        # The number of retries that nobody has taken yet, by reason.
         self.retries: Counter = Counter()
         self.stopped = threading.Event()
 
@@ -68,9 +68,18 @@ class Judge(ABC):
         """Everything that is sent for one verdict, as plain values."""
         return [prompt, first, second]
 
+    def begin(self) -> None:
+        """Allow retries again, if others were stopped: the next questions are asked like the first."""
+        self.stopped = threading.Event()
+
     def stop(self) -> None:
         """Stop retrying: requests in progress end without a verdict."""
         self.stopped.set()
+
+    def take_retries(self) -> Counter:
+        """The number of retries since the last call, by reason."""
+        found, self.retries = self.retries, Counter()
+        return found
 
 
 class ToyJudge(Judge):

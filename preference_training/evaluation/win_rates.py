@@ -82,6 +82,7 @@ def ask_all(judge: Judge, comparisons: Sequence[Comparison], store: VerdictStore
 
     Stops where more than `max_missing` verdicts are missing.
     """
+    judge.begin()
     asked = {VerdictStore.key(judge, question): question for each in comparisons for question in each.questions(judge)}
     missing: Counter = Counter()
     unknown = [question for key, question in asked.items() if key not in store.known]
@@ -98,8 +99,9 @@ def ask_all(judge: Judge, comparisons: Sequence[Comparison], store: VerdictStore
                     missing["not asked"] += 1
                 if missing.total() > max_missing:
                     stop_asking(judge, waiting)
-        finally:
+        except BaseException:
             stop_asking(judge, waiting)
+            raise
     return missing
 
 
@@ -126,11 +128,15 @@ def outcome(comparison: Comparison, judge: Judge, store: VerdictStore) -> float 
 
 
 class Judged(NamedTuple):
-    """What a judge said of comparisons. outcomes: of each, as `outcome` has them. rest: reasons for missing verdicts, notes."""
+    """What a judge said of comparisons. outcomes: of each, as `outcome` has them. reasons: those for missing verdicts.
+
+    retried: the number of retries, by reason.
+    """
 
     outcomes: list[float | None]
     store: VerdictStore
     reasons: Counter
+    retried: Counter
     note: str | None
     is_enough: bool
 
@@ -149,7 +155,8 @@ def judge_all(judge: Judge, comparisons: Sequence[Comparison], path: Path, setti
     reasons = ask_all(judge, comparisons, store, settings.judge_workers, max_missing)
     outcomes = [outcome(comparison, judge, store) for comparison in comparisons]
     unanswered = outcomes.count(None)
-    return Judged(outcomes, store, reasons, note, unanswered < len(outcomes) and unanswered <= max_unjudged)
+    retried = judge.take_retries()
+    return Judged(outcomes, store, reasons, retried, note, unanswered < len(outcomes) and unanswered <= max_unjudged)
 
 
 def win_rate(judge: Judge, comparisons: Sequence[Comparison], path: Path, settings) -> dict:
@@ -177,7 +184,7 @@ def summary(judge: Judge, found: Judged, settings) -> dict:
         "losses": int((judged == 0).sum()),
         "unanswered": len(found.outcomes) - len(judged),
         "reasons": dict(found.reasons.most_common()),
-        "retried": dict(judge.retries.most_common()),
+        "retried": dict(found.retried.most_common()),
         "note": found.note,
         "rate": rate,
     }

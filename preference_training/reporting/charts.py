@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import numpy
 from markupsafe import Markup
 
+from preference_training.core.values import format_number
+
 BUCKETS = 120
 # Differences of larger values may overflow.
 MAX_MAGNITUDE = 1e150
@@ -166,13 +168,6 @@ def _alike(values: Sequence[float]) -> list[str]:
     tolerance = 1e-6 * max((abs(value) for value in values), default=0.0)
     decimals = next((n for n in range(9) if all(abs(round(value, n) - value) <= tolerance for value in values)), 9)
     return [f"{value:,.{decimals}f}" for value in values]
-
-
-def format_number(value: float) -> str:
-    """A number for labels and tables: 12,800, 0.693, 1.2e-07."""
-    if value != 0 and not 1e-4 <= abs(value) < 1e7:
-        return f"{value:.3g}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 # ---- drawing ----------------------------------------------------------------------------------------------------------------

@@ -33,9 +33,9 @@ from preference_training.core.metric_names import (
     TRAIN_LOSS,
 )
 from preference_training.core.secrets import without_secrets
-from preference_training.evaluation.phrasing import too_few, with_interval
+from preference_training.evaluation.phrasing import metric_text, too_few
 from preference_training.losses.registry import evaluation_depends_on_run, example_kind, find_loss, parts_of, training_keys
-from preference_training.reporting.charts import Line, chart, format_number, legend
+from preference_training.reporting.charts import Line, chart, legend
 from preference_training.reporting.examples import (
     MAX_CHARACTERS,
     last_question,
@@ -268,9 +268,7 @@ def table_cell(runs: Sequence[RunRecord], name: str) -> str:
     if not rows:
         return "-"
     if len(rows) == 1:
-        [row] = rows
-        bounds = row.get(f"{name}/low"), row.get(f"{name}/high")
-        found = with_interval(row[name], *bounds) if None not in bounds else format_number(row[name])
+        found = metric_text(rows[0], name)
     else:
         values = [row[name] for row in rows]
         found = f"{statistics.fmean(values):.3g} ± {statistics.stdev(values):.2g}"

@@ -7,7 +7,7 @@ from difflib import SequenceMatcher
 
 from markupsafe import Markup, escape
 
-from preference_training.reporting.charts import format_number
+from preference_training.core.values import format_number
 from preference_training.reporting.flagged_pairs import KINDS
 
 # Limits of a page: prompts, evaluations of each prompt, pairs of each kind, and characters of a text.

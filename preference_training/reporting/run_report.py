@@ -28,10 +28,9 @@ from preference_training.core.metric_names import (
     UPDATES,
     change,
 )
-from preference_training.core.values import UNREADABLE
+from preference_training.core.values import UNREADABLE, format_number
 from preference_training.data.rows.records import DataReport
-from preference_training.evaluation.phrasing import with_interval
-from preference_training.reporting.charts import format_number
+from preference_training.evaluation.phrasing import metric_text
 from preference_training.reporting.examples import Samples, flagged_by_kind
 from preference_training.reporting.experts.balance import expert_section
 from preference_training.reporting.findings import Finding, findings
@@ -138,8 +137,8 @@ def headline(run: RunRecord) -> Iterator[dict]:
     first, last = run.evaluations[0] if len(run.evaluations) > 1 else {}, run.last_evaluation
     for metric, (title, meaning) in HEADLINE.items():
         if isinstance(last.get(metric), int | float):
-            value, _, interval = _estimate(last, metric).partition(" ")
-            before, changed = first.get(metric), _estimate(last, change(metric)[0])
+            value, _, interval = metric_text(last, metric).partition(" ")
+            before, changed = first.get(metric), metric_text(last, change(metric)[0])
             size = ("95%, " * bool(interval) + held_out_size(run)).removesuffix(", ")
             more = [interval, size, f"{format_number(before)} at first" if _are_numbers(before) else ""]
             more.append(f"change {changed}" if changed != "-" and _are_numbers(before) else "")
@@ -208,17 +207,10 @@ def held_out_table(run: RunRecord) -> list[dict]:
         {
             "words": WORDS.get(name, ""),
             "name": name,
-            "values": [_estimate(first, name), _estimate(last, name), _estimate(last, change(name)[0])],
+            "values": [metric_text(first, name), metric_text(last, name), metric_text(last, change(name)[0])],
         }
         for name in metrics
     ]
-
-
-def _estimate(row: dict, metric: str) -> str:
-    value, bounds = row.get(metric), (row.get(f"{metric}/low"), row.get(f"{metric}/high"))
-    if not isinstance(value, int | float):
-        return "-"
-    return with_interval(value, *bounds) if None not in bounds else format_number(value)
 
 
 def evaluation_lines(run: RunRecord) -> list[str]:

@@ -10,22 +10,20 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from preference_training.configuration.rerun import RERUN
+from preference_training.core.files import is_locked
 from preference_training.core.metric_names import (
     EVAL_ACCURACY,
     EVAL_LOSS,
     EVAL_MARGIN,
     EXAMPLES,
     HELD_OUT_PROMPTS,
-    HIGH,
-    LOW,
     TIME,
 )
-from preference_training.core.values import size_of_model
+from preference_training.core.values import format_number, size_of_model
 from preference_training.data.files import is_data_file
 from preference_training.data.registry import dataset_entries
+from preference_training.evaluation.phrasing import metric_text
 from preference_training.losses.registry import find_loss, model_head, parts_of
 from preference_training.reporting.findings import FEW_PROMPTS, Finding, findings
 from preference_training.reporting.observations import finite_values
@@ -67,13 +65,11 @@ def held_out_lines(run: RunRecord) -> list[str]:
     """Each held-out metric before training and now, with its interval."""
     first, last, lines = run.evaluations[0] if run.evaluations else {}, run.last_evaluation, []
     for metric, title in SHOWN.items():
-        value = last.get(metric)
-        if not isinstance(value, int | float):
+        if not isinstance(last.get(metric), int | float):
             continue
-        before = f"{first[metric]:.4g} -> " if first is not last and isinstance(first.get(metric), int | float) else ""
-        low, high = last.get(f"{metric}{LOW}"), last.get(f"{metric}{HIGH}")
-        interval = "" if low is None or high is None else f" [{low:.4g}, {high:.4g}]"
-        lines.append(f"  {title}: {before}{value:.4g}{interval}")
+        before = first.get(metric) if first is not last else None
+        begins = f"{format_number(before)} -> " if isinstance(before, int | float) else ""
+        lines.append(f"  {title}: {begins}{metric_text(last, metric, digits=4)}")
     prompts = last.get(HELD_OUT_PROMPTS)
     if lines and isinstance(prompts, int | float):
         lines[0] += f" ({prompts:,.0f} prompt{'s' * (prompts != 1)}; 95% intervals)"
@@ -293,26 +289,13 @@ def status(run: RunRecord) -> str:
         return f"failed at {_share(run)}" + (f": {last.removeprefix('ends: ')}" if last.startswith("ends: ") else "")
     if not run.rows:
         return "no step yet"
-    return f"{'running, ' if is_running(run.directory) else ''}at {_share(run)}"
+    return f"{'running, ' if is_locked(run.directory / LOCK) else ''}at {_share(run)}"
 
 
 def _share(run: RunRecord) -> str:
     """How far the run is."""
     done, total = run.rows[-1][EXAMPLES] if run.rows else 0, run.about.get("examples")
     return f"{done / total:.0%}" if isinstance(total, int) and total > 0 else f"{done:,.0f} examples"
-
-
-def is_running(run_dir: Path) -> bool:
-    """Whether a process on this machine holds the lock of a run directory."""
-    if not (run_dir / LOCK).is_file():
-        return False
-    try:
-        FileLock(run_dir / LOCK, timeout=0).acquire().lock.release()
-    except Timeout:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def command(run: RunRecord) -> str:

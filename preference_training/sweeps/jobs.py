@@ -20,12 +20,12 @@ from math import isfinite
 from pathlib import Path
 from typing import ClassVar
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from preference_training.configuration.composition import newer_defaults
 from preference_training.configuration.keys import OUTSIDE_JOB_IDENTITY
 from preference_training.configuration.schema import keys_with
-from preference_training.core.files import locked, write_atomically
+from preference_training.core.files import is_locked, locked, write_atomically
 from preference_training.core.values import dotted, hash_values
 from preference_training.tracking.run_files import JOB, METRICS, json_object
 
@@ -79,12 +79,8 @@ class Job:
 
     @property
     def is_running(self) -> bool:
-        """Whether a process runs this job."""
-        try:
-            FileLock(self._lock).acquire(timeout=0).lock.release()
-        except Timeout:
-            return True
-        return False
+        """Whether a process on this machine runs this job."""
+        return is_locked(self._lock)
 
     @property
     def _lock(self) -> Path:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 
 from preference_training.core.errors import first_line
-from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, HIGH, LOW, smaller_is_better
+from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, smaller_is_better
 from preference_training.core.signals import STOPPED
 from preference_training.core.values import aligned
-from preference_training.evaluation.phrasing import with_interval
+from preference_training.evaluation.phrasing import metric_text
 from preference_training.sweeps.jobs import OVER, Job, SweepDirectory
 from preference_training.tracking.run_files import METRICS, metric_rows, split_rows
 
@@ -70,7 +70,7 @@ def job_table(sweep: SweepDirectory, objective: str, compares: bool = True) -> l
     for job, values, row in zip(jobs, own, last, strict=True):
         shown = row | ({objective: found} if (found := _objective(job)) is not None else {})
         mark = "best" if job is best and len(jobs) > 1 else ""
-        cells = [values.get(key, "") for key in keys] + [_value_text(shown, name) for name in metrics]
+        cells = [values.get(key, "") for key in keys] + [metric_text(shown, name) for name in metrics]
         rows.append([mark, job.directory.name, *cells, str(job.state)])
     return aligned(rows)
 
@@ -89,14 +89,6 @@ def _rank(job: Job, objective: str) -> tuple[bool, float]:
 def _last_evaluation(job: Job) -> dict:
     _, evaluations = split_rows(metric_rows(job.directory / METRICS))
     return evaluations[-1] if evaluations else {}
-
-
-def _value_text(row: dict, metric: str) -> str:
-    """A metric, with its interval where there is one."""
-    value, low, high = (row.get(f"{metric}{end}") for end in ("", LOW, HIGH))
-    if not isinstance(value, int | float):
-        return "-"
-    return with_interval(value, low, high) if isinstance(low, int | float) and isinstance(high, int | float) else f"{value:.4g}"
 
 
 def print_missing_jobs() -> int:

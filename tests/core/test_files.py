@@ -4,9 +4,18 @@ import os
 
 import pytest
 import xxhash
+from filelock import FileLock
 
 from preference_training.core import files
-from preference_training.core.files import atomic_directory, atomic_file, atomic_path, hash_file, partial_path, write_atomically
+from preference_training.core.files import (
+    atomic_directory,
+    atomic_file,
+    atomic_path,
+    hash_file,
+    is_locked,
+    partial_path,
+    write_atomically,
+)
 from preference_training.core.values import hash_values
 
 
@@ -87,3 +96,17 @@ def test_a_hash_is_of_content_alone(tmp_path):
     with pytest.raises(TypeError):
         hash_values(tmp_path)
     assert hash_values(tmp_path, default=str) == hash_values(str(tmp_path))
+
+
+def test_a_lock_is_looked_at_without_a_trace_or_an_error(tmp_path, monkeypatch):
+    path = tmp_path / ".lock"
+    assert not is_locked(path) and not path.exists()
+    with FileLock(path):
+        assert is_locked(path)
+    assert path.touch() or not is_locked(path), "a killed process leaves it behind"
+
+    def refuse(*_, **__):
+        raise PermissionError("not your file")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    assert not is_locked(path)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from preference_training.core.values import size_of_model
+from preference_training.core.values import format_number, size_of_model
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,11 @@ from preference_training.core.values import size_of_model
 )
 def test_a_models_size_is_never_none(parameters, words):
     assert size_of_model(parameters) == words
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.69314, "0.6931"), (12800, "12,800"), (-1500.4, "-1,500"), (1.234e-7, "1.23e-07"), (2.5e8, "2.5e+08")],
+)
+def test_numbers_are_short(value, text):
+    assert format_number(value) == text

@@ -154,6 +154,26 @@ def test_example_facts_are_in_the_order_of_scoring(tokenizer):
     assert len(ExampleFacts.of(evaluation_prompts(table, 2, seed=0), 2, tokenizer).data_sets) == 2
 
 
+def test_the_chunks_of_a_text_are_one_prompt_in_the_results_as_in_the_metrics_of_the_run(tokenizer):
+    chunks = [TokenizedPrompt([1], [[5 + k, 6]], [], number=1 + k // 4) for k in range(12)]
+    examples = evaluation_prompts(PromptTable([part("texts.txt, test prompt", chunks)]), None, seed=0)
+    sources = [prompt.source for prompt in examples]
+    losses = torch.tensor([float(source[-1]) for source in sources]).double()
+    held_out = HeldOut({"loss/eval": losses}, {}, sources)
+    found = break_down(held_out, ExampleFacts.of(examples, None, tokenizer))["all"]
+    by_run = interval_metrics(held_out)
+    assert found["prompts"] == by_run["counters/held_out_prompts"] == 3
+    assert (found["loss/eval"]["low"], found["loss/eval"]["high"]) == (by_run["loss/eval/low"], by_run["loss/eval/high"])
+
+
+def test_facts_of_a_long_ranking_build_no_pairs(tokenizer, monkeypatch):
+    monkeypatch.setattr(TokenizedPrompt, "pairs", property(lambda _: pytest.fail("builds all pairs")))
+    ranked = TokenizedPrompt([1], [[5], [6, 7], [8]], [(0, 1, 2), (0, 2)])
+    labeled = TokenizedPrompt([1], [[5], [6]], [(0, 1)], labels=[1.0])
+    paired, unpaired = (ExampleFacts.of(PromptTable.of([each]), None, tokenizer) for each in (ranked, labeled))
+    assert paired.other_lengths.tolist() == [1, 1] and unpaired.other_lengths is None
+
+
 @pytest.mark.parametrize(
     ("template", "marker"),
     [

@@ -203,6 +203,36 @@ def test_a_dead_server_is_not_asked_for_every_comparison(tmp_path):
     assert found["reasons"]["not asked"] > 300
 
 
+def busy_once():
+    """A server that rejects each question at first, and answers it when it is asked again."""
+    asked = []
+
+    def answer(question):
+        asked.append(question)
+        return Reply(status=429) if asked.count(question) == 1 else shorter_wins(question)
+
+    return answer
+
+
+def test_a_judge_retries_for_its_second_model_as_for_its_first(tmp_path):
+    with serving(busy_once()) as server:
+        wanted = settings_of(server.url)
+        judge = OllamaJudge("ollama", "m", wanted)
+        for model, pairs in enumerate((comparisons(3), comparisons(5)[3:])):
+            found = win_rate(judge, pairs, tmp_path / f"{model}.jsonl", wanted)
+            # Each pair in both orders; of this model's questions only.
+            assert (found["unanswered"], found["retried"]) == (0, {"status 429": 2 * len(pairs)})
+
+
+def test_a_judge_that_has_given_up_on_one_model_retries_for_the_next(tmp_path):
+    with serving(lambda _: Reply(status=500)) as server:
+        wanted = settings_of(server.url)
+        judge = OllamaJudge("ollama", "m", wanted)
+        assert win_rate(judge, comparisons(9), tmp_path / "a.jsonl", wanted)["rate"] is None
+        server.answer = busy_once()
+        assert win_rate(judge, comparisons(3), tmp_path / "b.jsonl", wanted)["unanswered"] == 0
+
+
 def test_a_users_mistake_stops_the_questions_and_keeps_the_verdicts(tmp_path):
     with serving(failing_for({"request 3"}, Reply(status=401))) as server:
         wanted = settings_of(server.url, judge_workers=1)

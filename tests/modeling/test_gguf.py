@@ -30,7 +30,7 @@ WORDS = [
 ]
 
 
-def write_gguf(path, architecture="llama"):
+def write_gguf(path, architecture="llama", bos=None):
     """A tiny model of random weights with a byte-level tokenizer, half of its matrices in 8 bits."""
     torch.manual_seed(0)
     writer = GGUFWriter(path, architecture)
@@ -52,6 +52,8 @@ def write_gguf(path, architecture="llama"):
     writer.add_token_types([1] * (len(WORDS) - 3) + [3] * 3)
     writer.add_token_merges(["Ġ t", "h e"])
     writer.add_eos_token_id(WORDS.index("<|endoftext|>"))
+    if bos is not None:
+        writer.add_bos_token_id(WORDS.index(bos))
     writer.add_eot_token_id(WORDS.index("<|im_end|>"))
     writer.add_chat_template(TEMPLATE)
     shapes = {"token_embd": (len(WORDS), WIDTH), "output_norm": (WIDTH,)}
@@ -115,6 +117,12 @@ def test_the_directory_is_one_of_an_ordinary_model(tmp_path, file):
     ends = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
     assert ends == [WORDS.index("<|endoftext|>"), WORDS.index("<|im_end|>")]
     assert base_license(str(directory), None) == "apache-2.0"
+
+
+def test_special_tokens_are_those_that_the_file_names(tmp_path):
+    file = write_gguf(tmp_path / "bos.gguf", bos="<|im_start|>")
+    tokenizer = AutoTokenizer.from_pretrained(converted(file, "x", str(tmp_path)))
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|endoftext|>")
 
 
 def test_a_file_is_converted_once_whatever_it_is_called(tmp_path, file, capsys):

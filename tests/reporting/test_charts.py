@@ -19,7 +19,6 @@ from preference_training.reporting.charts import (
     Line,
     chart,
     downsample,
-    format_number,
     json_in_html,
     metric_line,
     metric_values,
@@ -71,14 +70,6 @@ def test_ticks_are_few_and_lie_within(low, high):
     found = ticks(low, high)
     assert 1 <= len(found) <= 16
     assert all(low - 1e-6 * (high - low) <= tick <= high + 1e-6 * (high - low) for tick in found)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (0.69314, "0.6931"), (12800, "12,800"), (-1500.4, "-1,500"), (1.234e-7, "1.23e-07"), (2.5e8, "2.5e+08")],
-)
-def test_numbers_are_short(value, text):
-    assert format_number(value) == text
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,11 @@ from preference_training.modeling.loading import loading_errors, save_model
 # Folder of the converted models, in `cache_dir` or beside the hub library's cache.
 FOLDER = "converted_gguf"
 # Of this module's rules: a change of it converts every file again.
-VERSION = 2
+VERSION = 3
 # The keys in a file of tokens that end a text or a turn.
 END_TOKENS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+# What a tokenizer calls its special tokens, and a file.
+SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def with_converted_model(config: RunConfig) -> RunConfig:
@@ -81,14 +83,14 @@ def _folder(cache_dir: str | None) -> Path:
 
 def _convert(file: Path, name: str, directory: Path) -> None:
     from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     try:
         # Alone in a folder: of an export, transformers would take the tokenizer and configuration that lie beside it.
         with TemporaryDirectory() as alone, _progress_of_large_files():
             (Path(alone) / file.name).symlink_to(file.absolute())
             where = {"pretrained_model_name_or_path": alone, "gguf_file": file.name}
-            tokenizer = AutoTokenizer.from_pretrained(**where)
+            tokenizer = _read_tokenizer(file, where)
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, **_dequantized())
         ends = _end_tokens(file)
     except Exception as error:  # a dozen types, from two libraries
@@ -110,6 +112,24 @@ def _convert(file: Path, name: str, directory: Path) -> None:
     if license := GGUFReader(file).fields.get("general.license"):
         # As on the hub, so that the card of what is trained on it can name it.
         (directory / "README.md").write_text(f"---\nlicense: {license.contents()}\n---\n", encoding="utf-8")
+
+
+def _read_tokenizer(file: Path, where: dict):
+    """The tokenizer of a file, at the place that transformers reads it from."""
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+    from transformers.integrations import ggml
+
+    skeleton = getattr(ggml, "GGUFTokenizerSkeleton", None)
+    if skeleton is None:
+        return AutoTokenizer.from_pretrained(**where)
+    # transformers 5.17 takes the token that begins a sequence for the one that ends it, and fails where a file names none.
+    skeleton.bos_token_id = 0
+    tokenizer, fields = AutoTokenizer.from_pretrained(**where), GGUFReader(file).fields
+    for ours, theirs in SPECIAL_TOKENS.items():
+        number = fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        setattr(tokenizer, ours, number and tokenizer.convert_ids_to_tokens(int(number.contents())))
+    return tokenizer
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import numpy
 from markupsafe import Markup
 
 from preference_training.core.metric_names import AUX_LOSS, DEAD_EXPERTS, MAX_LOAD, ROUTING_ENTROPY
-from preference_training.reporting.charts import Axes, Line, chart, format_number
+from preference_training.core.values import format_number
+from preference_training.reporting.charts import Axes, Line, chart
 from preference_training.reporting.run_record import RunRecord
 
 # Title, note, metric, label and lowest value of a chart.

@@ -52,6 +52,7 @@ from preference_training.modeling.quantization import dequantize, quantize
 from preference_training.modeling.state import weights_hash
 from preference_training.modeling.tuning.added_tokens import add_rows, fit_vocabulary
 from preference_training.modeling.tuning.chosen_weights import choose_weights, describe_choice
+from preference_training.modeling.tuning.towers import describe_towers, freeze_towers
 from preference_training.modeling.value_head import ROW_END, add_values, auto_class, check_head, is_classifier
 from preference_training.tracking.run_files import CHECKSUMS, STATE, read_run_info
 
@@ -317,6 +318,7 @@ def _configure(model: nn.Module, model_config: ModelConfig, base: str | None = N
     if model_config.lora.r is not None:
         add_adapter(model, model_config, base)
     choose_weights(model, model_config, run_dir)
+    freeze_towers(model)
     return model.train()
 
 
@@ -407,9 +409,12 @@ def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = No
         model_from_archive(config, shapes, path, torch.float32, device_map={"": "meta"}, **_kind(model_config))
     elif model_config.from_config and (directory := _local_directory(model_config)):
         _check_sizes(config, directory)
-    if model_config.lora.r is not None or model_config.head == "value" or model_config.chooses_weights:
+    has_towers = config.get_text_config() is not config
+    if has_towers or model_config.lora.r is not None or model_config.head == "value" or model_config.chooses_weights:
         with torch.device("meta"):
             model = build_untrained(model_config, tokenizer, cache_dir)
+    if has_towers:
+        lines += describe_towers(model)
     for adapter in filter(is_adapter, dict.fromkeys((model_config.archive, reference_adapter(model_config)))):
         check_adapter_shapes(adapter, model)
     if model_config.lora.r is not None:

@@ -46,7 +46,7 @@ def quantize(model: nn.Module, model_config: ModelConfig) -> None:
 
 
 def _release_files(model: nn.Module) -> None:
-    """Copy the weights that were not quantized: one that still lies in a mapped file keeps all of the file's pages in memory."""
+    """Copy the weights that were not quantized: one that still lies in a mapped file keeps all of its pages in memory."""
     for weight in model.parameters():
         if weight.is_floating_point() and not weight.is_meta:
             weight.data = weight.data.clone()

@@ -30,6 +30,7 @@ from preference_training.modeling.adapters.targets import (
 from preference_training.modeling.adapters.weights import INITIAL_ADAPTER, SUBTRACTED_ADAPTER, TRAINED_ADAPTER, is_added
 from preference_training.modeling.adapters.whole import describe_whole, train_whole, whole_modules
 from preference_training.modeling.quantization import INSTALL
+from preference_training.modeling.tuning.towers import towers
 from preference_training.modeling.value_head import VALUE_HEAD, has_value_head, is_head_weight, output_head
 
 
@@ -58,9 +59,17 @@ def build_lora_config(model_config: ModelConfig, model: nn.Module, unsupported: 
         config.init_lora_weights = lora.init
     # peft's "all-linear" excludes the head, which many models tie to the embedding.
     config.target_modules = targets or _default_targets(model_config, model)
-    if targets is None:
-        config.exclude_modules = shorten_names(unsupported, model) or None
+    config.exclude_modules = _excluded_modules(model, unsupported if targets is None else ())
     return config
+
+
+def _excluded_modules(model: nn.Module, unsupported: Iterable[str]) -> list[str] | str | None:
+    """What peft shall not adapt: layers of these names, and towers that text does not reach, for which it takes a pattern."""
+    names = shorten_names(unsupported, model)
+    if not (beside := towers(model)):
+        return names or None
+    patterns = [*map(re.escape, names), *(re.escape(name) + r"(\..*)?" for name in beside)]
+    return rf"(.*\.)?({'|'.join(patterns)})"
 
 
 def _known_parameters(targets: list[str], model: nn.Module) -> list[str]:

@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from preference_training.modeling.adapters.weights import is_added
+from preference_training.modeling.tuning.towers import is_in, towers
 from preference_training.modeling.value_head import output_head
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a model except its head, by name, transformers' Conv1D and the base layers of adapters included."""
+    """The linear layers of a model except its head, by name, transformers' Conv1D and the base layers of adapters included.
+
+    Those that text does not reach are left out.
+    """
     from transformers.pytorch_utils import Conv1D
 
-    head = output_head(model)
+    head, beside = output_head(model), towers(model)
     return {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
@@ -24,6 +28,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         and module is not head
         and not is_added(name)
         and ".original_module" not in name
+        and not is_in(name, beside)
     }
 
 

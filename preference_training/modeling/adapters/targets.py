@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from preference_training.modeling.adapters.weights import is_added
+from preference_training.modeling.experts.routers import num_experts
 from preference_training.modeling.tuning.towers import is_in, towers
 from preference_training.modeling.value_head import output_head
 
@@ -96,12 +97,17 @@ def adapted_modules(model: nn.Module) -> set[str]:
 
 def fused_experts(model: nn.Module) -> list[str]:
     """The names of modules that hold all experts of a mixture-of-experts layer in one tensor."""
-    config = model.config.get_text_config()
-    keys = "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"
-    counts = {getattr(config, key, None) for key in keys} - {None}
+    number = num_experts(model.config)
     return [
         name
         for name, module in model.named_modules()
-        if any(weight.dim() == 3 and len(weight) in counts for weight in module.parameters(recurse=False))
+        if number is not None
+        and any(_is_stacked(f"{name}.{leaf}", weight, number) for leaf, weight in module.named_parameters(recurse=False))
         and not isinstance(module, nn.Conv1d)
     ]
+
+
+def _is_stacked(name: str, weight: Tensor, number: int) -> bool:
+    """Whether a weight is that of so many experts, one behind another; DBRX has their rows in one matrix."""
+    in_rows = ".experts." in name and not name.endswith(".weight") and weight.dim() == 2 and len(weight) % number == 0
+    return in_rows or (weight.dim() == 3 and len(weight) == number)

@@ -48,7 +48,7 @@ from preference_training.modeling.archives import (
 )
 from preference_training.modeling.experts.options import describe_balancing
 from preference_training.modeling.kernels import choose_attention, refuse_kernels, use_liger_kernels
-from preference_training.modeling.quantization import dequantize, quantize
+from preference_training.modeling.quantization import dequantize, describe_quantization, quantize, restore_transposed
 from preference_training.modeling.state import weights_hash
 from preference_training.modeling.tuning.added_tokens import add_rows, fit_vocabulary
 from preference_training.modeling.tuning.chosen_weights import choose_weights, describe_choice
@@ -276,6 +276,7 @@ def merge_and_cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Dequantize a model, merge its adapter and cast it to `dtype`, in place."""
     dequantize(model, torch.float32)
     merge_adapter(model, dtype)
+    restore_transposed(model)
     cast_weights(model, dtype)
     return model
 
@@ -419,6 +420,8 @@ def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = No
         check_adapter_shapes(adapter, model)
     if model_config.lora.r is not None:
         lines += describe_frozen_layers(model, model_config)
+    if model_config.quantization:
+        lines += describe_quantization(model, model_config)
     return lines + (describe_choice(model, model_config) if model_config.chooses_weights else [])
 
 

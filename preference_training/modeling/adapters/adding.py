@@ -24,6 +24,7 @@ from preference_training.modeling.adapters.targets import (
     adapted_modules,
     fused_experts,
     linear_layers,
+    pattern_of,
     shorten_names,
     unsupported_layers,
 )
@@ -77,7 +78,7 @@ def _known_parameters(targets: list[str], model: nn.Module) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            stacked = {_pattern(name) for name, weight in model.named_parameters() if weight.ndim == 3}
+            stacked = {pattern_of(name) for name, weight in model.named_parameters() if weight.ndim == 3}
             raise UserError(
                 f"model.lora.target_parameters: found {target}, and no weight of {type(model).__name__} ends so. Stacked "
                 f"weights of it: {', '.join(sorted(stacked)) or 'none'}."
@@ -193,7 +194,7 @@ def describe_frozen_layers(model: nn.Module, model_config: ModelConfig) -> list[
         reasons = unsupported_layers(model)
         frozen = [name for name in linear_layers(model) if name not in adapted]
         lines += sorted({f"adapter: some layers stay frozen: {reasons[name]}" for name in frozen if name in reasons})
-        if skipped := sorted({_pattern(name) for name in frozen if name not in reasons}):
+        if skipped := sorted({pattern_of(name) for name in frozen if name not in reasons}):
             lines.append(
                 f"adapter: {', '.join(skipped)} stay frozen: for {model.config.model_type} peft adapts the routed experts only"
             )
@@ -201,14 +202,9 @@ def describe_frozen_layers(model: nn.Module, model_config: ModelConfig) -> list[
     experts = [
         name for name in fused_experts(model) if not is_added(name) and not {name, name.removesuffix(".base_layer")} & adapted
     ]
-    if frozen := sorted({_pattern(name) for name in experts}):
+    if frozen := sorted({pattern_of(name) for name in experts}):
         lines.append(
             f"adapter: the routed experts of {type(model).__name__} stay frozen ({', '.join(frozen)}); "
             "model.lora.target_parameters adapts their weights"
         )
     return lines
-
-
-def _pattern(name: str) -> str:
-    """A module's name with a * for the number of its block."""
-    return re.sub(r"\.\d+\.", ".*.", name)

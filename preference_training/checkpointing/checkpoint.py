@@ -112,6 +112,15 @@ class Checkpoint:
         """Read the tensors of an optimizer's state in place, by weight name; each process its own shards."""
         _read_tensors(self.path / OPTIMIZER_DIR, distinct(tensor_state(by_weight))[0])
 
+    def optimizer_state_names(self) -> dict[str, set[str]]:
+        """What the optimizer kept of each weight, tensors and numbers, by the weight's name."""
+        kept: dict[str, set[str]] = {weight: set(values) for weight, values in self.state["optimizer_numbers"].items()}
+        folder = self.path / OPTIMIZER_DIR
+        tensors = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata if folder.is_dir() else {}
+        for weight, _, name in (tensor.rpartition(".") for tensor in tensors):
+            kept.setdefault(weight, set()).add(name)
+        return kept
+
     def read_reference(self, named_weights: dict[str, Tensor]) -> None:
         """Read the weights of a reference that follows the policy in place; each process its own shards."""
         _read_tensors(self.path / REFERENCE_DIR, distinct(named_weights)[0])

@@ -31,6 +31,7 @@ from preference_training.modeling.prefix_sharing.proof import (
     ErrorScale,
     disagreement,
     exact_arithmetic,
+    logps_and_ends,
     logps_and_gradients,
     random_tries,
 )
@@ -223,9 +224,7 @@ def copy_split_model(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _split_error(policy: nn.Module, source: nn.Module) -> str | None:
     """Compare a small batch with the whole model: log-probs, and the gradients of the first and last weight."""
     batch = random_tries(source.config.get_text_config().vocab_size)
-    weights = dict(source.named_parameters())
-    names = [next(iter(weights)), next(reversed(weights))]
-    expected = logps_and_gradients(response_scores, source, batch, [weights[name] for name in names])
+    names, expected = logps_and_ends(response_scores, source, batch)
     parts = _parts(dict(policy.named_parameters()))
     tried = [part for name in names for part in parts[name]]
     logps, gradients = logps_and_gradients(response_scores, policy, batch.to(compute_device(policy)), tried)
@@ -367,6 +366,8 @@ def split_optimizer_state(policy: nn.Module, state: dict) -> dict:
     split = {
         name: {key: _cut(policy, whole, value, rank) for key, value in state["state"][whole].items()}
         for whole, parts in _parts({name: name for name in names}).items()
+        # Weights that have had no gradient have no state.
+        if whole in state["state"]
         for rank, name in enumerate(parts)
     }
     groups = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
 from preference_training.configuration.sections import BASE_MODEL
@@ -134,7 +134,8 @@ class Placement:
 
     def set_optimizer_state(self, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
         """Load what `optimizer_state` returned."""
-        set_optimizer_state_dict(policy, optimizer, state)
+        # Weights without a gradient have no state.
+        set_optimizer_state_dict(policy, optimizer, state, options=StateDictOptions(strict=False))
 
 
 def flat_state(state: dict) -> dict:

@@ -48,8 +48,9 @@ from preference_training.modeling.prefix_sharing.proof import (
     ErrorScale,
     disagreement,
     exact_arithmetic,
-    logps_and_gradients,
+    logps_and_ends,
     random_tries,
+    weights_named,
 )
 from preference_training.modeling.prefix_sharing.sharing import attend_over_tries, scores_in_head, share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
@@ -392,17 +393,13 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
     The source computes on a CPU; the other may not take shorter products for what splitting does.
     """
     batch: PackedBatch = random_tries(model.config.get_text_config().vocab_size, _checked_prompt(model, layout))
-    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    names = [names[0], names[-1]]
-    expected = None
-    if source is not None:
-        weights = dict(source.named_parameters())
-        expected = logps_and_gradients(response_scores, source, batch, [weights[name] for name in names])
+    # As rank 0 knows them, of weights that are whole.
+    names, expected = logps_and_ends(response_scores, source, batch) if source is not None else (None, None)
+    names = ranks.broadcast(names)
     with recorded_passes(model):
         logps = response_scores(model, batch.to(compute_device(model)))
         logps.sum().backward()
-    weights = dict(model.named_parameters())
-    found = [full_tensor(weights[name].grad).float().cpu() for name in names]
+    found = [full_tensor(weight.grad).float().cpu() for weight in weights_named(model, names)]
     model.zero_grad(set_to_none=True)
     problem = None
     if source is not None:

@@ -13,12 +13,13 @@ from torch import nn
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.gpu_peaks import peak_tflops
 from preference_training.core.process_group import is_distributed
+from preference_training.modeling.experts.routers import num_chosen, num_experts
 from preference_training.modeling.logprobs import CachedReference
 from preference_training.modeling.quantization import weight_numels
+from preference_training.modeling.tuning.towers import is_in, towers
 
-# Of a layer of experts in the names of transformers, and what its configurations call their number.
+# Of a layer of experts in the names of transformers.
 EXPERTS = ".experts."
-NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -73,23 +74,26 @@ def num_devices(policy: nn.Module) -> int:
 
 
 def _multiplied(model: nn.Module, trained: bool = False) -> float:
-    """How many weights a token is multiplied by; of experts the share that is chosen. Lookups are not products."""
+    """How many weights a token is multiplied by; of experts the share that is chosen. Lookups are not products.
+
+    What text does not reach is left out.
+    """
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     # An embedding that is also the head is multiplied by there.
     looked_up.discard(id(getattr(head, "weight", None)))
     share = _share_of_experts(model)
     numels = weight_numels(model)
+    beside = towers(model) if hasattr(model, "config") else {}
     return sum(
         numels[name] * (share if EXPERTS in name else 1.0)
         for name, weight in model.named_parameters()
-        if id(weight) not in looked_up and (weight.requires_grad or not trained)
+        if id(weight) not in looked_up and (weight.requires_grad or not trained) and not is_in(name, beside)
     )
 
 
 def _share_of_experts(model: nn.Module) -> float:
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    number = next((getattr(config, name) for name in NUM_EXPERTS if getattr(config, name, None)), None)
-    chosen = getattr(config, "num_experts_per_tok", None)
+    if not hasattr(model, "config"):
+        return 1.0
+    number, chosen = num_experts(model.config), num_chosen(model.config)
     return chosen / number if number and chosen else 1.0

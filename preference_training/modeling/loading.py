@@ -48,10 +48,11 @@ from preference_training.modeling.archives import (
 )
 from preference_training.modeling.experts.options import describe_balancing
 from preference_training.modeling.kernels import choose_attention, refuse_kernels, use_liger_kernels
-from preference_training.modeling.quantization import dequantize, quantize
+from preference_training.modeling.quantization import dequantize, describe_quantization, quantize, restore_transposed
 from preference_training.modeling.state import weights_hash
 from preference_training.modeling.tuning.added_tokens import add_rows, fit_vocabulary
 from preference_training.modeling.tuning.chosen_weights import choose_weights, describe_choice
+from preference_training.modeling.tuning.towers import describe_towers, freeze_towers
 from preference_training.modeling.value_head import ROW_END, add_values, auto_class, check_head, is_classifier
 from preference_training.tracking.run_files import CHECKSUMS, STATE, read_run_info
 
@@ -275,6 +276,7 @@ def merge_and_cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Dequantize a model, merge its adapter and cast it to `dtype`, in place."""
     dequantize(model, torch.float32)
     merge_adapter(model, dtype)
+    restore_transposed(model)
     cast_weights(model, dtype)
     return model
 
@@ -317,6 +319,7 @@ def _configure(model: nn.Module, model_config: ModelConfig, base: str | None = N
     if model_config.lora.r is not None:
         add_adapter(model, model_config, base)
     choose_weights(model, model_config, run_dir)
+    freeze_towers(model)
     return model.train()
 
 
@@ -407,13 +410,18 @@ def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = No
         model_from_archive(config, shapes, path, torch.float32, device_map={"": "meta"}, **_kind(model_config))
     elif model_config.from_config and (directory := _local_directory(model_config)):
         _check_sizes(config, directory)
-    if model_config.lora.r is not None or model_config.head == "value" or model_config.chooses_weights:
+    has_towers = config.get_text_config() is not config
+    if has_towers or model_config.lora.r is not None or model_config.head == "value" or model_config.chooses_weights:
         with torch.device("meta"):
             model = build_untrained(model_config, tokenizer, cache_dir)
+    if has_towers:
+        lines += describe_towers(model)
     for adapter in filter(is_adapter, dict.fromkeys((model_config.archive, reference_adapter(model_config)))):
         check_adapter_shapes(adapter, model)
     if model_config.lora.r is not None:
         lines += describe_frozen_layers(model, model_config)
+    if model_config.quantization:
+        lines += describe_quantization(model, model_config)
     return lines + (describe_choice(model, model_config) if model_config.chooses_weights else [])
 
 

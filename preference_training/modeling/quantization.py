@@ -9,6 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from preference_training.configuration.sections import ModelConfig
 from preference_training.core.errors import UserError
+from preference_training.modeling.adapters.targets import fused_experts, pattern_of
+from preference_training.modeling.adapters.weights import is_added
+from preference_training.modeling.tuning.towers import towers
 from preference_training.modeling.value_head import output_head
 
 INSTALL = "Install the dependencies of adapters: pip install -r requirements/lora.txt"
@@ -27,22 +30,77 @@ def quantize(model: nn.Module, model_config: ModelConfig) -> None:
     """Replace a model's linear layers, except its head, by frozen ones in four (nf4) or eight bits (int8); on CPU or meta.
 
     nf4 is NormalFloat4 in blocks of 64 weights, whose scales are quantized too with `double_quantization` (Dettmers et al.
-    2023, section 3). Raises UserError where bitsandbytes is not installed.
+    2023, section 3). A Conv1D of transformers, whose weight is transposed, becomes the linear layer that computes the same.
+    What text does not reach stays as it is. Raises UserError where bitsandbytes is not installed, and for a model without such
+    layers.
     """
+    from transformers.pytorch_utils import Conv1D
+
     bitsandbytes = import_bitsandbytes("model.quantization")
     head = output_head(model)
     make = _nf4_linear if model_config.quantization == "nf4" else _int8_linear
     if head.weight.is_meta:
         make = lambda _, layer, options: PackedLinear(layer, options)  # noqa: E731
+    kept = {head, *(module for tower in towers(model).values() for module in tower.modules())}
+    count = 0
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear) and layer is not head:
-                quantized = make(bitsandbytes.nn, layer, model_config)
-                quantized.bias = layer.bias
+            if isinstance(layer, nn.Linear | Conv1D) and layer not in kept:
+                linear = _linear_of(layer) if isinstance(layer, Conv1D) else layer
+                quantized = make(bitsandbytes.nn, linear, model_config)
+                quantized.bias, quantized.was_transposed = layer.bias, linear is not layer
                 # bitsandbytes quantizes when a layer is moved.
                 setattr(parent, name, quantized.to(layer.weight.device))
+                count += 1
+    if not count:
+        raise UserError(
+            f"model.quantization: found {model_config.quantization}, and {type(model).__name__} has no linear layer to "
+            "quantize. Set it to null: +adapter=lora trains an adapter on weights in policy_dtype."
+        )
     model.requires_grad_(False)
     _release_files(model)
+
+
+def _linear_of(layer: nn.Module) -> nn.Linear:
+    """The linear layer that computes what a Conv1D computes."""
+    width, out = layer.weight.shape
+    linear = nn.Linear(width, out, device="meta")
+    linear.weight, linear.bias = nn.Parameter(layer.weight.data.T.contiguous(), requires_grad=False), layer.bias
+    return linear
+
+
+def restore_transposed(model: nn.Module) -> None:
+    """Turn linear layers that were a Conv1D before they were quantized, and are in full precision again, back into one."""
+    from transformers.pytorch_utils import Conv1D
+
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if getattr(linear, "was_transposed", False):
+                layer = Conv1D(0, 0)
+                layer.nx, layer.nf = linear.in_features, linear.out_features
+                layer.weight = nn.Parameter(linear.weight.data.T.contiguous(), requires_grad=False)
+                layer.bias = linear.bias
+                setattr(parent, name, layer)
+
+
+def describe_quantization(model: nn.Module, model_config: ModelConfig) -> list[str]:
+    """Lines for the user: how many of a model's weights are quantized, and that stacked experts are not."""
+    numels = {name: number for name, number in weight_numels(model).items() if not is_added(name)}
+    kept = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
+    total, quantized = sum(numels.values()), sum(number for name, number in numels.items() if name not in kept)
+    lines = [
+        f"model.quantization: {quantized:,} of {total:,} weights ({quantized / total:.1%}) are quantized to "
+        f"{model_config.quantization}: the linear layers but the head; all others stay in {model_config.policy_dtype}"
+    ]
+    stacked = [name.removesuffix(".base_layer") for name in fused_experts(model) if not is_added(name)]
+    if stacked:
+        number = sum(number for name, number in numels.items() if name.startswith(tuple(f"{each}." for each in stacked)))
+        where = ", ".join(sorted({pattern_of(name) for name in stacked}))
+        lines.append(
+            f"model.quantization: the routed experts of {type(model).__name__} ({where}) are no linear layers, and their "
+            f"{number:,} weights stay in {model_config.policy_dtype}"
+        )
+    return lines
 
 
 def _release_files(model: nn.Module) -> None:
@@ -267,7 +325,10 @@ def _int8_linear(layers, layer: nn.Linear, model_config: ModelConfig) -> nn.Modu
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace quantized linear layers, if any, by ordinary ones in `dtype` with the same effective weights."""
+    """Replace quantized linear layers, if any, by ordinary ones in `dtype` with the same effective weights.
+
+    Those of a Conv1D become linear too, which is what an adapter on them expects; `restore_transposed` follows a merge.
+    """
     if not any(type(module).__name__ in ("Linear4bit", "Linear8bitLt") for module in model.modules()):
         return
     from bitsandbytes.functional import dequantize_4bit
@@ -285,5 +346,5 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
                 continue
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-            linear.bias = layer.bias
+            linear.bias, linear.was_transposed = layer.bias, getattr(layer, "was_transposed", False)
             setattr(parent, name, linear)

@@ -147,12 +147,11 @@ def adapter_notice(config: RunConfig) -> str | None:
     lora = config.model.lora
     if lora.r is None:
         return None
-    quantized = f" and quantized to {config.model.quantization}" if config.model.quantization else ""
     kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
     start = "" if lora.init == "default" else f" that start as {lora.init}"
     adapters = f"{kind} adapters of rank {lora.r} (alpha {lora.alpha:g}){start}"
     whole = f" beside {', '.join(listed(lora.modules_to_save))}" if lora.modules_to_save else ""
-    return f"model.lora.r: {adapters} are trained{whole}, all other weights are frozen{quantized}"
+    return f"model.lora.r: {adapters} are trained{whole}, all other weights are frozen"
 
 
 def vocabulary_notices(config: RunConfig, tokenizer) -> list[str]:

@@ -138,6 +138,7 @@ class Updater:
             self.optimizer_state()
         with self.averages_in_place():
             optimizer = self.optimizer_state() | {"param_groups": saved["optimizer_groups"]}
+            optimizer["state"] = _saved_part(optimizer["state"], checkpoint.optimizer_state_names())
             read = optimizer["state"]
             if not kept:
                 read = {name: {key: value for key, value in values.items() if key != MASTER} for name, values in read.items()}
@@ -163,3 +164,12 @@ class Updater:
                 f"that of {total:,} steps from here on: lr is {lr * now:.3g} at the next step, where it would have been "
                 f"{lr * before:.3g}"
             )
+
+
+def _saved_part(state: dict[str, dict], saved: dict[str, set[str]]) -> dict[str, dict]:
+    """An optimizer's state by weight name, of weights that had no gradient before it was saved nothing but a master weight."""
+    if not saved:
+        return state
+    without = {name for name in state if not saved.get(name, set()) - {MASTER}}
+    masters = {name: {key: value for key, value in state[name].items() if key == MASTER} for name in without}
+    return {name: masters.get(name, values) for name, values in state.items() if masters.get(name, values)}

@@ -43,6 +43,9 @@ SCALED_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_
 SCALED_YARN |= {"llama_4_scaling_beta": 0.5}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 2 * CHUNK}
 LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 4.0], "factor": 8.0}
+# A tower for images before the language model, whose sizes are in a section of their own.
+IMAGES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+IMAGES |= {"image_size": 28, "patch_size": 14}
 OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 
 # Name in the table → the configuration; model_type is the name where none is given.
@@ -59,6 +62,11 @@ TINY: dict[str, dict] = {
     "gemma": HEAD,
     "gemma2": HEAD | WINDOWED | {"query_pre_attn_scalar": 8},
     "gemma3_text": HEAD | WINDOWED | {"query_pre_attn_scalar": 8},
+    "gemma3": {
+        "text_config": HEAD | WINDOWED | {"query_pre_attn_scalar": 8},
+        "vision_config": IMAGES,
+        "mm_tokens_per_image": 4,
+    },
     "gemma3n_text": HEAD
     | {
         "num_hidden_layers": 4,
@@ -270,6 +278,8 @@ def build(name: str) -> nn.Module:
     tokenizer = byte_level_tokenizer()
     tokens = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
     shared = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **tokens}
+    if "text_config" in values:
+        shared = {"text_config": shared | values.pop("text_config"), **tokens}
     config = AutoConfig.for_model(values.pop("model_type", name), **shared | values)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,7 +1,15 @@
 """The time of a run, and how much of the devices' arithmetic its steps use."""
 
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DbrxConfig,
+    DbrxForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.schedule import Schedule
@@ -10,6 +18,7 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.utilization import step_flops
 from preference_training.losses.registry import build_loss
+from preference_training.modeling.adapters.targets import fused_experts
 from tests.support.building import build_trainer
 from tests.support.files import GOLDEN
 
@@ -54,6 +63,20 @@ def test_of_experts_a_token_is_multiplied_by_those_that_are_chosen():
     )
     difference = step_flops(two, reference_is_live=False) - step_flops(one, reference_is_live=False)
     assert difference == 6 * 3 * 8 * 16
+
+
+def test_the_number_of_experts_is_read_wherever_a_configuration_has_it():
+    sizes = {
+        "d_model": 8,
+        "n_heads": 2,
+        "n_layers": 1,
+        "vocab_size": 32,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+    }
+    ffn = {"hidden_size": 8, "ffn_hidden_size": 16, "moe_num_experts": 4}
+    one, two = (DbrxForCausalLM(DbrxConfig(**sizes, ffn_config=ffn | {"moe_top_k": chosen})) for chosen in (1, 2))
+    assert step_flops(two, reference_is_live=False) - step_flops(one, reference_is_live=False) == 6 * 3 * 8 * 16
+    assert fused_experts(one) == ["transformer.blocks.0.ffn.experts.mlp"]
 
 
 @pytest.mark.parametrize(

@@ -111,13 +111,9 @@ def test_an_archive_with_another_chat_template_is_told_with_the_key_that_keeps_i
     [
         ("", None),
         ("+adapter=lora", "LoRA adapters of rank 16 (alpha 32) are trained, all other weights are frozen"),
-        (
-            "+adapter=qlora",
-            "LoRA adapters of rank 16 (alpha 32) are trained, all other weights are frozen and quantized to nf4",
-        ),
     ],
 )
-def test_what_an_adapter_leaves_frozen_is_told_and_how_it_is_quantized(overrides, told, compose):
+def test_what_an_adapter_leaves_frozen_is_told(overrides, told, compose):
     notice = adapter_notice(compose("loss=dpo", *overrides.split()))
     assert notice == (told and f"model.lora.r: {told}")
 

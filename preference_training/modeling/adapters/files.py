@@ -137,6 +137,12 @@ def _validated_adapter_config(archive: str, model_config: ModelConfig) -> dict:
         raise UserError(f"model.lora.init: found {lora.init}, and training starts from the adapter {archive}.")
     if lora.layers is not None and lora.layers != (own := config.get("layers_to_transform")):
         raise UserError(f"model.lora.layers: found {lora.layers}, and the adapter {archive} has {own or 'all'}. Leave it null.")
+    own = config.get("target_parameters") or []
+    if lora.target_parameters is not None and sorted(lora.target_parameters) != sorted(own):
+        raise UserError(
+            f"model.lora.target_parameters: found {lora.target_parameters}, and the adapter {archive} has {own or 'none'}. "
+            "Leave it null."
+        )
     return config
 
 

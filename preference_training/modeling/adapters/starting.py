@@ -98,4 +98,5 @@ def measure_lengths(model: nn.Module) -> None:
             for adapter in layer.lora_magnitude_vector.keys() & layer.lora_A.keys():
                 lengths = layer.lora_magnitude_vector[adapter]
                 weight = dequantize_module_weight(layer.get_base_layer()).to(layer.lora_A[adapter].weight.dtype)
-                lengths.weight.data = lengths.get_weight_norm(weight, torch.zeros_like(weight), 0.0)
+                # Without dimensions: of a Conv1D peft transposes the weight alone.
+                lengths.weight.data = lengths.get_weight_norm(weight, weight.new_zeros(()), 0.0)

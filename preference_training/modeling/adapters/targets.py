@@ -9,14 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from preference_training.modeling.adapters.weights import is_added
+from preference_training.modeling.experts.routers import num_experts
+from preference_training.modeling.tuning.towers import is_in, towers
 from preference_training.modeling.value_head import output_head
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a model except its head, by name, transformers' Conv1D and the base layers of adapters included."""
+    """The linear layers of a model except its head, by name, transformers' Conv1D and the base layers of adapters included.
+
+    Those that text does not reach are left out.
+    """
     from transformers.pytorch_utils import Conv1D
 
-    head = output_head(model)
+    head, beside = output_head(model), towers(model)
     return {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
@@ -24,6 +29,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         and module is not head
         and not is_added(name)
         and ".original_module" not in name
+        and not is_in(name, beside)
     }
 
 
@@ -82,6 +88,11 @@ def shorten_names(names, model: nn.Module) -> list[str]:
     return sorted(leaves | {name for name in names if name.rpartition(".")[2] not in leaves})
 
 
+def pattern_of(name: str) -> str:
+    """A module's name with a * for the number of its block."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
 def adapted_modules(model: nn.Module) -> set[str]:
     """The names of the modules with an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -91,12 +102,17 @@ def adapted_modules(model: nn.Module) -> set[str]:
 
 def fused_experts(model: nn.Module) -> list[str]:
     """The names of modules that hold all experts of a mixture-of-experts layer in one tensor."""
-    config = model.config.get_text_config()
-    keys = "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"
-    counts = {getattr(config, key, None) for key in keys} - {None}
+    number = num_experts(model.config)
     return [
         name
         for name, module in model.named_modules()
-        if any(weight.dim() == 3 and len(weight) in counts for weight in module.parameters(recurse=False))
+        if number is not None
+        and any(_is_stacked(f"{name}.{leaf}", weight, number) for leaf, weight in module.named_parameters(recurse=False))
         and not isinstance(module, nn.Conv1d)
     ]
+
+
+def _is_stacked(name: str, weight: Tensor, number: int) -> bool:
+    """Whether a weight is that of so many experts, one behind another; DBRX has their rows in one matrix."""
+    in_rows = ".experts." in name and not name.endswith(".weight") and weight.dim() == 2 and len(weight) % number == 0
+    return in_rows or (weight.dim() == 3 and len(weight) == number)

@@ -69,9 +69,44 @@ def longest_row(batch: PackedBatch) -> Tensor:
 def logps_and_gradients(compute, model: nn.Module, batch: PackedBatch, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The log-probs [R] of a batch under `compute(model, batch)`, and the float32 gradients of their sum for some weights."""
     with torch.set_grad_enabled(bool(weights)):
-        logps = compute(model, batch)
-        gradients = torch.autograd.grad(logps.sum(), weights) if weights else ()
+        return _with_gradients(compute(model, batch), weights)
+
+
+def _with_gradients(logps: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    gradients = torch.autograd.grad(logps.sum(), weights) if weights else ()
     return logps.detach(), [gradient.float() for gradient in gradients]
+
+
+def logps_and_ends(compute, model: nn.Module, batch: PackedBatch) -> tuple[list[str], tuple[Tensor, list[Tensor]]]:
+    """The names of the first and the last trained weight with a gradient, value heads aside; `logps_and_gradients` for them.
+
+    The first is where a backward pass ends. One of the two is the B matrix of a new LoRA adapter, whose A matrices have zero
+    gradients. A model may have weights that text does not reach, or of experts that no token is sent to.
+    """
+    with torch.enable_grad():
+        logps = compute(model, batch)
+        reached = _leaves(logps)
+        names = [name for name, weight in model.named_parameters() if weight in reached and not is_head_weight(name)]
+        names = [*names[:1], *names[1:][-1:]]
+        return names, _with_gradients(logps, weights_named(model, names))
+
+
+def _leaves(result: Tensor) -> set[Tensor]:
+    """The tensors that have a gradient by the backward pass of a result."""
+    todo, seen, leaves = [result.grad_fn], set(), set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves.add(getattr(node, "variable", None))
+            todo += [each for each, _ in node.next_functions]
+    return leaves
+
+
+def weights_named(model: nn.Module, names: list[str]) -> list[Tensor]:
+    """The weights of these names."""
+    named = dict(model.named_parameters())
+    return [named[name] for name in names]
 
 
 class ErrorScale(NamedTuple):
@@ -161,14 +196,12 @@ def find_recomputing_failure(model: nn.Module, enable: Callable[[], None]) -> st
     A model that changes kept results in place computes with the changed ones in the backward pass, and torch need not notice.
     """
     batch = random_tries(_vocabulary(model)).to(compute_device(model))
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    # The whole backward pass, whose last gradients are of the first weights.
-    weights = [*weights[:1], *weights[1:][-1:]]
     with exact_arithmetic():
-        expected = logps_and_gradients(response_scores, model, batch, weights)
+        # The whole backward pass, whose last gradients are of the first weights.
+        names, expected = logps_and_ends(response_scores, model, batch)
         enable()
         try:
-            found = logps_and_gradients(response_scores, model, batch, weights)
+            found = logps_and_gradients(response_scores, model, batch, weights_named(model, names))
         except RuntimeError as error:
             if "has been mutated" not in str(error):
                 raise
@@ -226,16 +259,13 @@ def _compare(model: nn.Module, lengths: dict[str, int], comparison: _Comparison)
     # As a run prepares its batches, so that its own kernel is tried.
     batch = (batch.for_gpu() if device.type == "cuda" else batch).to(device)
     batch.layout.by_branches = comparison.by_branches or batch.layout.by_branches
-    trained = [weight for name, weight in model.named_parameters() if weight.requires_grad and not is_head_weight(name)]
-    # The first and the last: one of them is the B matrix of a new LoRA adapter, whose A matrices have zero gradients.
-    weights = [*trained[:1], *trained[1:][-1:]]
     own = _for_float32(comparison.own_attention) if comparison.dtype == torch.float32 else comparison.own_attention
     with lengths_changed(model, lengths), _attention(model, own), restored_buffers(model) as changed:
-        expected = logps_and_gradients(unpadded_scores, model, batch, weights)
+        names, expected = logps_and_ends(unpadded_scores, model, batch)
         buffers = changed()
     try:
         with lengths_changed(model, lengths), _attention(model, TREE_ATTENTION), restored_buffers(model) as changed:
-            found = logps_and_gradients(trie_scores, model, batch, weights)
+            found = logps_and_gradients(trie_scores, model, batch, weights_named(model, names))
             if name := _differing(changed(), buffers):
                 return _Failure(f"its forward would leave wrong values in the buffer {name}", True)
     except UnsupportedAttentionError as error:

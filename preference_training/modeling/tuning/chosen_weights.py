@@ -15,6 +15,7 @@ from preference_training.configuration.sections import ModelConfig
 from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
 from preference_training.core.machine import pick_device
+from preference_training.modeling.tuning.towers import is_in, tower_weights, towers
 from preference_training.modeling.value_head import output_head
 
 # File of a run directory that lists the weights that Spectrum chose.
@@ -39,10 +40,14 @@ def choose_weights(model: nn.Module, model_config: ModelConfig, run_dir: Path | 
         chosen = set(_spectrum_choice(model, model_config.spectrum_share, run_dir))
         trained = {weight for weight, own in names.items() if chosen & set(own)}
     trained -= _matching(names, "freeze", model_config.freeze) if model_config.freeze else set()
+    unreached = tower_weights(model)
+    trained -= unreached
     if not trained:
+        key = "freeze" if model_config.freeze else "trainable"
+        reached = {weight: own for weight, own in names.items() if weight not in unreached}
         raise UserError(
-            f"model.freeze: found {model_config.freeze}, which leaves no weight of {type(model).__name__} to train. "
-            f"Names of weights: {_examples(names)}."
+            f"model.{key}: found {getattr(model_config, key)}, which leaves no weight of {type(model).__name__} to train that "
+            f"text reaches. Names of weights: {_examples(reached)}."
         )
     for weight in names:
         weight.requires_grad_(weight in trained)
@@ -120,8 +125,9 @@ def _spectrum_choice(model: nn.Module, share: float, run_dir: Path | None) -> li
 def matrices_by_kind(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """The matrices of a model's blocks, by the name of the weight, of each kind: what follows the number of the block."""
     kinds: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    beside = towers(model)
     for name, weight in model.named_parameters():
-        if weight.ndim >= 2 and (place := re.search(r"\.\d+\.(.+)$", name)):
+        if weight.ndim >= 2 and (place := re.search(r"\.\d+\.(.+)$", name)) and not is_in(name, beside):
             kinds[place[1]][name] = weight
     return kinds
 

@@ -75,7 +75,9 @@ def _exchange(optimizer: torch.optim.Optimizer, policy: nn.Module, put) -> None:
 def _put_averages(optimizer: torch.optim.Optimizer) -> None:
     if _averages_itself(optimizer):
         for weight, state in optimizer.state.items():
-            state[TRAINED] = weight.detach().clone()
+            # One that has had no gradient has an empty state since its first `eval`, and no average.
+            if state:
+                state[TRAINED] = weight.detach().clone()
         optimizer.eval()
         return
     for weight, state in optimizer.state.items():
@@ -87,7 +89,8 @@ def _put_trained(optimizer: torch.optim.Optimizer) -> None:
     if _averages_itself(optimizer):
         optimizer.train()
         for weight, state in optimizer.state.items():
-            weight.copy_(state.pop(TRAINED))
+            if TRAINED in state:
+                weight.copy_(state.pop(TRAINED))
         return
     for weight, state in optimizer.state.items():
         if TRAINED in state:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from preference_training.checkpointing.checkpoint import Checkpoint
@@ -14,7 +14,19 @@ from preference_training.core.errors import UserError
 from preference_training.modeling.loading import check_model, load_with_adapter, merge_and_cast
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
-from tests.modeling.test_adapters import BATCH, PROMPTS, configured, finished, model_of, small, trainer_of
+from tests.modeling.test_adapters import (
+    BATCH,
+    PROMPTS,
+    answers,
+    checkpoint_of,
+    configured,
+    finished,
+    load_merged,
+    model_of,
+    small,
+    trainer_of,
+    with_trained_adapter,
+)
 from tests.support.building import weights_of
 from tests.support.files import GOLDEN
 
@@ -111,6 +123,17 @@ def test_gradients_are_those_of_the_usual_form_with_another_base_model(init, con
         torch.testing.assert_close(weight.grad, theirs[name].grad, rtol=1e-3, atol=1e-5)
 
 
+def test_dora_learns_the_lengths_of_layers_that_hold_their_weights_transposed(small, configured, tokenizer, tmp_path):
+    config = configured(f"model.name_or_path={small('gpt2')}", *LORA, "model.lora.use_dora=true")
+    plain = AutoModelForCausalLM.from_pretrained(small("gpt2"), dtype=torch.float32)
+    model = model_of(config, tokenizer)
+    torch.testing.assert_close(answers(model), answers(plain), rtol=1e-5, atol=1e-5)
+    checkpoint = checkpoint_of(with_trained_adapter(model), tokenizer, tmp_path)
+    expected = answers(PeftModel.from_pretrained(plain, str(checkpoint)))
+    torch.testing.assert_close(answers(model), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(answers(load_merged(checkpoint, config.model, tokenizer)), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_b_matrices_learn_faster_with_lora_plus(configured, tokenizer):
     """SGD's updates are the gradient times the learning rate; before the first step the gradient of A is 0."""
     changed = []
@@ -165,6 +188,7 @@ def test_what_does_not_fit_the_model_is_refused_with_the_key(small, configured, 
     for overrides, message in (
         (["model.lora.init=pissa"], "model.lora.init: found pissa, and training starts from the adapter"),
         (["model.lora.use_dora=true"], "model.lora.use_dora: found True, expected False: the adapter"),
+        (["model.lora.target_parameters=[mlp.experts.down_proj]"], "model.lora.target_parameters: found .*, and .* has none"),
     ):
         with pytest.raises(UserError, match=message):
             check_model(configured(*LORA, f"model.archive={plain}", *overrides).model, tokenizer)

@@ -1,6 +1,7 @@
 """Muon, Adafactor, schedule-free optimizers and GaLore: what they compute, on which weights, and that runs resume exactly."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from preference_training.training.optimizers.building import build_optimizer, ch
 from preference_training.training.optimizers.groups import hidden_matrices
 from tests.support.building import weights_of
 from tests.support.files import GOLDEN
+from tests.training import test_optimization
 from tests.training.test_optimization import BF16, trainer_of
 
 GALORE = "optimizer=GaLore", "++optimizer_kwargs.rank=4", "++optimizer_kwargs.update_proj_gap=2"
@@ -39,6 +41,36 @@ def assert_equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tenso
 
 @pytest.mark.parametrize("settings", RESUMED, ids=" ".join)
 def test_a_run_resumes_bit_for_bit(compose, tokenizer, tmp_path, settings):
+    require_exact_resume(compose, tokenizer, tmp_path, settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("optimizer=AdamW",),
+        (BF16, "optimizer=AdamW", "master_weights=true"),
+        ("optimizer=AdamW", "ema_decay=0.9"),
+        ("optimizer=AdamWScheduleFree", "lr_schedule=constant"),
+        (BF16, "optimizer=AdamWScheduleFree", "lr_schedule=constant", "master_weights=true"),
+    ],
+    ids=" ".join,
+)
+def test_a_weight_without_a_gradient_keeps_its_value_and_the_run_resumes_bit_for_bit(
+    compose, tokenizer, tmp_path, settings, monkeypatch
+):
+    def with_an_unreached_weight(folder, **options):
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        norm = model.model.norm
+        norm.forward = lambda x: nn.functional.rms_norm(x, norm.weight.shape, norm.weight.detach(), norm.variance_epsilon)
+        return model
+
+    monkeypatch.setattr(test_optimization, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=with_an_unreached_weight))
+    whole = require_exact_resume(compose, tokenizer, tmp_path, settings)
+    before = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama").model.norm.weight
+    assert torch.equal(weights_of(whole)["model.norm.weight"].float(), before)
+
+
+def require_exact_resume(compose, tokenizer, tmp_path, settings):
     overrides = "lr=1e-5", "n_epochs=2", "lr_schedule=cosine", "weight_decay=0.1", "n_eval_model_samples=0", *settings
     whole = trainer_of(compose, tokenizer, *overrides, run_dir=tmp_path)
     whole.train()
@@ -51,6 +83,7 @@ def test_a_run_resumes_bit_for_bit(compose, tokenizer, tmp_path, settings):
     for one, other in zip(*(each.step.updater.optimizer_state()["state"].values() for each in (whole, resumed)), strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])) for key, value in one.items())
+    return whole
 
 
 # ---- Muon -------------------------------------------------------------------------------------------------------------------

@@ -86,8 +86,7 @@ class EvaluationRun:
         models, options = self.evaluator.models, self.config.evaluation
         other = None
         if options.judge and options.against == "reference":
-            # Before loading the checkpoint, the policy has the weights of the reference.
-            other = self.sample(models.policy, OTHER)
+            other = self.sample_reference()
         if self.checkpoint is not None:
             self.load_checkpoint()
         self.evaluator.evaluate()
@@ -159,6 +158,15 @@ class EvaluationRun:
         sampler = Sampler(self.tokenizer, self.config.max_length, self.config.seed, self.ranks, settings)
         with said_while_slow("still sampling"):
             return sampler.responses(model, self.sample_prompts, stream)
+
+    def sample_reference(self) -> list[list[int]]:
+        """The token ids of the reference's responses, before the checkpoint is loaded."""
+        models = self.evaluator.models
+        if self.config.model.reference_archive is None or models.reference is None:
+            # The policy has its weights until then.
+            return self.sample(models.policy, OTHER)
+        with models.reference.as_reference(models.reference.model):
+            return self.sample(models.reference.model, OTHER)
 
     def load_other(self, archive: str) -> nn.Module:
         """The model of another checkpoint, placed like the policy."""

@@ -5,7 +5,7 @@ import torch
 
 from preference_training.core.errors import UserError
 from preference_training.modeling.loading import check_model, load_model
-from preference_training.modeling.logprobs import response_scores
+from preference_training.modeling.logprobs import CachedReference, response_scores
 from tests.modeling.test_adapters import BATCH, configured, finished, trainer_of
 
 __all__ = ["configured"]
@@ -62,6 +62,50 @@ def test_under_an_adapter_it_may_be_another_adapter(configured, tokenizer, tmp_p
     trainer.train()
     assert torch.allclose(trainer.models.reference(BATCH), expected, atol=1e-5)
     assert not torch.allclose(began, expected, atol=1e-3)
+
+
+PROMPTS = [[5, 6, 7], [8, 9]]
+
+
+def answers(config, tokenizer) -> list[str]:
+    """What the model of a configuration answers by itself."""
+    trainer = trainer_of(config, tokenizer)
+    trainer.batches.sample_prompts = PROMPTS
+    return trainer.evaluator.responses()
+
+
+def samples(trainer) -> tuple[list, list]:
+    """The two columns of samples of a trainer before its first step."""
+    trainer.batches.sample_prompts = PROMPTS
+    trainer.before_first_step()
+    rows = trainer.evaluator.sample()
+    return [row["policy"] for row in rows], [row.get("reference") for row in rows]
+
+
+def test_samples_of_the_reference_are_those_of_its_own_archive(configured, tokenizer, runs):
+    first, second = runs
+    apart = [f"model.archive={second}", f"model.reference_archive={first}", "do_first_eval=false"]
+    expected = [answers(configured(f"model.archive={each}"), tokenizer) for each in (second, first)]
+    assert expected[0] != expected[1]
+    assert list(samples(trainer_of(configured(*apart), tokenizer))) == expected
+
+
+def test_under_an_adapter_they_are_sampled_even_where_only_log_probs_are_kept(configured, tokenizer, tmp_path):
+    first = finished(configured("+adapter=lora"), tokenizer, tmp_path / "first")
+    apart = ["+adapter=lora", f"model.archive={first}", "model.reference_archive=base", "do_first_eval=false"]
+    trainer = trainer_of(configured(*apart), tokenizer)
+    trainer.models.reference = CachedReference(torch.zeros(8))
+    policy, reference = samples(trainer)
+    assert reference == answers(configured(), tokenizer) != policy
+
+
+def test_where_only_log_probs_of_another_model_are_kept_samples_are_the_policys_alone(configured, tokenizer):
+    said = []
+    trainer = trainer_of(configured("model.reference_archive=base", "do_first_eval=false"), tokenizer)
+    trainer.models.reference = CachedReference(torch.zeros(8))
+    trainer.observers.tracker.log_message = said.append
+    assert samples(trainer)[1] == [None, None]
+    assert any("samples: the reference is another model than the policy, and only its log-probs" in line for line in said)
 
 
 def test_what_cannot_be_a_reference_is_refused(configured, runs):

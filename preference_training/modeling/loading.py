@@ -25,6 +25,7 @@ from preference_training.core.files import atomic_directory
 from preference_training.modeling.adapters.adding import add_adapter, describe_frozen_layers
 from preference_training.modeling.adapters.files import (
     BASE_DIR,
+    adapter_keys,
     adapter_options,
     base_archive,
     check_adapter_shapes,
@@ -97,12 +98,12 @@ def load_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = Non
             _write_base(base_dir, lambda folder: _link_model(archive, folder))
     base = str(base_dir.resolve()) if base_dir is not None and base_dir.is_dir() else None
     model = _configure(model, model_config, base, base_dir and base_dir.parent)
+    for adapter, key in adapter_keys(model_config).items():
+        check_base_weights(adapter, weights_hash(model), key)
     if is_adapter(model_config.archive):
-        check_base_weights(model_config.archive, weights_hash(model))
         load_adapter(model_config.archive, model)
-    if (other := reference_adapter(model_config)) and other != model_config.archive:
-        check_base_weights(other, weights_hash(model))
-        set_initial_adapter(model, other)
+    if reference := reference_adapter(model_config):
+        set_initial_adapter(model, reference)
     return model
 
 
@@ -410,8 +411,8 @@ def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = No
     if model_config.lora.r is not None or model_config.head == "value" or model_config.chooses_weights:
         with torch.device("meta"):
             model = build_untrained(model_config, tokenizer, cache_dir)
-    for adapter in filter(is_adapter, dict.fromkeys((model_config.archive, reference_adapter(model_config)))):
-        check_adapter_shapes(adapter, model)
+    for adapter, key in adapter_keys(model_config).items():
+        check_adapter_shapes(adapter, model, key)
     if model_config.lora.r is not None:
         lines += describe_frozen_layers(model, model_config)
     return lines + (describe_choice(model, model_config) if model_config.chooses_weights else [])

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import save_file
 
 from preference_training.core.errors import UserError
+from preference_training.modeling.adapters.files import save_adapter_config
+from preference_training.modeling.adapters.weights import adapter_weights
 from preference_training.modeling.loading import check_model, load_model
-from preference_training.modeling.logprobs import CachedReference, response_scores
+from preference_training.modeling.logprobs import CachedReference, LiveReference, response_scores
 from tests.modeling.test_adapters import BATCH, configured, finished, trainer_of
 
 __all__ = ["configured"]
@@ -64,6 +68,50 @@ def test_under_an_adapter_it_may_be_another_adapter(configured, tokenizer, tmp_p
     assert not torch.allclose(began, expected, atol=1e-3)
 
 
+OTHER_KINDS = [
+    ("r=8", "alpha=4"),
+    ("r=4", "alpha=16", "use_rslora=true"),
+    ("r=8", "alpha=16", "use_dora=true"),
+]
+
+
+def written_adapter(config, tokenizer, folder):
+    """An adapter of a configuration with random weights, as peft would write it."""
+    model = load_model(config.model, tokenizer)
+    torch.manual_seed(3)
+    weights = {name: torch.randn_like(weight) * 0.05 for name, weight in adapter_weights(model.state_dict()).items()}
+    if config.model.lora.use_dora:
+        weights |= {name: adapter_weights(model.state_dict())[name] * 1.1 for name in weights if "magnitude" in name}
+    folder.mkdir()
+    save_adapter_config(model, folder)
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_an_adapter_as_reference_computes_with_its_own_rank_scale_and_kind(kind, configured, tokenizer, tmp_path):
+    then = configured("+adapter=lora", *(f"model.lora.{option}" for option in kind))
+    adapter = written_adapter(then, tokenizer, tmp_path / "adapter")
+    base = load_model(configured().model, tokenizer)
+    with torch.no_grad():
+        expected = response_scores(PeftModel.from_pretrained(base, adapter).base_model.model, BATCH)
+    config = configured("+adapter=lora", "model.lora.r=8", f"model.reference_archive={adapter}")
+    check_model(config.model, tokenizer)
+    policy = load_model(config.model, tokenizer)
+    assert torch.allclose(LiveReference(policy)(BATCH), expected, atol=1e-4)
+    with torch.no_grad():
+        began = response_scores(policy, BATCH)
+    assert torch.allclose(began, logps(configured(), tokenizer), atol=1e-5)
+    assert not torch.allclose(began, expected, atol=1e-2)
+
+
+def test_an_adapter_of_other_modules_is_no_reference(configured, tokenizer, tmp_path):
+    then = configured("+adapter=lora", "model.lora.target_modules=[q_proj]")
+    adapter = written_adapter(then, tokenizer, tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"model\.reference_archive: the adapter .* does not adapt .*_proj"):
+        check_model(configured("+adapter=lora", f"model.reference_archive={adapter}").model, tokenizer)
+
+
 PROMPTS = [[5, 6, 7], [8, 9]]
 
 
@@ -105,7 +153,7 @@ def test_where_only_log_probs_of_another_model_are_kept_samples_are_the_policys_
     trainer.models.reference = CachedReference(torch.zeros(8))
     trainer.observers.tracker.log_message = said.append
     assert samples(trainer)[1] == [None, None]
-    assert any("samples: the reference is another model than the policy, and only its log-probs" in line for line in said)
+    assert any("samples: the reference is another model than the policy and only its log-probs" in line for line in said)
 
 
 def test_what_cannot_be_a_reference_is_refused(configured, runs):

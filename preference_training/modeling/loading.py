@@ -2,8 +2,9 @@
 
     `model` configuration -> transformers configuration -> weights -> kernels, quantization, adapter
 
-Every source ends in the same kind of model: a causal language model of transformers in `policy_dtype`, in training mode but
-without dropout, so that policy and reference give identical log-probs before the first step.
+Every source ends in the same kind of model: a causal language model or a reward model (`head`) of transformers in
+`policy_dtype`, in training mode but without dropout, so that policy and reference give identical log-probs before the first
+step.
 """
 
 import copy
@@ -24,7 +25,9 @@ from preference_training.core.errors import UserError, first_line
 from preference_training.core.files import atomic_directory
 from preference_training.modeling.adapters.adding import add_adapter, describe_frozen_layers
 from preference_training.modeling.adapters.files import (
+    ARCHIVE,
     BASE_DIR,
+    REFERENCE_ARCHIVE,
     adapter_keys,
     adapter_options,
     base_archive,
@@ -69,6 +72,15 @@ def loading_errors(key: str, name: str):
             f"{key}: {name} could not be loaded: {first_line(error)}. Expected a hub id (and a network, or the model in the "
             "hub's cache) or a local directory. Code that comes with it runs only with model.trust_remote_code=true."
         ) from error
+
+
+@contextmanager
+def reference_errors():
+    """Context in which errors of model.archive name model.reference_archive, whose model is loaded as if it were that."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(f"{ARCHIVE}:", f"{REFERENCE_ARCHIVE}:")) from error
 
 
 @contextmanager
@@ -251,10 +263,8 @@ def load_adapter_base(checkpoint: Path, model_config: ModelConfig, tokenizer, ca
 
 
 def _load_checkpoint(loader, checkpoint: Path, model_config: ModelConfig, tokenizer, cache_dir: str | None) -> nn.Module:
-    # The kernels of the run may not be available on this machine, and are not needed here.
-    portable = {"liger_kernels": False, "attn_implementation": "auto", "autocast_dtype": None}
     lora = replace(model_config.lora, **adapter_options(str(checkpoint)))
-    config = replace(model_config, archive=str(checkpoint), reference_archive=None, lora=lora, **portable)
+    config = replace(model_config.portable(), archive=str(checkpoint), reference_archive=None, lora=lora)
     with seeded_as_its_run(checkpoint):
         return loader(config, tokenizer, cache_dir, saved_base(checkpoint))
 
@@ -395,10 +405,13 @@ def _evaluation_mode(module: nn.Module, _inputs) -> None:
 
 
 def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = None) -> list[str]:
-    """Raise UserError where archive or adapter do not fit the model; compares shapes, and loads no weights.
+    """Raise UserError where archives or adapters do not fit the model; compares shapes, and loads no weights.
 
     Returns lines for the user: options of the model without effect here, and layers that stay frozen.
     """
+    if model_config.reference_archive is not None and model_config.lora.r is None:
+        with reference_errors():
+            check_model(model_config.of_reference(), tokenizer, cache_dir)
     path = base_archive(model_config)
     config = model_configuration(model_config, tokenizer, cache_dir)
     lines = describe_balancing(config, model_config.router_aux_loss)

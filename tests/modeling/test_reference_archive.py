@@ -164,6 +164,25 @@ def test_what_cannot_be_a_reference_is_refused(configured, runs):
         configured("+adapter=lora", f"model.reference_archive={first}")
 
 
+def test_an_archive_of_another_model_is_refused_early_under_the_key_that_names_it(configured, tokenizer, runs, tmp_path):
+    first, second = runs
+    other = tmp_path / "policy.pt"
+    torch.save({"state": {"one.weight": torch.zeros(2)}}, other)
+    given = f"model.archive={second}", f"model.reference_archive={other}"
+    with pytest.raises(UserError, match=r"^model\.reference_archive: .*policy\.pt does not fit"):
+        check_model(configured(*given).model, tokenizer)
+    adapter = written_adapter(configured("+adapter=lora"), tokenizer, tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"^model\.reference_archive: .* is an adapter, and model\.lora\.r is not given"):
+        check_model(configured(f"model.archive={first}", f"model.reference_archive={adapter}").model, tokenizer)
+
+
+def test_an_adapter_of_other_weights_is_refused_under_the_key_that_names_it(configured, tokenizer, runs, tmp_path):
+    first, _ = runs
+    adapter = finished(configured("+adapter=lora", f"model.archive={first}"), tokenizer, tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"^model\.reference_archive: the adapter .* was trained on other weights"):
+        load_model(configured("+adapter=lora", f"model.reference_archive={adapter}").model, tokenizer)
+
+
 def test_two_models_are_said_to_be_two(configured):
     assert configured().two_models_notice is None
     assert "the reference is base" in configured("model.reference_archive=base").two_models_notice

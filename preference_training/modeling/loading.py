@@ -2,9 +2,8 @@
 
     `model` configuration -> transformers configuration -> weights -> kernels, quantization, adapter
 
-Every source ends in the same kind of model: a causal language model or a reward model (`head`) of transformers in
-`policy_dtype`, in training mode but without dropout, so that policy and reference give identical log-probs before the first
-step.
+Every source ends in the same kind of model: a causal language model of transformers, or a reward model of its kind, in
+`policy_dtype` and in training mode but without dropout, so that policy and reference agree exactly before the first step.
 """
 
 import copy
@@ -314,6 +313,12 @@ def build_untrained(model_config: ModelConfig, tokenizer, cache_dir: str | None 
     return _configure(model, model_config)
 
 
+def build_on_meta(model_config: ModelConfig, tokenizer, cache_dir: str | None = None, dtype: str | None = None) -> nn.Module:
+    """`build_untrained` on the meta device: names, shapes and modules alone, in no memory."""
+    with torch.device("meta"):
+        return build_untrained(model_config, tokenizer, cache_dir, dtype)
+
+
 def _configure(model: nn.Module, model_config: ModelConfig, base: str | None = None, run_dir: Path | None = None) -> nn.Module:
     """Apply what a `model` configuration says of computing, quantization and what is trained to a model of transformers."""
     if model_config.head == "value":
@@ -422,8 +427,7 @@ def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = No
     elif model_config.from_config and (directory := _local_directory(model_config)):
         _check_sizes(config, directory)
     if model_config.lora.r is not None or model_config.head == "value" or model_config.chooses_weights:
-        with torch.device("meta"):
-            model = build_untrained(model_config, tokenizer, cache_dir)
+        model = build_on_meta(model_config, tokenizer, cache_dir)
     for adapter, key in adapter_keys(model_config).items():
         check_adapter_shapes(adapter, model, key)
     if model_config.lora.r is not None:

@@ -87,10 +87,10 @@ class Trainer:
         return ended or self.observers.callbacks_end_run(self.placement.ranks)
 
     def before_first_step(self) -> None:
-        """Sample the reference's responses while it is the policy, and evaluate. Raises StoppedError where it is to stop."""
+        """Sample the reference's responses, and evaluate. Raises StoppedError where it is to stop."""
         if self.models.reference is not None:
             with suppress(EvaluationStoppedError):
-                self.state.reference_answers = self.evaluator.responses()
+                self.state.reference_answers = self.evaluator.reference_responses()
         if self.config.do_first_eval and not self.evaluator.stopped:
             with self.step.updater.averages_in_place():
                 self.evaluator.evaluate()

@@ -1,7 +1,7 @@
 """The model of a run's checkpoint, with its tokenizer, and the model that the run started from."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -109,8 +109,7 @@ class SavedRun:
         """The model that the run started from. Raises UserError where it is no longer what it was."""
         tokenizer = self.load_tokenizer()
         config = model_config(self.config["model"], trust_remote_code=self.trust_remote_code, head=self.head)
-        # The kernels of the run may not be available on this machine, and are not needed here.
-        config = replace(config, liger_kernels=False, attn_implementation="auto", autocast_dtype=None)
+        config = config.portable().untrained()
         with loading.seeded_as_its_run(self.checkpoint):
             model = loading.load_model(config, tokenizer, self.cache_dir)
         if weights_hash(model) != self.run.get("began_with"):

@@ -176,6 +176,19 @@ class ModelConfig(Section):
         """Whether some weights are frozen without an adapter."""
         return not (self.trainable is None and self.freeze is None and self.spectrum_share is None)
 
+    def untrained(self) -> Self:
+        """The same model where nothing is trained, so that no weights are chosen, which Spectrum does by decompositions."""
+        return replace(self, trainable=None, freeze=None, spectrum_share=None)
+
+    def of_reference(self) -> Self:
+        """The model of `reference_archive`, where it has weights of its own."""
+        archive = None if self.reference_archive == BASE_MODEL else self.reference_archive
+        return replace(self.untrained(), archive=archive, reference_archive=None, policy_dtype=self.reference_dtype)
+
+    def portable(self) -> Self:
+        """The same model without kernels that only the machine of its run may have."""
+        return replace(self, liger_kernels=False, attn_implementation="auto", autocast_dtype=None)
+
     @property
     def added_tokens(self) -> list[str]:
         """The tokens that are added to the vocabulary."""

@@ -24,7 +24,7 @@ from preference_training.batching.tries import TrieLayout
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.processes import in_worker
 from preference_training.distributed.sharding import check_divisible
-from preference_training.modeling.loading import build_untrained, load_model
+from preference_training.modeling.loading import build_on_meta, load_model
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.proof import (
     TOLERANCES,
@@ -48,8 +48,7 @@ def splits_in_one_process(config) -> bool:
 
     Raises UserError where the package is not installed, or cannot do what is configured.
     """
-    with torch.device("meta"):
-        model = build_untrained(config.model, load_tokenizer(config.model, config.cache_dir), config.cache_dir)
+    model = build_on_meta(config.model, load_tokenizer(config.model, config.cache_dir), config.cache_dir)
     if model.tp_plan:
         return False
     name = type(model).__name__

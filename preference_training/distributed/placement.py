@@ -6,6 +6,7 @@ optimizer state, clips gradients, and says which ranks share the data.
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
-from preference_training.configuration.sections import BASE_MODEL
 from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_world_size, reshard
@@ -38,7 +38,7 @@ from preference_training.distributed.sharding import (
 )
 from preference_training.modeling.adapters.weights import has_adapter, set_joined_adapter, weights_to_save
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
-from preference_training.modeling.loading import load_model
+from preference_training.modeling.loading import load_model, reference_errors
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.proof import find_recomputing_failure
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
@@ -88,14 +88,11 @@ class Placement:
         """The policy as it is now, frozen: a copy, or the model under its adapter; or that of `model.reference_archive`."""
         if has_adapter(policy):
             return LiveReference(policy)
-        model = self.config.model
-        if model.reference_archive is None:
+        if self.config.model.reference_archive is None:
             return LiveReference(self.frozen_copy(policy))
-        archive = None if model.reference_archive == BASE_MODEL else model.reference_archive
-        values = dict.fromkeys(("reference_archive", "trainable", "freeze", "spectrum_share"))
-        values |= {"archive": archive, "policy_dtype": model.reference_dtype}
-        other = same_devices(self, self.config.changed({f"model.{key}": value for key, value in values.items()}))
-        return LiveReference(other.load_policy().eval().requires_grad_(False))
+        other = same_devices(self, replace(self.config, model=self.config.model.of_reference()))
+        with reference_errors():
+            return LiveReference(other.load_policy().eval().requires_grad_(False))
 
     def samples(self, requested: bool | None) -> bool:
         """Whether to sample at evaluations, where `sample_during_eval` is `requested`; never from a reward model."""

@@ -39,7 +39,7 @@ from preference_training.distributed.launching import check_context_size
 from preference_training.distributed.out_of_memory import recorded_passes
 from preference_training.modeling.adapters.weights import has_adapter
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
-from preference_training.modeling.loading import build_untrained, load_model
+from preference_training.modeling.loading import build_on_meta, load_model
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.attention_choice import ask_for
 from preference_training.modeling.prefix_sharing.longest_row import frequency_limits
@@ -289,8 +289,7 @@ def broadcast_buffers(source: nn.Module | None, model: nn.Module, device: torch.
 
 def has_plenty_of_memory(config, tokenizer) -> bool:
     """Whether each process of this machine has room for the whole model, its gradients and two optimizer states, twice."""
-    with torch.device("meta"):
-        model = build_untrained(config.model, tokenizer, config.cache_dir)
+    model = build_on_meta(config.model, tokenizer, config.cache_dir)
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     return 2 * 4 * weights * local_world_size() <= free_memory(torch.device("cpu"))
 
@@ -322,8 +321,7 @@ def empty_model(
     dtype: such as bfloat16. sharing: how the model attends over tries, None where it does not. trained: names of weights.
     """
     config = layout.config
-    with torch.device("meta"):
-        model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
+    model = build_on_meta(config.model, tokenizer, config.cache_dir, dtype)
     if trained is not None:
         train_only(model, trained)
     if sharing is not None:

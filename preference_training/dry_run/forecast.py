@@ -9,7 +9,7 @@ from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import TokenBudget, count_tokens, divide
 from preference_training.configuration.schema import RunConfig
 from preference_training.distributed.utilization import peak_flops, step_flops
-from preference_training.modeling.loading import build_untrained
+from preference_training.modeling.loading import build_on_meta
 
 # Steps whose packs are built for all ranks: hundreds of ranks take a second each.
 STEPS_OF_ALL_RANKS = 5
@@ -65,8 +65,7 @@ def describe_duration(
     peak = peak_flops(config, device)
     if peak is None:
         return "duration: not known, since the peak of the device is not; peak_tflops=989 would be that of an H100 in bfloat16"
-    with torch.device("meta"):
-        model = build_untrained(config.model, tokenizer, config.cache_dir)
+    model = build_on_meta(config.model, tokenizer, config.cache_dir)
     flops = tokens * step_flops(model, live_reference)
     seconds = flops / (devices * peak * config.assumed_mfu)
     counted = "device" if devices == 1 else "devices"

@@ -27,7 +27,7 @@ from preference_training.distributed.sharding import Sharing, check_cuttable, em
 from preference_training.losses.base import Examples, Loss, LossOutput, SharedStatistics
 from preference_training.modeling.adapters.weights import has_adapter
 from preference_training.modeling.kernels import enable_activation_checkpointing
-from preference_training.modeling.loading import build_untrained
+from preference_training.modeling.loading import build_on_meta
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.sharing import attend_over_tries
 from preference_training.modeling.prefix_sharing.tree_attention import clear_mask_cache
@@ -204,8 +204,8 @@ def _model(placement: Placement, dtype: str) -> nn.Module:
         check_cuttable(model, placement.ranks.context)
         return model.to_empty(device="cpu")
     # peft does not support fake tensors.
-    with unset_fake_temporarily(), torch.device("meta"):
-        model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
+    with unset_fake_temporarily():
+        model = build_on_meta(config.model, tokenizer, config.cache_dir, dtype)
     model.to_empty(device="cpu")
     model.tie_weights()
     if sharing is not None:

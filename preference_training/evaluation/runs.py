@@ -9,6 +9,7 @@ judgements.jsonl            the verdicts on them, which a later evaluation reuse
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -62,9 +63,11 @@ class EvaluationRun:
         if self.judge is not None and (note := self.judge.identify()):
             # Before the responses are sampled, which takes long.
             print(f"warning: judge: {note}", flush=True)
-        policy = placement.load_policy()
+        loader = same_devices(placement, replace(config, model=config.model.untrained()))
+        loader.base_dir = placement.base_dir
+        policy = loader.load_policy()
         if checkpoint is not None and needs_reference and is_rank_zero:
-            check_reference(config, checkpoint, placement.began_with)
+            check_reference(config, checkpoint, loader.began_with)
         self.budget = common_budget(token_budget(policy, config.max_tokens_per_microbatch), self.ranks)
         self.examples = evaluation_prompts(prompts, config.n_eval_examples, config.seed)
         self.sample_prompts = [prompt.prompt_ids for prompt in self.examples][: options.n_prompts]
@@ -86,8 +89,7 @@ class EvaluationRun:
         models, options = self.evaluator.models, self.config.evaluation
         other = None
         if options.judge and options.against == "reference":
-            # Before loading the checkpoint, the policy has the weights of the reference.
-            other = self.sample(models.policy, OTHER)
+            other = self.sample_reference()
         if self.checkpoint is not None:
             self.load_checkpoint()
         self.evaluator.evaluate()
@@ -160,9 +162,19 @@ class EvaluationRun:
         with said_while_slow("still sampling"):
             return sampler.responses(model, self.sample_prompts, stream)
 
+    def sample_reference(self) -> list[list[int]]:
+        """The token ids of the reference's responses, before the checkpoint is loaded."""
+        models = self.evaluator.models
+        if self.config.model.reference_archive is None or models.reference is None:
+            # The policy has its weights until then.
+            return self.sample(models.policy, OTHER)
+        with models.reference.as_reference(models.reference.model):
+            return self.sample(models.reference.model, OTHER)
+
     def load_other(self, archive: str) -> nn.Module:
         """The model of another checkpoint, placed like the policy."""
-        return same_devices(self.placement, self.config.changed({"model.archive": archive})).load_policy()
+        model = replace(self.config.model.untrained(), archive=archive, reference_archive=None)
+        return same_devices(self.placement, replace(self.config, model=model)).load_policy()
 
 
 def check_reference(config: RunConfig, checkpoint: Checkpoint, found: str | None) -> None:

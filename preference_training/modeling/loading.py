@@ -2,8 +2,8 @@
 
     `model` configuration -> transformers configuration -> weights -> kernels, quantization, adapter
 
-Every source ends in the same kind of model: a causal language model of transformers in `policy_dtype`, in training mode but
-without dropout, so that policy and reference give identical log-probs before the first step.
+Every source ends in the same kind of model: a causal language model of transformers, or a reward model of its kind, in
+`policy_dtype` and in training mode but without dropout, so that policy and reference agree exactly before the first step.
 """
 
 import copy
@@ -24,7 +24,10 @@ from preference_training.core.errors import UserError, first_line
 from preference_training.core.files import atomic_directory
 from preference_training.modeling.adapters.adding import add_adapter, describe_frozen_layers
 from preference_training.modeling.adapters.files import (
+    ARCHIVE,
     BASE_DIR,
+    REFERENCE_ARCHIVE,
+    adapter_keys,
     adapter_options,
     base_archive,
     check_adapter_shapes,
@@ -72,6 +75,15 @@ def loading_errors(key: str, name: str):
 
 
 @contextmanager
+def reference_errors():
+    """Context in which errors of model.archive name model.reference_archive, whose model is loaded as if it were that."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(f"{ARCHIVE}:", f"{REFERENCE_ARCHIVE}:")) from error
+
+
+@contextmanager
 def _size_errors(model_config: ModelConfig):
     """Context in which weights that do not fit what `from_config` sets are an error that says so."""
     try:
@@ -98,12 +110,12 @@ def load_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = Non
             _write_base(base_dir, lambda folder: _link_model(archive, folder))
     base = str(base_dir.resolve()) if base_dir is not None and base_dir.is_dir() else None
     model = _configure(model, model_config, base, base_dir and base_dir.parent)
+    for adapter, key in adapter_keys(model_config).items():
+        check_base_weights(adapter, weights_hash(model), key)
     if is_adapter(model_config.archive):
-        check_base_weights(model_config.archive, weights_hash(model))
         load_adapter(model_config.archive, model)
-    if (other := reference_adapter(model_config)) and other != model_config.archive:
-        check_base_weights(other, weights_hash(model))
-        set_initial_adapter(model, other)
+    if reference := reference_adapter(model_config):
+        set_initial_adapter(model, reference)
     return model
 
 
@@ -251,10 +263,8 @@ def load_adapter_base(checkpoint: Path, model_config: ModelConfig, tokenizer, ca
 
 
 def _load_checkpoint(loader, checkpoint: Path, model_config: ModelConfig, tokenizer, cache_dir: str | None) -> nn.Module:
-    # The kernels of the run may not be available on this machine, and are not needed here.
-    portable = {"liger_kernels": False, "attn_implementation": "auto", "autocast_dtype": None}
     lora = replace(model_config.lora, **adapter_options(str(checkpoint)))
-    config = replace(model_config, archive=str(checkpoint), reference_archive=None, lora=lora, **portable)
+    config = replace(model_config.portable(), archive=str(checkpoint), reference_archive=None, lora=lora)
     with seeded_as_its_run(checkpoint):
         return loader(config, tokenizer, cache_dir, saved_base(checkpoint))
 
@@ -303,6 +313,12 @@ def build_untrained(model_config: ModelConfig, tokenizer, cache_dir: str | None 
     model = auto_class(model_config.head).from_config(config, **options)
     add_rows(model, model_config, tokenizer)
     return _configure(model, model_config)
+
+
+def build_on_meta(model_config: ModelConfig, tokenizer, cache_dir: str | None = None, dtype: str | None = None) -> nn.Module:
+    """`build_untrained` on the meta device: names, shapes and modules alone, in no memory."""
+    with torch.device("meta"):
+        return build_untrained(model_config, tokenizer, cache_dir, dtype)
 
 
 def _configure(model: nn.Module, model_config: ModelConfig, base: str | None = None, run_dir: Path | None = None) -> nn.Module:
@@ -397,10 +413,13 @@ def _evaluation_mode(module: nn.Module, _inputs) -> None:
 
 
 def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = None) -> list[str]:
-    """Raise UserError where archive or adapter do not fit the model; compares shapes, and loads no weights.
+    """Raise UserError where archives or adapters do not fit the model; compares shapes, and loads no weights.
 
     Returns lines for the user: options of the model without effect here, and layers that stay frozen.
     """
+    if model_config.reference_archive is not None and model_config.lora.r is None:
+        with reference_errors():
+            check_model(model_config.of_reference(), tokenizer, cache_dir)
     path = base_archive(model_config)
     config = model_configuration(model_config, tokenizer, cache_dir)
     lines = describe_balancing(config, model_config.router_aux_loss)
@@ -412,12 +431,11 @@ def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = No
         _check_sizes(config, directory)
     has_towers = config.get_text_config() is not config
     if has_towers or model_config.lora.r is not None or model_config.head == "value" or model_config.chooses_weights:
-        with torch.device("meta"):
-            model = build_untrained(model_config, tokenizer, cache_dir)
+        model = build_on_meta(model_config, tokenizer, cache_dir)
     if has_towers:
         lines += describe_towers(model)
-    for adapter in filter(is_adapter, dict.fromkeys((model_config.archive, reference_adapter(model_config)))):
-        check_adapter_shapes(adapter, model)
+    for adapter, key in adapter_keys(model_config).items():
+        check_adapter_shapes(adapter, model, key)
     if model_config.lora.r is not None:
         lines += describe_frozen_layers(model, model_config)
     if model_config.quantization:

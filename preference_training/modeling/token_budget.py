@@ -5,7 +5,7 @@ from torch import nn
 
 from preference_training.batching.packing import TokenBudget
 from preference_training.core.process_group import Ranks, local_world_size, to_local
-from preference_training.modeling.loading import build_untrained
+from preference_training.modeling.loading import build_on_meta
 from preference_training.modeling.state import compute_device, free_memory
 from preference_training.modeling.value_head import has_value_head
 
@@ -46,8 +46,7 @@ def common_budget(budget: TokenBudget, ranks: Ranks) -> TokenBudget:
 
 def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
     """The budget of a configuration's model on a device, without loading its weights."""
-    with torch.device("meta"):
-        model = build_untrained(config.model, tokenizer, config.cache_dir)
+    model = build_on_meta(config.model, tokenizer, config.cache_dir)
     return token_budget(model, config.max_tokens_per_microbatch, device, weight_copies=config.weight_copies)
 
 

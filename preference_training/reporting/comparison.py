@@ -47,6 +47,7 @@ from preference_training.reporting.model_card import is_shown
 from preference_training.reporting.pages.rendering import render
 from preference_training.reporting.run_charts import ACCURACY_AXES, axes_of
 from preference_training.reporting.run_record import RunRecord
+from preference_training.reporting.summary import other_model
 from preference_training.tracking.run_files import ASIDE, METRICS, REPORT, ROUNDS_FILE
 
 PAGE, TABLE = "comparison.html", "comparison.csv"
@@ -302,7 +303,7 @@ def shared_legend(groups: Sequence[Group]) -> Markup:
 
 def sample_table(groups: Sequence[Group]) -> list[dict]:
     """The latest responses of each group's first run to the same prompts, and those before training where all agree on them."""
-    runs = {group.name: rows_by_prompt(group.runs[0].samples) for group in groups}
+    runs = {group.name: rows_by_prompt(_from_the_start(group.runs[0])) for group in groups}
     # A template of its own renders a question differently.
     asked = {name: {last_question(prompt): rows for prompt, rows in found.items()} for name, found in runs.items()}
     found = []
@@ -311,6 +312,12 @@ def sample_table(groups: Sequence[Group]) -> list[dict]:
         if len(answered) > 1 or len(groups) == 1:
             found.append({"question": truncate(question), "columns": sample_columns(answered)})
     return found[:MAX_PROMPTS]
+
+
+def _from_the_start(run: RunRecord) -> list[dict]:
+    """The rows of samples of a run, without responses of a reference that training does not start from."""
+    rows = list(run.samples)
+    return [{name: row[name] for name in row if name != "reference"} for row in rows] if other_model(run) else rows
 
 
 def sample_columns(answered: dict[str, list[dict]]) -> list[tuple[str, str]]:

@@ -14,6 +14,8 @@ from preference_training.reporting.flagged_pairs import KINDS
 MAX_PROMPTS, MAX_EVALUATIONS, MAX_PAIRS, MAX_CHARACTERS = 16, 4, 20, 1200
 # Of two texts that have less in common, differences are not marked: all of it is different.
 LEAST_ALIKE = 0.4
+# What the reference is in most runs.
+BEFORE_TRAINING = "reference, which is the model before training"
 # The shape of a row of samples.jsonl.
 SAMPLE = {"prompt": str, "policy": str, "examples": int}
 
@@ -31,14 +33,17 @@ class Samples:
     num_hidden: int
 
     @classmethod
-    def select(cls, rows: Iterable[dict]) -> "Samples":
-        """The first prompts with the responses before training and now, and at a few evaluations between."""
+    def select(cls, rows: Iterable[dict], reference: str = BEFORE_TRAINING) -> "Samples":
+        """The first prompts with the responses before training and now, and at a few evaluations between.
+
+        reference: what the reference is called.
+        """
         by_prompt = rows_by_prompt(rows)
         prompts = [
             {
                 "question": truncate(last_question(prompt)),
                 "prompt": truncate(prompt.strip()),
-                "columns": before_and_after(found),
+                "columns": before_and_after(found, reference),
                 "between": [(row["examples"], truncate(row["policy"].strip())) for row in _between(found)],
             }
             for prompt, found in list(by_prompt.items())[:MAX_PROMPTS]
@@ -62,23 +67,24 @@ def last_question(prompt: str) -> str:
     return prompt[begins : ends.start() if ends else None].strip() or prompt.strip()
 
 
-def response_before(rows: list[dict]) -> tuple[str, str] | None:
+def response_before(rows: list[dict], title: str = BEFORE_TRAINING) -> tuple[str, str] | None:
     """What the response to a prompt was before training, of the samples in its rows, and how that is known; None if it is not.
 
-    The reference's response was sampled from the same noise as the latest one, so that a reader sees what has changed.
+    title: what the reference is, whose response was sampled from the same noise as the latest one, so that a reader sees what
+    has changed.
     """
     if isinstance(reference := rows[-1].get("reference"), str):
-        return "reference, which is the model before training", truncate(reference.strip())
+        return title, truncate(reference.strip())
     if rows[0]["examples"] == 0:
         return "before training", truncate(rows[0]["policy"].strip())
     return None
 
 
-def before_and_after(rows: list[dict]) -> list[tuple[str, str]]:
+def before_and_after(rows: list[dict], reference: str = BEFORE_TRAINING) -> list[tuple[str, str]]:
     """The responses to a prompt that are shown side by side: title and text, with their differences marked."""
     last = rows[-1]
     title, after = f"after {last['examples']:,} examples", truncate(last["policy"].strip())
-    before = response_before(rows)
+    before = response_before(rows, reference)
     if before is None or last["examples"] == 0:
         return [(title if last["examples"] else "before training", after)]
     return [(before[0], highlight_changes(before[1], after)), (title, highlight_changes(after, before[1]))]

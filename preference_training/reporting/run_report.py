@@ -31,7 +31,7 @@ from preference_training.core.metric_names import (
 from preference_training.core.values import UNREADABLE, format_number
 from preference_training.data.rows.records import DataReport
 from preference_training.evaluation.phrasing import metric_text
-from preference_training.reporting.examples import Samples, flagged_by_kind
+from preference_training.reporting.examples import BEFORE_TRAINING, Samples, flagged_by_kind
 from preference_training.reporting.experts.balance import expert_section
 from preference_training.reporting.findings import Finding, findings
 from preference_training.reporting.flagged_pairs import KINDS, PairFinder
@@ -47,6 +47,7 @@ from preference_training.reporting.summary import (
     name_of,
     noun,
     num_examples,
+    other_model,
     reference,
     summary,
 )
@@ -118,7 +119,7 @@ def report_page(run: RunRecord) -> str:
         experts=expert_section(run),
         held_out=held_out_table(run),
         results=evaluation_lines(run),
-        samples=Samples.select(run.samples),
+        samples=Samples.select(run.samples, f"reference, {other_model(run)}" if other_model(run) else BEFORE_TRAINING),
         pairs=flagged_by_kind(run.flagged_pairs),
         kinds=KINDS,
         events=Events.select(run),

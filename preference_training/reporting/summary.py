@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from preference_training.configuration.rerun import RERUN
+from preference_training.configuration.sections import BASE_MODEL
 from preference_training.core.files import is_locked
 from preference_training.core.metric_names import (
     EVAL_ACCURACY,
@@ -219,11 +220,22 @@ def reference(run: RunRecord) -> str:
         return "" if found.objective.examples == "targets" else "none: this loss compares the policy with no other model"
     if run.settings.get("loss.reference_free"):
         return "none: loss.reference_free=true"
-    if run.settings.get("loss.reference_update_every"):
-        return "a copy of the model before training, which follows the policy"
+    follows = ", which follows the policy" if run.settings.get("loss.reference_update_every") else ""
+    if other := other_model(run):
+        return other + follows
+    if follows:
+        return f"a copy of the model before training{follows}"
     if run.settings.get("model.lora.r"):
         return "the same model without its adapter, as before training"
     return "the model as before training"
+
+
+def other_model(run: RunRecord) -> str:
+    """What the reference is where training does not start from it, in words; else an empty text."""
+    archive = run.settings.get("model.reference_archive")
+    if not archive:
+        return ""
+    return f"another model: {'that without model.archive' if archive == BASE_MODEL else short_path(archive)}"
 
 
 # ---- how long, and to what end --------------------------------------------------------------------------------------------

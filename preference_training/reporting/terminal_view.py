@@ -22,7 +22,7 @@ from preference_training.reporting.charts import Line, downsample, tick_labels, 
 from preference_training.reporting.run_charts import CHARTS
 from preference_training.reporting.run_record import RunRecord
 from preference_training.reporting.summary import duration_text, status, summary
-from preference_training.tracking.run_files import ABOUT, EVENTS, LOCK, METRICS, counted, json_object, rows_in
+from preference_training.tracking.run_files import ABOUT, EVENTS, LOCK, METRICS, json_object, rows_in, rows_up_to
 
 # The charts of the report that are shown, in this order, as far as there are values and space.
 SHOWN = ("Loss", "Reward accuracy", "Reward margin", "Log-prob of responses", "Beta used", "Gradient norm")
@@ -74,7 +74,7 @@ class LiveRun:
             rows, is_replaced = file.read_new()
             if is_replaced:
                 self.rows[name] = []
-            self.rows[name] += counted(rows) if name == METRICS else rows
+            self.rows[name] += rows_up_to(rows) if name == METRICS else rows
             changed |= bool(rows) or is_replaced
         return changed
 

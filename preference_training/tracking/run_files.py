@@ -79,10 +79,10 @@ def rows_in(lines: bytes) -> Iterator[dict]:
 
 def metric_rows(file: Path, examples: float = inf) -> list[dict]:
     """The rows of a metrics.jsonl up to so many examples."""
-    return counted(json_lines(file), examples)
+    return rows_up_to(json_lines(file), examples)
 
 
-def counted(rows: Iterable[dict], examples: float = inf) -> list[dict]:
+def rows_up_to(rows: Iterable[dict], examples: float = inf) -> list[dict]:
     """The rows with a count of examples, up to so many."""
     found = ((row.get(EXAMPLES), row) for row in rows)
     return [row for at, row in found if isinstance(at, int | float) and at <= examples]

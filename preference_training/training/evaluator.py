@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
 from preference_training.generation.likelihood import improbability
 from preference_training.generation.repetition import repetition
 from preference_training.generation.sampling import Sampler
+from preference_training.modeling.adapters.weights import has_adapter
 from preference_training.modeling.logprobs import LiveReference, RememberedReference
 from preference_training.modeling.state import compute_device
 from preference_training.training.parts import Batches, Models, Observers, RunState
@@ -185,15 +186,43 @@ class Evaluator:
         with said_while_slow("still sampling"):
             return sampler.texts(self.models.policy if model is None else model, prompts)
 
+    def reference_responses(self, known: str = "the reference is another model than the policy") -> list[str] | None:
+        """The reference's responses to the sample prompts: the policy's before the first step, where it is the reference.
+
+        None, said in a line, where only log-probs of the reference are kept. known: what that line says of it.
+        """
+        if policy_is_reference(self.config, self.state):
+            return self.responses()
+        if (reference := model_of_reference(self.models)) is not None:
+            with reference.as_reference(reference.model):
+                return self.responses(reference.model)
+        if self.batches.sample_prompts:
+            self.observers.tracker.log_message(
+                f"samples: {known} and only its log-probs are kept: from here on samples are the policy's alone "
+                "(reference_logps=live would give the reference's too)"
+            )
+        return None
+
     def _log_samples(self) -> None:
         """Sample responses, into the tracker, unless a signal asks the run to stop."""
+        state = self.state
         try:
             samples = self.sample()
         except EvaluationStoppedError:
             self.observers.tracker.log_message("sampling was stopped: this evaluation has no samples")
             return
-        self.observers.tracker.log_samples(samples, self.state.examples)
-        self._check_samples(samples)
+        self.observers.tracker.log_samples(samples, state.examples)
+        if not state.updates:
+            return
+        batching = self.config.eval_batch_size, self.batches.train.budget
+        for what, text in faults_of(samples, self.batches.sample_prompts, self.models, self.tokenizer, batching).items():
+            if what not in state.findings:
+                state.findings.append(what)
+                self.observers.tracker.log_finding(
+                    what,
+                    f"warning: after {state.examples} examples {text}: the model may be broken. Look at samples.jsonl; "
+                    "lower lr, raise loss.beta, or use an earlier checkpoint.",
+                )
 
     def sample(self) -> list[dict]:
         """Responses of the policy, and of the reference where there is one, to the sample prompts.
@@ -204,39 +233,13 @@ class Evaluator:
         if state.reference_answers is None and self.models.loss.reference_update is not None:
             state.reference_answers = self.responses(self.models.reference.model)
         known = state.reference_answers
-        # Before the first step the reference's responses are the policy's: they need not be sampled twice.
-        responses = {"policy": self.responses() if known is None or state.updates else known}
+        # They need not be sampled twice.
+        responses = {"policy": known if known is not None and policy_is_reference(self.config, state) else self.responses()}
         if known is not None:
             responses["reference"] = known
         prompts = self.tokenizer.batch_decode(self.batches.sample_prompts)
         rows = zip(prompts, *responses.values(), strict=True)
         return [{"examples": state.examples, **dict(zip(["prompt", *responses], row, strict=True))} for row in rows]
-
-    def _check_samples(self, samples: list[dict]) -> None:
-        """Warn, once each, of samples that repeat themselves or are improbable, other than those of the reference."""
-        if not self.state.updates:
-            return
-        ids = {
-            name: [self.tokenizer(row[name], add_special_tokens=False).input_ids for row in samples]
-            for name in ("policy", "reference")
-            if name in samples[0]
-        }
-        found = {SAMPLES_REPEAT: repetition(ids["policy"], ids.get("reference"))}
-        if isinstance(self.models.reference, LiveReference) and "reference" in ids:
-            device = compute_device(self.models.policy)
-            score = lambda batch: self.models.reference(batch.to(device))  # noqa: E731
-            batching = self.config.eval_batch_size, self.batches.train.budget
-            found[SAMPLES_IMPROBABLE] = improbability(
-                score, self.batches.sample_prompts, ids["policy"], ids["reference"], batching
-            )
-        for what, text in found.items():
-            if text and what not in self.state.findings:
-                self.state.findings.append(what)
-                self.observers.tracker.log_finding(
-                    what,
-                    f"warning: after {self.state.examples} examples {text}: the model may be broken. Look at samples.jsonl; "
-                    "lower lr, raise loss.beta, or use an earlier checkpoint.",
-                )
 
     # ---- resuming -------------------------------------------------------------------------------------------------------
 
@@ -253,17 +256,43 @@ class Evaluator:
 
     def _resume_reference_responses(self) -> None:
         """Take the reference's responses of a checkpoint, whose run may have had fewer sample prompts, or more."""
-        kept, needed, reference = self.state.reference_answers, len(self.batches.sample_prompts), self.models.reference
+        kept, needed = self.state.reference_answers, len(self.batches.sample_prompts)
         # Sample prompts are the first held-out ones, however many.
         self.state.reference_answers = kept[:needed] if kept is not None else None
         if kept is None or len(kept) >= needed:
             return
-        if isinstance(reference, LiveReference):
-            with reference.as_reference(reference.model):
-                self.state.reference_answers = self.responses(reference.model)
-            return
-        self.state.reference_answers = None
-        self.observers.tracker.log_message(
-            f"samples: the reference has answered {len(kept)} of the {needed} sample prompts and only its log-probs are kept: "
-            "from here on samples are the policy's alone (reference_logps=live would give the reference's too)"
-        )
+        answered = f"the reference has answered {len(kept)} of the {needed} sample prompts"
+        self.state.reference_answers = self.reference_responses(answered)
+
+
+# ---- the reference's samples ------------------------------------------------------------------------------------------------
+
+
+def policy_is_reference(config, state: RunState) -> bool:
+    """Whether the policy of a run is still the model that it is compared with."""
+    return not state.updates and config.model.reference_archive is None
+
+
+def model_of_reference(models: Models) -> LiveReference | None:
+    """The reference with its model; None where only its log-probs are kept, and it is not the policy under its adapter."""
+    if isinstance(models.reference, LiveReference):
+        return models.reference
+    return LiveReference(models.policy) if has_adapter(models.policy) else None
+
+
+def faults_of(samples: list[dict], prompts: Sequence[list[int]], models: Models, tokenizer, batching) -> dict[str, str]:
+    """Kinds of findings, and how samples repeat themselves or are improbable, other than those of the reference.
+
+    batching: of the log-probs, as for `improbability`.
+    """
+    ids = {
+        name: [tokenizer(row[name], add_special_tokens=False).input_ids for row in samples]
+        for name in ("policy", "reference")
+        if name in samples[0]
+    }
+    found = {SAMPLES_REPEAT: repetition(ids["policy"], ids.get("reference"))}
+    if isinstance(models.reference, LiveReference) and "reference" in ids:
+        device = compute_device(models.policy)
+        score = lambda batch: models.reference(batch.to(device))  # noqa: E731
+        found[SAMPLES_IMPROBABLE] = improbability(score, prompts, ids["policy"], ids["reference"], batching)
+    return {what: text for what, text in found.items() if text}

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy
-import torch
 
 from preference_training.batching.micro_batches import evaluation_prompts
 from preference_training.batching.schedule import RunLength, Schedule
@@ -37,7 +36,7 @@ from preference_training.evaluation.task_suites import check_harness
 from preference_training.losses.base import Loss
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.limits import check_limits, check_rows, model_limits
-from preference_training.modeling.loading import build_untrained, check_model
+from preference_training.modeling.loading import build_on_meta, check_model
 from preference_training.modeling.quantization import check_float8
 from preference_training.modeling.sources.checks import check_sources
 from preference_training.modeling.sources.gguf import with_converted_model
@@ -178,8 +177,7 @@ def unread_notices(config: RunConfig, run_dir: Path) -> list[str]:
 def count_parameters(config: RunConfig, tokenizer) -> int:
     """The number of the model's parameters, without an adapter's; reads no weights."""
     plain = replace(config.model, lora=replace(config.model.lora, r=None), quantization=None)
-    with torch.device("meta"):
-        return build_untrained(plain, tokenizer, config.cache_dir).num_parameters()
+    return build_on_meta(plain, tokenizer, config.cache_dir).num_parameters()
 
 
 def training_notices(config: RunConfig) -> list[str]:
@@ -192,8 +190,7 @@ def rates_of_weights(config: RunConfig, tokenizer) -> list[str]:
     """What `lr_groups` does, in lines of text; reads no weights. Raises UserError for a pattern that no trained weight has."""
     if not config.lr_groups:
         return []
-    with torch.device("meta"):
-        model = build_untrained(config.model, tokenizer, config.cache_dir)
+    model = build_on_meta(config.model, tokenizer, config.cache_dir)
     return lr_group_lines(config, [name for name, weight in model.named_parameters() if weight.requires_grad])
 
 

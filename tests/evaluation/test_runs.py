@@ -12,8 +12,10 @@ import pytest
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.core.errors import UserError
 from preference_training.core.files import run_file
-from preference_training.evaluation.runs import check_reference, load_run_config, write_text
+from preference_training.evaluation.runs import EvaluationRun, check_reference, load_run_config, write_text
 from preference_training.generation.sampling import Sampler
+from preference_training.modeling.state import weights_hash
+from preference_training.modeling.tuning import chosen_weights
 from tests.evaluation.test_task_suites import own_task
 from tests.support import forked, shown
 from tests.support.files import ROOT
@@ -131,6 +133,21 @@ def test_responses_are_compared_with_the_references_or_another_checkpoints(beta_
     evaluate(beta_dpo, *judged, f"evaluation.against={sft / 'LATEST'}", f"evaluation.to={tmp_path / 'second.json'}")
     assert [row["other"] for row in rows(tmp_path / "answers.jsonl")] == answers
     assert [row["policy"] for row in rows(tmp_path / "answers.jsonl")] != answers
+
+
+def test_they_are_compared_with_those_of_a_reference_of_its_own_and_no_weights_are_chosen(
+    compose, sft, beta_dpo, tmp_path, monkeypatch
+):
+    models, usual = [], EvaluationRun.sample
+    hashed = lambda run, model, *stream: models.append(weights_hash(model)) or usual(run, model, *stream)  # noqa: E731
+    monkeypatch.setattr(EvaluationRun, "sample", hashed)
+    apart = f"model.archive={beta_dpo / 'LATEST'}", f"model.reference_archive={sft / 'LATEST'}"
+    judged = "evaluation.judge=toy", f"evaluation.to={tmp_path / 'results.json'}", "evaluation.n_prompts=2"
+    here = f"local_dirs=[{tmp_path}]", f"local_run_dir={tmp_path / 'run'}", "eval_only=true", "loss=dpo"
+    monkeypatch.setattr(chosen_weights, "signal_to_noise", lambda weight: pytest.fail("nothing is trained"))
+    start(compose(*COMMON, *here, *apart, *judged, "model.spectrum_share=0.5"), tmp_path / "run", in_sweep=False)
+    # That of beta_dpo began with the weights of the other.
+    assert models[0] == Checkpoint.read(beta_dpo / "LATEST").run["began_with"] != models[1]
 
 
 def test_a_judge_that_does_not_answer_is_said_before_responses_are_sampled(sft, tmp_path, capsys):

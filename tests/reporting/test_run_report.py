@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from preference_training.configuration.saved import save_config
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import DataReport
-from preference_training.reporting.examples import last_question
+from preference_training.reporting.examples import Samples, last_question
 from preference_training.reporting.observations import observations
 from preference_training.reporting.run_record import RunRecord
 from preference_training.reporting.run_report import rebuild_report, report_page
@@ -130,6 +130,12 @@ def test_responses_before_and_after_are_side_by_side_and_their_differences_marke
         "before training",
         "after 80 examples",
     ]
+
+
+def test_a_reference_that_is_another_model_is_not_shown_as_the_model_before_training():
+    rows = [{"examples": 8, "prompt": "Why?", "policy": "Now.", "reference": "Then."}]
+    [shown] = Samples.select(rows, "reference, another model: sft/step-64").prompts
+    assert shown["columns"][0] == ("reference, another model: sft/step-64", "Then.")
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,12 @@ def test_the_reference_is_said(tmp_path, loss, lora, expected):
     assert reference(record(tmp_path, {"loss": loss, "model": {"lora": {"r": lora}}})) == expected
 
 
+@pytest.mark.parametrize(("archive", "expected"), [("runs/sft/step-64", "sft/step-64"), ("base", "that without model.archive")])
+def test_a_reference_of_its_own_is_not_said_to_be_the_model_before_training(tmp_path, archive, expected):
+    config = {"loss": DPO, "model": {"reference_archive": archive, "lora": {"r": 16}}}
+    assert reference(record(tmp_path, config)) == f"another model: {expected}"
+
+
 def test_the_time_between_a_stop_and_its_resumption_does_not_count(tmp_path):
     write_events(
         tmp_path,

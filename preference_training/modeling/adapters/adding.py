@@ -12,7 +12,9 @@ from torch import nn
 from preference_training.configuration.sections import ModelConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.modeling.adapters.files import (
+    ARCHIVE,
     CONFIG_FILE,
+    REFERENCE_ARCHIVE,
     VALUE_TASK,
     base_archive,
     is_adapter,
@@ -95,14 +97,14 @@ def _default_targets(model_config: ModelConfig, model: nn.Module) -> str | list[
     return _last_parts([*linear_layers(model), *names])
 
 
-def _load_lora_config(archive: str):
+def _load_lora_config(archive: str, key: str = ARCHIVE):
     """peft's LoraConfig of an adapter on disk. Raises UserError for a kind that cannot be trained or merged here."""
     from peft import LoraConfig
 
     try:
-        config = LoraConfig.from_peft_type(**read_adapter_config(archive))
+        config = LoraConfig.from_peft_type(**read_adapter_config(archive, key))
     except (TypeError, ValueError, LookupError, AttributeError) as error:
-        raise UserError(f"model.archive: {archive}: its {CONFIG_FILE} is damaged: {first_line(error)}.") from error
+        raise UserError(f"{key}: {archive}: its {CONFIG_FILE} is damaged: {first_line(error)}.") from error
     unsupported = [
         (config.peft_type != "LORA", f"peft_type {config.peft_type}"),
         (config.bias != "none", f"bias {config.bias!r}"),
@@ -112,7 +114,7 @@ def _load_lora_config(archive: str):
     ]  # fmt: skip
     for is_unsupported, feature in unsupported:
         if is_unsupported:
-            raise UserError(f"model.archive: {archive}: an adapter with {feature} is not supported. Expected plain LoRA.")
+            raise UserError(f"{key}: {archive}: an adapter with {feature} is not supported. Expected plain LoRA.")
     config.inference_mode = False
     return config
 
@@ -121,21 +123,26 @@ def add_adapter(model: nn.Module, model_config: ModelConfig, base: str | None = 
     """Freeze a model and add the adapter of a `model` configuration; a new adapter leaves the model's outputs unchanged.
 
     Adapter weights are float32 whatever the model's dtype; so is a value head, which is trained itself. Where the reference has
-    an adapter (`reference_adapter`), a frozen one for it is added beside the trained one. base: the location of the base model;
-    None is where it was loaded from. Raises UserError for target modules that the model does not have, or on which an adapter
-    would have no effect.
+    an adapter (`reference_adapter`), a frozen one with its own rank, scale and kind is added beside the trained one. base: the
+    location of the base model; None is where it was loaded from. Raises UserError for target modules that the model does not
+    have, or on which an adapter would have no effect.
     """
     if find_spec("peft") is None:
         raise UserError(f"model.lora.r: an adapter needs the package peft. {INSTALL}")
     model.requires_grad_(False)
-    has_initial = reference_adapter(model_config) is not None
+    reference = reference_adapter(model_config)
     base = base or _base_location(model_config)
     unsupported = unsupported_layers(model)
     config = build_lora_config(model_config, model, unsupported)
     subtracts = model_config.lora.subtracts_start and not is_adapter(model_config.archive)
-    frozen = [name for name, used in ((INITIAL_ADAPTER, has_initial), (SUBTRACTED_ADAPTER, subtracts)) if used]
+    frozen = [name for name, used in ((INITIAL_ADAPTER, reference), (SUBTRACTED_ADAPTER, subtracts)) if used]
+    uses_dora = False
     for name in (TRAINED_ADAPTER, *frozen):
         own = copy.deepcopy(config)
+        if name == INITIAL_ADAPTER and reference not in (None, model_config.archive):
+            own = _load_lora_config(reference, REFERENCE_ARCHIVE)
+            own.modules_to_save = config.modules_to_save
+        uses_dora |= own.use_dora
         if name != TRAINED_ADAPTER:
             own.lora_dropout = 0.0
         try:
@@ -153,17 +160,32 @@ def add_adapter(model: nn.Module, model_config: ModelConfig, base: str | None = 
         raise _target_error(model, model_config, f"{VALUE_HEAD}, the value head, is trained itself")
     if reasons := sorted({unsupported[name] for name in unsupported.keys() & adapted_modules(model)}):
         raise _target_error(model, model_config, "; ".join(reasons))
+    if reference is not None:
+        _check_same_modules(model, reference)
     model.set_adapter(TRAINED_ADAPTER)
-    train_whole(model, config.modules_to_save or [], [INITIAL_ADAPTER] * has_initial)
+    train_whole(model, config.modules_to_save or [], [INITIAL_ADAPTER] * (reference is not None))
     for name, weight in model.named_parameters():
         if ".lora_" in name or (has_value_head(model) and is_head_weight(name)):
             weight.data = weight.data.float()
-    if config.use_dora:
+    if uses_dora:
         measure_lengths(model)
     if subtracts:
         subtract_start(model, model_config.lora.init)
     if has_value_head(model):
         output_head(model).requires_grad_(True)
+
+
+def _check_same_modules(model: nn.Module, reference: str) -> None:
+    """Raise UserError where the reference's adapter changes other modules than the trained one."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and (TRAINED_ADAPTER in layer.r) != (INITIAL_ADAPTER in layer.r):
+            which = "does not adapt" if TRAINED_ADAPTER in layer.r else "adapts"
+            raise UserError(
+                f"model.reference_archive: the adapter {reference} {which} {name}, in which it differs from the one that is "
+                "trained. Set model.lora.target_modules to those of its run."
+            )
 
 
 def _last_parts(names: Iterable[str]) -> list[str]:

@@ -25,6 +25,8 @@ from preference_training.tracking.run_files import read_run_info
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # peft's name for what an adapter of a reward model does.
 VALUE_TASK = "SEQ_CLS"
+# The keys that name an adapter on disk.
+ARCHIVE, REFERENCE_ARCHIVE = "model.archive", "model.reference_archive"
 # Directory, in a run or an export, of the base model of an adapter where no other place has it unchanged.
 BASE_DIR = "base"
 
@@ -41,6 +43,13 @@ def reference_adapter(model_config: ModelConfig) -> str | None:
     """
     archive = model_config.reference_archive or model_config.archive
     return archive if model_config.lora.r is not None and archive != BASE_MODEL and is_adapter(archive) else None
+
+
+def adapter_keys(model_config: ModelConfig) -> dict[str, str]:
+    """The adapters on disk that a configuration names, each with the key that names it."""
+    found = {model_config.archive: ARCHIVE} if is_adapter(model_config.archive) else {}
+    reference = reference_adapter(model_config)
+    return found | ({reference: REFERENCE_ARCHIVE} if reference and reference not in found else {})
 
 
 def save_adapter_config(model: nn.Module, folder: Path) -> None:
@@ -105,13 +114,13 @@ def saved_modules(config: dict) -> list[str]:
     return [name for name in config.get("modules_to_save") or () if name != VALUE_HEAD]
 
 
-def read_adapter_config(archive: str | Path) -> dict:
+def read_adapter_config(archive: str | Path, key: str = ARCHIVE) -> dict:
     """The adapter_config.json of an adapter on disk. Raises UserError where it is damaged."""
     try:
         config = json.loads((Path(archive) / CONFIG_FILE).read_text())
         _ = config["r"], config["lora_alpha"], config["target_modules"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"model.archive: {archive}: its {CONFIG_FILE} is damaged. Expected a checkpoint of a run.") from error
+        raise UserError(f"{key}: {archive}: its {CONFIG_FILE} is damaged. Expected a checkpoint of a run.") from error
     return config
 
 
@@ -146,7 +155,7 @@ def _validated_adapter_config(archive: str, model_config: ModelConfig) -> dict:
     return config
 
 
-def check_base_weights(archive: str, began_with: str) -> None:
+def check_base_weights(archive: str, began_with: str, key: str = ARCHIVE) -> None:
     """Raise UserError where an adapter was trained on other base weights than those loaded; `began_with` is their hash.
 
     Adapters that other tools wrote record no hash, and pass.
@@ -154,25 +163,29 @@ def check_base_weights(archive: str, began_with: str) -> None:
     before = read_run_info(Path(archive)).get("began_with")
     if isinstance(before, str) and before[:32] != began_with[:32]:
         raise UserError(
-            f"model.archive: the adapter {archive} was trained on other weights than those of the model as configured. Set "
+            f"{key}: the adapter {archive} was trained on other weights than those of the model as configured. Set "
             "the model, dtype and quantization of its run, and the same seed for a model from scratch."
         )
 
 
-def check_adapter_shapes(archive: str, model: nn.Module) -> None:
-    """Raise UserError where the names or shapes of an adapter's weights on disk are not those of the adapter in a model."""
+def check_adapter_shapes(archive: str, model: nn.Module, key: str = ARCHIVE) -> None:
+    """Raise UserError where the names or shapes of an adapter's weights on disk are not those of the adapter in a model.
+
+    key: the one that names it. Of model.reference_archive it is the frozen adapter.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(Path(archive) / WEIGHTS_FILE, framework="pt") as file:
             found = {_own_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"model.archive: {archive}: its {WEIGHTS_FILE} cannot be read: {first_line(error)}.") from error
-    expected = adapter_shapes(dict(model.named_parameters()))
+        raise UserError(f"{key}: {archive}: its {WEIGHTS_FILE} cannot be read: {first_line(error)}.") from error
+    adapter = INITIAL_ADAPTER if key == REFERENCE_ARCHIVE else TRAINED_ADAPTER
+    expected = adapter_shapes(dict(model.named_parameters()), adapter)
     differing = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
     if differing:
         raise UserError(
-            f"model.archive: the adapter {archive} does not fit {type(model).__name__} as configured; {len(differing)} tensors "
+            f"{key}: the adapter {archive} does not fit {type(model).__name__} as configured; {len(differing)} tensors "
             f"differ, the first is {differing[0]}. Set the model and model.lora of its run."
         )
 
@@ -190,11 +203,8 @@ def _read_weights(archive: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_adapter(archive: str, model: nn.Module) -> None:
-    """Load the weights of an adapter on disk into a model's adapters: the trained one and its frozen copy."""
-    found = _read_weights(archive)
-    for adapter in (TRAINED_ADAPTER, INITIAL_ADAPTER):
-        for name, weight in adapter_weights(dict(model.named_parameters()), adapter).items():
-            weight.copy_(found[name])
+    """Load the weights of an adapter on disk into a model's trained adapter."""
+    _copy_adapter(archive, model, TRAINED_ADAPTER)
 
 
 @torch.no_grad()
@@ -206,6 +216,10 @@ def set_initial_adapter(model: nn.Module, archive: str | None) -> None:
     if archive is None:
         model.delete_adapter(INITIAL_ADAPTER)
         return
+    _copy_adapter(archive, model, INITIAL_ADAPTER)
+
+
+def _copy_adapter(archive: str, model: nn.Module, adapter: str) -> None:
     found = _read_weights(archive)
-    for name, weight in adapter_weights(dict(model.named_parameters()), INITIAL_ADAPTER).items():
+    for name, weight in adapter_weights(dict(model.named_parameters()), adapter).items():
         weight.copy_(found[name])

@@ -59,11 +59,11 @@ def _rank_dim(name: str) -> int:
     return 0 if ".lora_A." in name else 1
 
 
-def adapter_shapes(named_weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shapes of what `adapter_weights` gives of the trained adapter; nothing is communicated."""
+def adapter_shapes(named_weights: dict[str, Tensor], adapter: str = TRAINED_ADAPTER) -> dict[str, tuple[int, ...]]:
+    """The shapes of what `adapter_weights` gives; nothing is communicated."""
     own = {name: weight for name, weight in named_weights.items() if f".{SUBTRACTED_ADAPTER}." not in name}
-    shapes = {name: tuple(weight.shape) for name, weight in adapter_weights(own).items()}
-    for name in _of_adapter(named_weights, SUBTRACTED_ADAPTER):
+    shapes = {name: tuple(weight.shape) for name, weight in adapter_weights(own, adapter).items()}
+    for name in _of_adapter(named_weights, SUBTRACTED_ADAPTER) if adapter == TRAINED_ADAPTER else ():
         shapes[name] = tuple(size * (1 + (dim == _rank_dim(name))) for dim, size in enumerate(shapes[name]))
     return shapes
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.checkpointing.saved_run import SavedRun
 from preference_training.core.errors import UserError
 from preference_training.modeling.loading import check_model, load_model
+from preference_training.modeling.tuning import chosen_weights
 from preference_training.modeling.tuning.chosen_weights import CHOSEN_FILE, best_of_each_kind, signal_to_noise, trained_names
 from tests.modeling.test_adapters import configured, finished, trainer_of
 from tests.support.building import weights_of
@@ -76,6 +78,13 @@ def test_spectrum_trains_the_share_that_it_writes_down_and_a_resumed_run_keeps_i
     other = "model.layers.0.mlp.up_proj.weight"
     (tmp_path / CHOSEN_FILE).write_text(json.dumps({"trained": [other]}))
     assert trained_names(load_model(config.model, tokenizer, base_dir=tmp_path / "base")) == {other}
+
+
+def test_the_model_that_a_run_started_from_is_loaded_without_a_decomposition(configured, tokenizer, tmp_path, monkeypatch):
+    checkpoint = finished(configured("model.spectrum_share=0.5"), tokenizer, tmp_path / "run")
+    monkeypatch.setattr(chosen_weights, "signal_to_noise", lambda weight: pytest.fail("nothing is trained"))
+    model = SavedRun(checkpoint=checkpoint, run=Checkpoint.read(checkpoint).run).load_initial_model()
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 @pytest.mark.parametrize(

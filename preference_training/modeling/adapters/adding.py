@@ -1,7 +1,6 @@
 """Add adapters to a model: freeze it, and inject the layers of a `model.lora` configuration."""
 
 import copy
-import re
 import warnings
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -27,7 +26,13 @@ from preference_training.modeling.adapters.targets import (
     shorten_names,
     unsupported_layers,
 )
-from preference_training.modeling.adapters.weights import INITIAL_ADAPTER, SUBTRACTED_ADAPTER, TRAINED_ADAPTER, is_added
+from preference_training.modeling.adapters.weights import (
+    INITIAL_ADAPTER,
+    SUBTRACTED_ADAPTER,
+    TRAINED_ADAPTER,
+    is_added,
+    name_pattern,
+)
 from preference_training.modeling.adapters.whole import describe_whole, train_whole, whole_modules
 from preference_training.modeling.quantization import INSTALL
 from preference_training.modeling.value_head import VALUE_HEAD, has_value_head, is_head_weight, output_head
@@ -68,7 +73,7 @@ def _known_parameters(targets: list[str], model: nn.Module) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            stacked = {_pattern(name) for name, weight in model.named_parameters() if weight.ndim == 3}
+            stacked = {name_pattern(name) for name, weight in model.named_parameters() if weight.ndim == 3}
             raise UserError(
                 f"model.lora.target_parameters: found {target}, and no weight of {type(model).__name__} ends so. Stacked "
                 f"weights of it: {', '.join(sorted(stacked)) or 'none'}."
@@ -184,7 +189,7 @@ def describe_frozen_layers(model: nn.Module, model_config: ModelConfig) -> list[
         reasons = unsupported_layers(model)
         frozen = [name for name in linear_layers(model) if name not in adapted]
         lines += sorted({f"adapter: some layers stay frozen: {reasons[name]}" for name in frozen if name in reasons})
-        if skipped := sorted({_pattern(name) for name in frozen if name not in reasons}):
+        if skipped := sorted({name_pattern(name) for name in frozen if name not in reasons}):
             lines.append(
                 f"adapter: {', '.join(skipped)} stay frozen: for {model.config.model_type} peft adapts the routed experts only"
             )
@@ -192,14 +197,9 @@ def describe_frozen_layers(model: nn.Module, model_config: ModelConfig) -> list[
     experts = [
         name for name in fused_experts(model) if not is_added(name) and not {name, name.removesuffix(".base_layer")} & adapted
     ]
-    if frozen := sorted({_pattern(name) for name in experts}):
+    if frozen := sorted({name_pattern(name) for name in experts}):
         lines.append(
             f"adapter: the routed experts of {type(model).__name__} stay frozen ({', '.join(frozen)}); "
             "model.lora.target_parameters adapts their weights"
         )
     return lines
-
-
-def _pattern(name: str) -> str:
-    """A module's name with a * for the number of its block."""
-    return re.sub(r"\.\d+\.", ".*.", name)

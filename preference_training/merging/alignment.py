@@ -85,10 +85,10 @@ class Alignment:
                 ties = _ties(empty_model(each, each.config))
             stored = opened.enter_context(StoredWeights(each.weights, each.name))
             weights.append(Aligned(stored, model, ties if is_tied else {}))
-        separate = [each for each, found in zip(on_disk, weights, strict=True) if not ties.keys() <= found.ties.keys()]
+        separate = [each for each, own in zip(on_disk, weights, strict=True) if not ties.keys() <= own.ties.keys()]
         untied = set(ties) if separate else set()
-        for each in weights:
-            each.resolve_ties(untied)
+        for found in weights:
+            found.resolve_ties(untied)
         notes = []
         if separate:
             for part in (config, config.get_text_config()):

@@ -186,3 +186,5 @@ def check_destination(path: Path) -> None:
         raise UserError(f"--to: {path} is not empty. Expected a new directory, or an empty one.")
     if not path.absolute().parent.is_dir():
         raise UserError(f"--to: {path.absolute().parent} does not exist. Create it first.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"--to: cannot write {path}: its folder is read-only for this user. Expected a writable folder.")

@@ -26,14 +26,14 @@ from preference_training.export.gguf_tokenizer import Vocabulary
 from preference_training.export.modelfile import OllamaFiles
 from preference_training.export.options import ExportOptions, check_options
 from preference_training.export.quality import RunRows, describe_quality, missing_rows, readable_rows
-from preference_training.export.quantization import WINDOW, WINDOWS, quantize_weights
+from preference_training.export.quantization import WINDOW, WINDOWS, group_size, quantize_weights
 from preference_training.export.serving import Served
 from preference_training.export.source import Source, base_license
 from preference_training.modeling import loading
 from preference_training.modeling.adapters.files import BASE_DIR, CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from preference_training.modeling.archives import GENERATION_CONFIG
+from preference_training.modeling.value_head import auto_class
 from preference_training.reporting.model_card import CardFacts, Quality, Quantized, model_card
-
-GENERATION = "generation_config.json"
 
 
 def export(path: Path, options: ExportOptions) -> list[str]:
@@ -46,20 +46,22 @@ def export(path: Path, options: ExportOptions) -> list[str]:
     tokenizer = source.load_tokenizer()
     prompt_format = _prompt_format(source, options.template)
     prompt, notes = serve_as_trained(prompt_format, tokenizer, source.config)
-    kind, ollama = gguf_type(source, options), None
+    kind, ollama, ends = gguf_type(source, options), None, end_tokens(prompt_format, tokenizer)
+    _check_format(source, tokenizer, kind, options.quantize, ends)
     if options.ollama:
         template = options.template or prompt_format
         file = kind and _gguf_name(options, kind)
         ollama = OllamaFiles.build(source.config, tokenizer, template, source.tokenizer_sources, file)
         notes += ollama.notes
-    if options.push:
-        hub.reserve(options.push, options.private)
     dtype = options.dtype or source.dtype
     rows = None
     if options.quantize or kind in gguf_model.QUANTIZED:
         rows, why = readable_rows(source)
         notes += [] if rows else missing_rows(options.quantize, why)
-    task = _Export(source, options, tokenizer, dtype, end_tokens(prompt_format, tokenizer), kind, rows)
+    if options.push:
+        # The last of the checks: it creates a repository.
+        hub.reserve(options.push, options.private)
+    task = _Export(source, options, tokenizer, dtype, ends, kind, rows)
     with new_directory(options.to) as partial:
         with verification.refuse_other_model(options.to):
             facts, verify = task.write(partial)
@@ -103,6 +105,20 @@ def gguf_type(source: Source, options: ExportOptions) -> str | None:
         return None
     gguf_model.check_architecture(architecture)
     return gguf_model.choose_type(wanted, options.dtype or source.dtype)
+
+
+def _check_format(source: Source, tokenizer, kind: str | None, quantize: str | None, ends: list[int]) -> None:
+    """Raise UserError where a GGUF file or int4 weights cannot represent the model or its tokenizer. Reads no weights."""
+    if kind is None and quantize != "int4":
+        return
+    config = loading.model_configuration(source.model_config(), tokenizer, source.cache_dir)
+    with torch.device("meta"):
+        model = auto_class(source.head).from_config(config, trust_remote_code=source.trust_remote_code)
+    if kind:
+        gguf_model.check_model(model)
+        Vocabulary.of(tokenizer, config.get_text_config().vocab_size, ends)
+    else:
+        group_size(model)
 
 
 def _architecture(source: Source) -> str:
@@ -160,7 +176,7 @@ class _Export:
             notes += self._write_gguf(model, directory)
         if quantize:
             windows = self.rows.windows(WINDOWS, WINDOW) if self.rows and quantize == "int4" else ()
-            quantize_weights(directory, quantize, dtype, self.tokenizer, windows)
+            quantize_weights(directory, quantize, dtype, self.tokenizer, windows, trust)
         facts = replace(_card_facts(source), architecture=architecture, dtype=dtype, parameters=parameters, quantized=quantize)
         if expected is None:
             return facts, lambda: (notes, ())
@@ -201,8 +217,8 @@ class _Export:
         from safetensors import safe_open
 
         source = self.source
-        for name in (CONFIG_FILE, WEIGHTS_FILE, GENERATION):
-            if name != GENERATION or (source.checkpoint / name).is_file():
+        for name in (CONFIG_FILE, WEIGHTS_FILE, GENERATION_CONFIG):
+            if name != GENERATION_CONFIG or (source.checkpoint / name).is_file():
                 shutil.copyfile(source.checkpoint / name, directory / name)
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as weights:
             shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118  not a dict

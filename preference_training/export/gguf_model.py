@@ -167,6 +167,16 @@ def check_architecture(name: str) -> Architecture:
     return found
 
 
+def check_model(model: nn.Module) -> Architecture:
+    """How llama.cpp represents a model. Reads no weights. Raises UserError for one that it would compute differently."""
+    name = type(model).__name__
+    found = check_architecture(name)
+    check_config(model.config.get_text_config(), name)
+    # Raises for one that is not known.
+    list(_named_tensors(model, found))
+    return found
+
+
 def check_config(config, name: str) -> None:
     """Raise UserError for a model whose configuration llama.cpp would compute differently."""
     known, rope = ARCHITECTURES[name], _rope(config)
@@ -271,9 +281,7 @@ class GgufFile:
         """Write the file and read it back. Raises UserError, and DifferentModelError where it holds another model."""
         import gguf
 
-        config, class_name = model.config.get_text_config(), type(model).__name__
-        architecture = check_architecture(class_name)
-        check_config(config, class_name)
+        config, architecture = model.config.get_text_config(), check_model(model)
         writer = gguf.GGUFWriter(path, architecture.name)
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(self._known_name())

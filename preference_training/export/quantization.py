@@ -62,15 +62,23 @@ def quantization_config(name: str):
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def quantize_weights(directory: Path, name: str, dtype: str, tokenizer=None, windows: Sequence[Tensor] = ()) -> None:
+def quantize_weights(
+    directory: Path,
+    name: str,
+    dtype: str,
+    tokenizer=None,
+    windows: Sequence[Tensor] = (),
+    trust_remote_code: bool = False,
+) -> None:
     """Replace a directory's weights by quantized ones. windows: calibration rows of int4, token ids [1, length] each."""
-    if name == "int4":
-        _quantize_int4(directory, dtype, tokenizer, windows)
-        return
     from transformers import AutoModelForCausalLM
 
-    config = quantization_config(name)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), quantization_config=config)
+    options: dict = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    if name == "int4":
+        _quantize_int4(AutoModelForCausalLM.from_pretrained(directory, **options), directory, tokenizer, windows)
+        return
+    options["quantization_config"] = quantization_config(name)
+    model = AutoModelForCausalLM.from_pretrained(directory, **options)
     _remove_weights(directory)
     model.save_pretrained(directory, max_shard_size=SHARD_SIZE)
 
@@ -95,12 +103,11 @@ def group_size(model: nn.Module) -> int:
     )
 
 
-def _quantize_int4(directory: Path, dtype: str, tokenizer, windows: Sequence[Tensor]) -> None:
+def _quantize_int4(model: nn.Module, directory: Path, tokenizer, windows: Sequence[Tensor]) -> None:
+    """Replace the weights of the directory that a model is from by quantized ones."""
     from auto_round import AutoRound
-    from transformers import AutoModelForCausalLM
 
     logging.getLogger("autoround").setLevel(logging.ERROR)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
     on_gpu = torch.cuda.is_available()
     options = {
         "bits": 4,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preference_training.modeling.adapters.files import CONFIG_FILE, saved_modules
+from preference_training.modeling.archives import CHAT_TEMPLATE
 from preference_training.reporting.model_card import CardFacts
 
-CHAT_TEMPLATE = "chat_template.jinja"
 # Types of GGUF weights that `ollama create` quantizes further.
 QUANTIZED_BY_OLLAMA = ("f16", "f32")
 

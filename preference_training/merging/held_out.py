@@ -12,7 +12,6 @@ from torch import nn
 from preference_training.batching.micro_batches import evaluation_batches
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.configuration.saved import model_config
-from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device, release_memory
 from preference_training.evaluation.breakdown import COLUMNS, estimates
 from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
@@ -88,8 +87,6 @@ class HeldOutRows:
                 budget = token_budget(model, self.config.max_tokens_per_microbatch)
                 sizes = self.config.eval_batch_size, self.config.n_eval_examples, self.config.seed
                 self.batches = evaluation_batches(self.table, *sizes, budget)
-                if not self.batches:
-                    raise UserError(f"{self.name}: it holds no rows out, so that nothing can be measured.")
             if isinstance(self.reference, RememberedReference):
                 self.reference.restart()
             return Measured.of(evaluate_held_out(model.eval(), self.reference, self.loss, self.batches))

@@ -19,7 +19,7 @@ from preference_training.core.errors import UserError, first_line
 from preference_training.export.source import Source
 from preference_training.merging.places import EXPECTED, check_place
 from preference_training.modeling import loading
-from preference_training.modeling.adapters.files import is_adapter, read_adapter_config
+from preference_training.modeling.adapters.files import is_adapter, read_adapter_config, saved_base
 from preference_training.modeling.archives import MODEL_CONFIG
 from preference_training.reporting.model_card import is_hub_id
 from preference_training.tracking.run_files import STATE
@@ -66,16 +66,31 @@ class Ingredient:
 
     @cached_property
     def config(self):
-        """The transformers configuration of the whole model. Raises UserError where it cannot be read."""
-        from transformers import AutoConfig
+        """The transformers configuration of the whole model. Raises UserError where it cannot be read.
 
+        That of an adapter is its base model's until it is merged, which may untie the head.
+        """
+        if self.is_adapter and self.weights is not None:
+            return self._read_config(str(self.weights))
+        return self._original_config
+
+    @cached_property
+    def _original_config(self):
         if self.source is not None and self.is_adapter:
+            # With the rows of added tokens: a run that adds some keeps its base model.
+            if base := saved_base(self.location):
+                return self._read_config(str(base))
             return loading.model_configuration(self.source.model_config(), self.tokenizer, self.cache_dir)
         name = self.location
         if self.is_adapter:
             name = read_adapter_config(Path(name)).get("base_model_name_or_path")
             if not name:
                 raise UserError(f"{self.name}: its adapter_config.json names no base model. Merge it into its base first.")
+        return self._read_config(name)
+
+    def _read_config(self, name: str):
+        from transformers import AutoConfig
+
         options = {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
         with _errors(self.name):
             return AutoConfig.from_pretrained(name, **options)
@@ -105,7 +120,7 @@ class Ingredient:
             return None
         if self.source is not None:
             return getattr(torch, self.source.dtype)
-        found = str(self.config.dtype).removeprefix("torch.")
+        found = str(self._original_config.dtype).removeprefix("torch.")
         return getattr(torch, found) if found in DTYPES else torch.float32
 
     def on_disk(self, folder: Path) -> "Ingredient":
@@ -149,9 +164,9 @@ def _errors(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def all_on_disk(ingredients: Sequence[Ingredient], beside: Path) -> Iterator[list[Ingredient]]:
-    """The ingredients with their weights on disk; what is written for that lies beside a path, and is removed at the end."""
-    with TemporaryDirectory(prefix=".merging_", dir=beside.absolute().parent) as folder:
+def all_on_disk(ingredients: Sequence[Ingredient], inside: Path) -> Iterator[list[Ingredient]]:
+    """The ingredients with their weights on disk; what is written for that lies in a folder, and is removed at the end."""
+    with TemporaryDirectory(prefix=".merging_", dir=inside) as folder:
         yield [each.on_disk(Path(folder)) for each in ingredients]
 
 
@@ -176,7 +191,9 @@ def check_alike(ingredients: Sequence[Ingredient]) -> list[str]:
                     "be merged: fine-tunings of one base model."
                 )
         _check_vocabularies(first, other)
-        differing = [key for key in loading.config_differences(first.config, other.config) if key not in _SIZES]
+        _check_sizes(first, other)
+        known = (*_SIZES, "tie_word_embeddings")
+        differing = [key for key in loading.config_differences(first.config, other.config) if key not in known]
         if differing:
             notes.append(
                 f"{other.name} differs from {first.name} in {', '.join(differing)} of config.json; the merged model has those "
@@ -190,11 +207,27 @@ def check_alike(ingredients: Sequence[Ingredient]) -> list[str]:
 # What has to be equal, by its name.
 _STRUCTURE = {
     "model_type": lambda each: each.config.get_text_config().model_type,
-    "tie_word_embeddings": lambda each: bool(getattr(each.config.get_text_config(), "tie_word_embeddings", False)),
     "head": lambda each: each.head,
 }
-# What shapes of tensors say better.
+# What shapes of tensors say better, where they are known: those of an adapter are once it is merged.
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+
+OTHER_VOCABULARY = (
+    "the vocabularies have different sizes. Resize the embedding of one of them (resize_token_embeddings), or name models with "
+    "one tokenizer."
+)
+OTHER_SIZES = "the models have different sizes. Only fine-tunings of one base model can be merged."
+
+
+def _check_sizes(first: Ingredient, other: Ingredient) -> None:
+    if not (first.is_adapter or other.is_adapter):
+        return
+    for key in _SIZES:
+        mine, theirs = (getattr(each.config.get_text_config(), key, None) for each in (first, other))
+        if mine != theirs:
+            why = OTHER_VOCABULARY if key == "vocab_size" else OTHER_SIZES
+            raise UserError(f"{other.name}: {key} is {theirs}, and that of {first.name} is {mine}: {why}")
 
 
 def _check_vocabularies(first: Ingredient, other: Ingredient) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from preference_training.checkpointing.model_files import save_tokenizer, set_end_tokens
 from preference_training.checkpointing.saved_models import DifferentModelError, load_plain
@@ -20,16 +20,16 @@ from preference_training.data.chat_templates import PLAIN_PROMPT, end_tokens, ru
 from preference_training.data.rows.records import Turn
 from preference_training.data.rows.templates import build_template
 from preference_training.export.directory import new_directory
+from preference_training.merging.alignment import Aligned, Alignment
 from preference_training.merging.card import MergeFacts, merge_card
 from preference_training.merging.held_out import HeldOutRows
-from preference_training.merging.ingredients import Ingredient, all_on_disk, check_alike
+from preference_training.merging.ingredients import OTHER_SIZES, OTHER_VOCABULARY, Ingredient, all_on_disk, check_alike
 from preference_training.merging.recipe import Recipe
-from preference_training.merging.weights import StoredWeights, TensorInfo, write_weights
+from preference_training.merging.weights import TensorInfo, write_weights
 from preference_training.modeling.archives import GENERATION_CONFIG, model_from_archive
 from preference_training.modeling.state import free_memory
-from preference_training.modeling.value_head import auto_class
 
-# Opens the held-out rows that models are measured on: after the merge, so that it costs nothing where that is refused.
+# Opens the held-out rows that models are measured on: where configurations fit, and before any weights are merged.
 OpenRows = Callable[[], HeldOutRows]
 
 
@@ -59,10 +59,10 @@ def merge(task: Merge, to: Path, open_rows: OpenRows | None = None) -> list[str]
     open_rows: of a run, to measure each ingredient and the merged model on.
     """
     task.check(to)
-    with all_on_disk(task.ingredients, to) as found, new_directory(to) as partial:
+    rows = open_rows() if open_rows is not None else None
+    with new_directory(to) as partial, all_on_disk(task.ingredients, partial) as found:
         facts = write_merged(task, found, partial)
-        if open_rows is not None:
-            rows = open_rows()
+        if rows is not None:
             measured = {each.name: rows.measure(each.weights) for each in found} | {MergeFacts.MERGED: rows.measure(partial)}
             facts.held_out, facts.measured_on = {name: each.metrics for name, each in measured.items()}, rows.name
         facts.name = to.resolve().name
@@ -76,69 +76,38 @@ def write_merged(task: Merge, on_disk: Sequence[Ingredient], directory: Path) ->
     on_disk: the ingredients of the task, with their weights.
     """
     base, models = (on_disk[0] if task.base else None), on_disk[1 if task.base else 0 :]
-    leading, model = models[0], _empty_model(models[0])
+    leading = models[0]
     with ExitStack() as opened:
-        stored = {id(each): opened.enter_context(StoredWeights(each.weights, each.name)) for each in on_disk}
-        aligned = [_Aligned(stored[id(each)], model) for each in models]
-        under = _Aligned(stored[id(base)], model) if base else None
+        found = Alignment.of(on_disk, leading, opened)
+        under, aligned = (found.weights[0] if base else None), found.weights[1 if base else 0 :]
         plan = _Plan(task.recipe, aligned, under, (base or leading).dtype)
-        infos = plan.check(model)
-        _check_fits(leading, infos)
+        infos = plan.check(found.model)
+        _check_fits(leading, found.config, infos)
         print(f"merging {len(models)} models, {len(infos):,} tensors", flush=True)
         with said_while_slow("still merging"):
             parameters = write_weights(directory, infos, plan.tensor)
     dtype = max(infos.values(), key=lambda info: info.bytes).dtype
-    prompt, notes = _write_files(leading, directory, dtype)
+    prompt, notes = _write_files(leading, found.model, directory, dtype)
     _check_loads(directory, leading)
     return MergeFacts(
         task.recipe,
         [*models],
         base,
-        architecture=type(model).__name__,
+        architecture=type(found.model).__name__,
         parameters=parameters,
         dtype=str(dtype).removeprefix("torch."),
         prompt=prompt,
-        notes=[*task.notes, *notes],
+        notes=[*task.notes, *found.notes, *notes],
     )
 
 
 # ---- tensors ----------------------------------------------------------------------------------------------------------------
 
 
-def _empty_model(ingredient: Ingredient):
-    with torch.device("meta"):
-        return auto_class(ingredient.head).from_config(ingredient.config, trust_remote_code=ingredient.trust_remote_code)
-
-
-class _Aligned:
-    """Stored weights by the names of a model's own: files of some models lack, or add, the prefix of the body."""
-
-    def __init__(self, stored: StoredWeights, model):
-        self.stored, own, prefix = stored, model.state_dict().keys(), f"{model.base_model_prefix}."
-        # A head that is tied to the embedding is the embedding.
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-        self.names = {}
-        for name in stored.infos:
-            others = (name, f"{prefix}{name}", name.removeprefix(prefix))
-            known = next((each for each in others if each in own), name)
-            if known not in tied:
-                self.names[known] = name
-        # Tables that older versions stored, and compute anew.
-        self.extra = {name for name in self.names if name not in own}
-
-    def info(self, name: str) -> TensorInfo:
-        """Shape and dtype of a tensor."""
-        return self.stored.infos[self.names[name]]
-
-    def read(self, name: str) -> Tensor:
-        """A tensor as it is stored."""
-        return self.stored.read(self.names[name])
-
-
 class _Plan:
     """Which tensor is computed of which. dtype: of the result; None is that of each tensor of the base, or the first model."""
 
-    def __init__(self, recipe: Recipe, models: Sequence[_Aligned], base: _Aligned | None, dtype: torch.dtype | None):
+    def __init__(self, recipe: Recipe, models: Sequence[Aligned], base: Aligned | None, dtype: torch.dtype | None):
         self.recipe, self.models, self.base, self.dtype = recipe, models, base, dtype
         self.leading = base or models[0]
 
@@ -164,16 +133,11 @@ class _Plan:
             infos[name] = TensorInfo(expected, self.dtype if self.dtype and stored.is_floating_point else stored)
         return infos
 
-    def _other_shape(self, model, name: str, other: _Aligned, shape: tuple, expected: tuple) -> str:
+    def _other_shape(self, model, name: str, other: Aligned, shape: tuple, expected: tuple) -> str:
         first = self.models[0].stored.name
         is_vocabulary = name.rpartition(".")[0] in _vocabulary_layers(model)
-        what = "the vocabularies have different sizes" if is_vocabulary else "the models have different sizes"
-        remedy = (
-            "Resize the embedding of one of them (resize_token_embeddings), or name models with one tokenizer."
-            if is_vocabulary
-            else "Only fine-tunings of one base model can be merged."
-        )
-        return f"{other.stored.name}: {name} is {list(shape)}, and that of {first} is {list(expected)}: {what}. {remedy}"
+        text = f"{other.stored.name}: {name} is {list(shape)}, and that of {first} is {list(expected)}"
+        return f"{text}: {OTHER_VOCABULARY if is_vocabulary else OTHER_SIZES}"
 
     def tensor(self, name: str) -> Tensor:
         """A merged tensor, computed in float32 and rounded once; what is no floating-point number is the leading model's."""
@@ -196,12 +160,12 @@ def _vocabulary_layers(model) -> set[str]:
     return {name for name, module in model.named_modules() if any(module is layer for layer in layers if layer is not None)}
 
 
-def _check_fits(leading: Ingredient, infos: dict[str, TensorInfo]) -> None:
+def _check_fits(leading: Ingredient, config, infos: dict[str, TensorInfo]) -> None:
     """Raise UserError where what would be written is not all of a model."""
     empty = {name: torch.empty(info.shape, device="meta") for name, info in infos.items()}
     options = {"trust_remote_code": leading.trust_remote_code, "head": leading.head, "device_map": {"": "meta"}}
     try:
-        model_from_archive(leading.config, empty, Path(leading.location), torch.float32, **options)
+        model_from_archive(config, empty, Path(leading.location), torch.float32, **options)
     except UserError as error:
         raise UserError(str(error).replace("model.archive: ", "merge: ", 1).partition("\nChoose")[0]) from error
 
@@ -209,18 +173,18 @@ def _check_fits(leading: Ingredient, infos: dict[str, TensorInfo]) -> None:
 # ---- the other files ---------------------------------------------------------------------------------------------------------
 
 
-def _write_files(leading: Ingredient, directory: Path, dtype: torch.dtype) -> tuple[str, list[str]]:
-    """Write configurations and tokenizer, those of the first model; returns an example prompt, and notes."""
+def _write_files(leading: Ingredient, model: nn.Module, directory: Path, dtype: torch.dtype) -> tuple[str, list[str]]:
+    """Write the configuration of the merged model, and what it has of the first one; returns an example prompt, and notes."""
     from transformers import GenerationConfig
 
-    tokenizer, config = leading.tokenizer, leading.config
+    tokenizer, config = leading.tokenizer, model.config
     prompt, ends, notes = _prompt(leading)
     try:
         generation = GenerationConfig.from_pretrained(leading.location, cache_dir=leading.cache_dir)
     except OSError:
         generation = GenerationConfig.from_model_config(config)
     set_end_tokens(config, None if leading.head == "value" else generation, tokenizer, ends)
-    config.architectures, config.dtype = [type(_empty_model(leading)).__name__], dtype
+    config.architectures, config.dtype = [type(model).__name__], dtype
     config.save_pretrained(directory)
     if leading.head == "lm":
         generation.to_json_file(directory / GENERATION_CONFIG)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from preference_training.checkpointing.checkpoint import Checkpoint, list_checkpoints
+from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.checkpointing.saved_run import newest_checkpoint
 from preference_training.core.errors import UserError
 from preference_training.core.files import check_destination
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, smaller_is_better
@@ -49,10 +50,10 @@ def make_soup(soup: Soup, to: Path) -> list[str]:
     whole = _task(models)
     whole.check(to)
     rows = HeldOutRows(runs[0], soup.overrides, soup.trust_remote_code)
-    with all_on_disk(models, to) as found, new_directory(to) as partial:
+    with new_directory(to) as partial, all_on_disk(models, partial) as found:
         measured = {each.name: rows.measure(each.weights) for each in found}
         ordered = sorted(found, key=lambda each: _badness(measured[each.name], metric))
-        chosen, tried = _greedy(ordered, measured, rows, metric) if soup.greedy else (ordered, [])
+        chosen, tried = _greedy(ordered, measured, rows, metric, partial) if soup.greedy else (ordered, [])
         task = _task(chosen, [*whole.notes, *notes, *tried])
         facts = write_merged(task, chosen, partial)
         merged = rows.measure(partial)
@@ -74,12 +75,15 @@ def _badness(measured: Measured, metric: str) -> float:
 
 
 def _greedy(
-    ordered: Sequence[Ingredient], measured: dict[str, Measured], rows: HeldOutRows, metric: str
+    ordered: Sequence[Ingredient], measured: dict[str, Measured], rows: HeldOutRows, metric: str, inside: Path
 ) -> tuple[list[Ingredient], list[str]]:
-    """The ingredients of a greedy soup, and notes on those that were not added. Raises UserError where only one is left."""
+    """The ingredients of a greedy soup, and notes on those that were not added. Raises UserError where only one is left.
+
+    inside: the directory in which the models that are tried lie for as long.
+    """
     chosen, best, notes = [ordered[0]], _badness(measured[ordered[0].name], metric), []
     for each in ordered[1:]:
-        with TemporaryDirectory(prefix=".soup_", dir=ordered[0].weights.parent) as folder:
+        with TemporaryDirectory(prefix=".soup_", dir=inside) as folder:
             trial = [*chosen, each]
             write_merged(_task(trial), trial, Path(folder))
             found = _badness(rows.measure(Path(folder)), metric)
@@ -148,9 +152,9 @@ def _runs(directory: Path) -> list[Path]:
 
 
 def _newest(run: Path) -> Checkpoint | None:
-    found = list_checkpoints(run)
+    """The checkpoint that is merged: the one that LATEST is, where a run has it."""
     try:
-        return Checkpoint.read(found[0]) if found else None
+        return Checkpoint.read(newest_checkpoint(run))
     except (OSError, ValueError, TypeError, LookupError):
         return None
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from preference_training.core.errors import UserError, first_line
-from preference_training.modeling.archives import SAFETENSORS_INDEX, WHOLE_WEIGHTS, indexed_files
+from preference_training.modeling.archives import SAFETENSORS_INDEX, WHOLE_WEIGHTS, safetensors_files
 
 # Most bytes of a written file.
 SHARD_SIZE = 5 * 10**9
@@ -82,7 +82,7 @@ class StoredWeights:
 
     def _files(self) -> list[Path]:
         try:
-            files = indexed_files(self.directory / SAFETENSORS_INDEX) or [self.directory / WHOLE_WEIGHTS]
+            files = safetensors_files(self.directory)
         except ValueError as error:
             raise UserError(f"{self.name}: {error}.") from error
         for file in files:

@@ -15,6 +15,8 @@ from preference_training.modeling.value_head import auto_class, is_head_weight
 # The files of a model in Hugging Face format.
 MODEL_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 WHOLE_WEIGHTS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def read_archive(path: Path) -> dict[str, Tensor]:
@@ -52,13 +54,21 @@ def archive_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a directory. Raises UserError where one is missing."""
     try:
-        files = indexed_files(path / SAFETENSORS_INDEX) or [path / WHOLE_WEIGHTS]
+        files = safetensors_files(path)
     except ValueError as error:
         raise _archive_error(path, str(error)) from error
     for file in files:
         if not file.is_file():
             raise _archive_error(path, f"the directory has no {file.name}")
     return files
+
+
+def safetensors_files(directory: Path) -> list[Path]:
+    """Where the weights of a model directory are: the files of its index, or else the only one; they may be missing.
+
+    Raises ValueError as `indexed_files` does.
+    """
+    return indexed_files(directory / SAFETENSORS_INDEX) or [directory / WHOLE_WEIGHTS]
 
 
 def indexed_files(index: Path) -> list[Path]:

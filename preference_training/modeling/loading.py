@@ -44,6 +44,7 @@ from preference_training.modeling.archives import (
     GENERATION_CONFIG,
     MODEL_CONFIG,
     SAFETENSORS_INDEX,
+    TORCH_INDEX,
     archive_shapes,
     indexed_files,
     model_from_archive,
@@ -133,7 +134,7 @@ def load_base(model_config: ModelConfig, tokenizer, cache_dir: str | None = None
     else:
         name = model_config.name_or_path
         with loading_errors("model.name_or_path", name), _size_errors(model_config):
-            for index in (SAFETENSORS_INDEX, "pytorch_model.bin.index.json"):
+            for index in (SAFETENSORS_INDEX, TORCH_INDEX):
                 indexed_files(Path(name) / index)
             model = auto.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
     add_rows(model, model_config, tokenizer, archive or _local_directory(model_config))

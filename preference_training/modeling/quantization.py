@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from preference_training.configuration.sections import ModelConfig
 from preference_training.core.errors import UserError
-from preference_training.modeling.adapters.targets import fused_experts, pattern_of
-from preference_training.modeling.adapters.weights import is_added
+from preference_training.modeling.adapters.targets import fused_experts
+from preference_training.modeling.adapters.weights import is_added, name_pattern
 from preference_training.modeling.tuning.towers import towers
 from preference_training.modeling.value_head import output_head
 
@@ -95,7 +95,7 @@ def describe_quantization(model: nn.Module, model_config: ModelConfig) -> list[s
     stacked = [name.removesuffix(".base_layer") for name in fused_experts(model) if not is_added(name)]
     if stacked:
         number = sum(number for name, number in numels.items() if name.startswith(tuple(f"{each}." for each in stacked)))
-        where = ", ".join(sorted({pattern_of(name) for name in stacked}))
+        where = ", ".join(sorted({name_pattern(name) for name in stacked}))
         lines.append(
             f"model.quantization: the routed experts of {type(model).__name__} ({where}) are no linear layers, and their "
             f"{number:,} weights stay in {model_config.policy_dtype}"

@@ -35,6 +35,7 @@ from preference_training.evaluation.pruning import build_pruner
 from preference_training.evaluation.task_suites import check_harness
 from preference_training.losses.base import Loss
 from preference_training.losses.registry import build_loss
+from preference_training.modeling.archives import CHAT_TEMPLATE
 from preference_training.modeling.limits import check_limits, check_rows, model_limits
 from preference_training.modeling.loading import build_on_meta, check_model
 from preference_training.modeling.quantization import check_float8
@@ -48,8 +49,6 @@ from preference_training.training.optimizers.building import check_optimizer
 from preference_training.training.optimizers.groups import lr_group_lines
 from preference_training.training.optimizers.notices import averages_notice, precision_notices
 
-# In a checkpoint, as transformers names it.
-CHAT_TEMPLATE = "chat_template.jinja"
 # What examples are called in messages.
 EXAMPLE_WORDS = {"targets": "responses", "pairs": "pairs", "rankings": "rankings", "labels": "labeled responses"}
 

@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from preference_training.checkpointing.writer import publish
+from preference_training.configuration.composition import compose_overrides
 from preference_training.core.errors import UserError
-from preference_training.export import directory, quality
+from preference_training.export import directory, hub, policy_pt, quality
 from preference_training.export.checkpoint import export, gguf_type
 from preference_training.export.options import ExportOptions
 from preference_training.export.policy_pt import convert
 from preference_training.export.quality import describe_quality
-from preference_training.export.quantization import check_quantization, group_size, quantization_config
+from preference_training.export.quantization import check_quantization, group_size, quantization_config, quantize_weights
 from preference_training.export.source import Source
 from preference_training.modeling import loading, tokenizer
 from preference_training.reporting.model_card import Quality, Quantized
@@ -304,6 +305,60 @@ def test_options_that_cannot_be_satisfied_are_refused_and_nothing_is_written(val
     assert names(tmp_path) == set()
 
 
+def unlike_llama_cpp(checkpoint: Path) -> None:
+    edit(checkpoint / "config.json", hidden_act="gelu")
+
+
+def cut_otherwise(checkpoint: Path) -> None:
+    described = json.loads((checkpoint / "tokenizer.json").read_text())
+    cut = {"type": "Split", "pattern": {"Regex": r"\w+|\W"}, "behavior": "Isolated", "invert": False}
+    edit(checkpoint / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [cut, described["pre_tokenizer"]]})
+
+
+def with_more_biases(checkpoint: Path) -> None:
+    edit(checkpoint / "config.json", architectures=["Qwen3ForCausalLM"], model_type="qwen3", attention_bias=True)
+
+
+def without_groups(checkpoint: Path) -> None:
+    edit(checkpoint / "config.json", intermediate_size=48)
+
+
+def with_experts(checkpoint: Path) -> None:
+    edit(checkpoint / "config.json", architectures=["MixtralForCausalLM"], model_type="mixtral", num_local_experts=4)
+
+
+def edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "values", "told"),
+    [
+        (unlike_llama_cpp, {"gguf": "f16"}, "its activation is gelu, and llama.cpp computes silu"),
+        (cut_otherwise, {"gguf": "f16"}, "llama.cpp knows no pre-tokenizer that cuts words as this tokenizer does"),
+        (with_more_biases, {"gguf": "f16"}, "has model.layers.0.self_attn.q_proj.bias, which qwen3 of llama.cpp lacks"),
+        (without_groups, {"quantize": "int4"}, "int4 needs linear layers whose inputs are multiples of 32"),
+        (with_experts, {"quantize": "int4"}, "int4 is not written for mixtures of experts"),
+        (lambda checkpoint: None, {"quantize": "int4"}, "int4 is calibrated with the run's training rows"),
+    ],
+)
+def test_what_a_format_cannot_represent_is_refused_before_weights_are_read_and_the_hub_is_asked(
+    change, values, told, folder, tmp_path, monkeypatch
+):
+    copy = Path(shutil.copytree(folder / "runs" / "it" / "step-16", tmp_path / "copy"))
+    change(copy)
+    monkeypatch.setattr(Source, "load_model", None)
+    monkeypatch.setattr(hub, "reserve", None)
+    monkeypatch.setattr(quality, "read_entries", gone)
+    with pytest.raises(UserError, match=told):
+        export(published(copy), options(tmp_path, push="me/it", **values))
+    assert names(tmp_path) == {"step-16", "LATEST"}
+
+
+def gone(config):
+    raise UserError("datasets: mine.jsonl is gone")
+
+
 def test_a_destination_that_is_taken_is_refused(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
@@ -552,6 +607,16 @@ def test_int4_weights_are_calibrated_on_the_runs_rows_and_plain_transformers_loa
     )
 
 
+def test_a_model_of_its_own_code_is_quantized_where_that_is_trusted(folder, tmp_path):
+    own = Path(shutil.copytree(folder / "runs" / "it" / "LATEST", tmp_path / "own"))
+    text = "from transformers import LlamaConfig, LlamaForCausalLM\nclass OwnConfig(LlamaConfig): model_type = 'own'\n"
+    (own / "own.py").write_text(text + "class Own(LlamaForCausalLM): config_class = OwnConfig\n")
+    edit(own / "config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"})
+    quantize_weights(own, "int8", "float32", trust_remote_code=True)
+    difference = logps(own, trust_remote_code=True) - logps(folder / "runs" / "it" / "LATEST")
+    assert 0 < difference.abs().max() < 0.05
+
+
 def test_a_gguf_file_of_4_bits_says_what_it_costs(folder, tmp_path):
     lines = export(folder / "runs" / "it", options(tmp_path, gguf="q4_0"))
     [line] = [line for line in lines if line.startswith("note: q4_0: held-out perplexity ")]
@@ -559,9 +624,6 @@ def test_a_gguf_file_of_4_bits_says_what_it_costs(folder, tmp_path):
 
 
 def test_without_the_rows_of_the_run_int8_is_not_measured_and_int4_is_refused(folder, tmp_path, monkeypatch):
-    def gone(config):
-        raise UserError("datasets: mine.jsonl is gone")
-
     monkeypatch.setattr(quality, "read_entries", gone)
     run_dir = folder / "runs" / "it"
     with pytest.raises(UserError, match=r"--quantize: int4 is calibrated with the run's training rows.*mine.jsonl is gone"):
@@ -635,6 +697,17 @@ def test_an_original_policy_pt_becomes_a_directory_that_loads(tmp_path, compose,
     card = (tmp_path / "out" / "README.md").read_text()
     assert "159,744 examples" in card and "| loss/eval | 0.58 |" in card and "does not record the training data" in card
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("Human: Hi").input_ids
+
+
+def test_a_preset_that_leaves_the_dtype_to_the_device_is_converted_in_float32(tmp_path, compose, monkeypatch):
+    config = compose("model=tiny").model
+    model = loading.load_model(config, tokenizer.load_tokenizer(config))
+    torch.save({"state": model.state_dict()}, tmp_path / "policy.pt")
+    values = compose_overrides("model=tiny")[0].model
+    values.policy_dtype = None
+    monkeypatch.setattr(policy_pt, "compose_overrides", lambda _: [SimpleNamespace(model=values)])
+    convert(tmp_path / "policy.pt", "tiny", tmp_path / "out")
+    assert torch.equal(logps(tmp_path / "out"), logps_of(model))
 
 
 def test_an_archive_of_this_project_belongs_to_a_directory_of_the_model(folder, tmp_path):

@@ -173,6 +173,29 @@ def test_the_tokenizer_is_read_back_with_its_special_tokens_and_chat_template(tm
         assert read(text).input_ids == tokenizer(text).input_ids
 
 
+def test_tokens_without_a_row_in_the_embedding_are_left_out_and_the_others_keep_their_ids(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|filler|>", "additional_special_tokens": ["<|tool|>"]})
+    vocabulary = Vocabulary.of(tokenizer, rows, [tokenizer.convert_tokens_to_ids("<|tool|>")])
+    whole = Vocabulary.of(tokenizer, rows + 2, [])
+    assert vocabulary.values["token_list"] == whole.values["token_list"][:rows] and "<|filler|>" in whole.values["token_list"]
+    assert "pad_token_id" in whole.values and not {"pad_token_id", "eot_token_id"} & vocabulary.values.keys()
+    [note] = vocabulary.notes
+    assert note.startswith("the GGUF file lacks 2 tokens of the tokenizer without a row in the model's embedding of ")
+    assert note.endswith(f" {rows}: '<|filler|>', '<|tool|>'")
+    found = write(model_of("llama", vocab_size=rows), tmp_path / "a.gguf", tokenizer=tokenizer)
+    assert len(found.fields["tokenizer.ggml.tokens"].contents()) == rows
+
+
+def test_merges_that_make_a_token_without_a_row_are_left_out():
+    tokenizer = pieces()
+    rows = len(tokenizer) - 3
+    names = {number: token for token, number in tokenizer.get_vocab().items()}
+    values = Vocabulary.of(tokenizer, rows, []).values
+    assert len(values["token_list"]) == rows and not {names[rows + each] for each in range(3)} & {*values["token_list"]}
+
+
 def test_a_beginning_that_the_tokenizer_adds_is_added():
     tokenizer = tokenizer_of(LLAMA_3, eos="<|eot_id|>", bos="<|begin_of_text|>", begins=True)
     assert Vocabulary.of(tokenizer, len(tokenizer), []).values["add_bos_token"] is True

@@ -1,6 +1,8 @@
 """Merged directories: what plain transformers loads from them, and what is refused before anything is written."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +16,9 @@ from preference_training.core.errors import UserError
 from preference_training.core.files import run_file
 from preference_training.merging import weights
 from preference_training.merging.command import merge_as_asked
+from preference_training.merging.ingredients import Ingredient
 from preference_training.merging.recipe import METHODS
+from preference_training.modeling import loading
 from tests.support.files import GOLDEN, ROOT
 
 LLAMA = GOLDEN / "llama"
@@ -131,6 +135,58 @@ def test_an_adapter_is_merged_into_its_base_first(models, tmp_path, monkeypatch)
     assert not list(tmp_path.glob(".merging_*")), "what was written on the way is gone"
 
 
+@pytest.fixture
+def tied(tmp_path) -> Path:
+    """A directory with a model whose head is its embedding."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(LLAMA, tie_word_embeddings=True)
+    return saved(AutoModelForCausalLM.from_config(config), tmp_path / "tied")
+
+
+def adapter_with_a_head(base: Path, directory: Path, seed: int):
+    """An adapter of a tied model that has trained the head alone."""
+    from peft import LoraConfig, get_peft_model
+
+    wanted = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), wanted)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        head = adapted.base_model.model.lm_head.modules_to_save["default"].weight
+        head.add_(torch.randn_like(head))
+    adapted.save_pretrained(directory)
+    return head
+
+
+def test_a_head_that_adapters_have_trained_apart_from_the_embedding_is_merged(tied, tmp_path, monkeypatch):
+    heads = [adapter_with_a_head(tied, tmp_path / name, seed) for seed, name in enumerate(("one", "other"))]
+    out, embedding = tmp_path / "out", state(tied)["model.embed_tokens.weight"]
+    merged(monkeypatch, tmp_path / "one", tmp_path / "other", "--to", out)
+    found = state(out)
+    torch.testing.assert_close(found["lm_head.weight"], (heads[0] + heads[1]) / 2, rtol=0, atol=1e-6)
+    assert torch.equal(found["model.embed_tokens.weight"], embedding)
+    # The base model's head is its embedding.
+    words = ("--method", "task_arithmetic", "--base", tied, "--weights", 0.5, "--to", tmp_path / "half")
+    lines = merged(monkeypatch, tmp_path / "one", *words)
+    torch.testing.assert_close(state(tmp_path / "half")["lm_head.weight"], (heads[0] + embedding) / 2, rtol=0, atol=1e-6)
+    one = tmp_path / "one"
+    assert f"note: head and embedding are one in some of the models, not in {one}; the merged model has both" in lines
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_head_that_a_file_has_beside_the_embedding_is_merged_whatever_the_configuration_says(tied, tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    other = shutil.copytree(tied, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    head = torch.randn_like(weights["model.embed_tokens.weight"])
+    save_file(weights | {"lm_head.weight": head}, other / "model.safetensors", {"format": "pt"})
+    merged(monkeypatch, tied, other, "--to", tmp_path / "out")
+    expected = (weights["model.embed_tokens.weight"] + head) / 2
+    torch.testing.assert_close(state(tmp_path / "out")["lm_head.weight"], expected, rtol=0, atol=1e-6)
+    merged(monkeypatch, tied, tied, "--to", tmp_path / "same")
+    assert json.loads((tmp_path / "same" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
 # ---- mistakes ---------------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +236,43 @@ def test_a_model_that_is_not_there_or_cannot_be_averaged_is_refused(models, tmp_
     broken.model.norm.weight.data[0] = torch.nan
     text = refused(monkeypatch, out, one, saved(broken, tmp_path / "broken"))
     assert "model.norm.weight is not finite" in text
+
+
+def test_an_adapter_of_another_size_is_refused_before_it_is_merged(models, tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    larger = AutoModelForCausalLM.from_pretrained(models / "one")
+    larger.resize_token_embeddings(larger.config.vocab_size + 8)
+    saved(larger, tmp_path / "larger")
+    get_peft_model(larger, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "larger")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(Ingredient, "_merge_adapter", None)
+    text = refused(monkeypatch, tmp_path / "out", models / "one", tmp_path / "adapter")
+    assert "vocab_size is 386, and that of" in text and "the vocabularies have different sizes. Resize the embedding" in text
+
+
+def test_a_disk_that_fills_while_an_adapter_is_merged_is_one_message(models, tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(models / "one")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(loading, "save_model", full)
+    text = refused(monkeypatch, tmp_path / "out", tmp_path / "adapter", models / "one")
+    assert text.startswith(f"--to: cannot write {tmp_path / 'out'}: No space left on device")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+
+
+def test_a_folder_that_is_not_writable_is_refused_before_models_are_read(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr(Ingredient, "read", None)
+    text = refused(monkeypatch, tmp_path / "out", models / "one", models / "other")
+    assert text.startswith(f"--to: cannot write {tmp_path / 'out'}: ") and "Expected a writable folder" in text
 
 
 def test_the_script_names_the_methods_that_there_are():

@@ -1,18 +1,27 @@
 """Soups of a sweep's runs: which are chosen, and held-out numbers that are those of the runs' own evaluations."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from preference_training.checkpointing.saved_run import SavedRun
 from preference_training.core.errors import UserError
+from preference_training.core.files import replace_symlink
+from preference_training.export.source import Source
+from preference_training.merging import merge as merging
 from preference_training.merging import soup as soups
-from preference_training.merging.held_out import HeldOutRows
+from preference_training.merging.held_out import HeldOutRows, Measured
+from preference_training.merging.ingredients import Ingredient
 from preference_training.merging.soup import Soup, best_runs, make_soup
+from preference_training.modeling import loading
 from preference_training.tracking.run_files import metric_rows, split_rows
-from tests.merging.test_merging import merged, state
+from tests.merging.test_merging import LLAMA, merged, saved, state
 from tests.support import shown
 from train import start
 
@@ -89,6 +98,49 @@ def test_runs_are_ranked_by_what_compares_them(runs):
     assert metric == "rewards_eval/accuracies" and "loss.beta changes what the loss measures" in note
 
 
+def test_runs_are_ranked_by_the_checkpoint_that_is_merged(runs, tmp_path):
+    folder = tmp_path / "runs"
+    for name in ("fast", "slow"):
+        shutil.copytree(runs / name, folder / name, symlinks=True)
+    # The fast run was best earlier, as load_best has it: LATEST is the checkpoint before its last one, with a larger loss.
+    best = shutil.copytree(folder / "fast" / "step-32", folder / "fast" / "step-16")
+    values = json.loads((best / "state.json").read_text())
+    values["held_out"]["loss/eval"] = 9.0
+    (best / "state.json").write_text(json.dumps(values))
+    replace_symlink(folder / "fast" / "LATEST", "step-16")
+    assert [run.name for run in best_runs(Soup(folder))[0]] == ["slow", "fast"]
+
+
+def test_a_run_that_cannot_be_measured_is_refused_before_anything_is_merged(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "write_merged", None)
+    words = (runs / "slow", runs / "fast", "--held-out", runs / "slow", "--to", tmp_path / "out")
+    rows = tmp_path / "own.jsonl"
+    rows.write_text(json.dumps({"prompt": "Say hi.", "chosen": "hi", "rejected": "no"}) + "\n")
+    with pytest.raises(UserError, match="own.jsonl: expected at least one held-out example, and none"):
+        merged(monkeypatch, *words, f"datasets=[{rows}]", "held_out_share=0")
+    monkeypatch.setattr(SavedRun, "load_initial_model", refuse)
+    with pytest.raises(UserError, match="no longer what it was"):
+        merged(monkeypatch, *words)
+    assert list(tmp_path.iterdir()) == [rows]
+
+
+def refuse(_):
+    raise UserError("the model is no longer what it was")
+
+
+def test_a_greedy_soup_writes_nothing_beside_its_runs(runs, tmp_path, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
+    folders = []
+    monkeypatch.setattr(soups, "write_merged", lambda task, on_disk, directory: folders.append(directory))
+    rows = SimpleNamespace(measure=lambda directory: Measured({"loss/eval": {"mean": 1.0}}, None))
+    found = [replace(Ingredient.read(str(runs / name)), weights=runs / name / "LATEST") for name in RUNS]
+    measured = {each.name: Measured({"loss/eval": {"mean": 0.5}}, None) for each in found}
+    with pytest.raises(UserError, match="no run improves loss/eval"):
+        soups._greedy(found, measured, rows, "loss/eval", tmp_path)
+    assert {folder.parent for folder in folders} == {tmp_path} and list(tmp_path.iterdir()) == []
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == before
+
+
 def test_runs_that_started_from_other_weights_are_no_soup(runs, tmp_path, monkeypatch):
     folder = tmp_path / "runs"
     folder.mkdir()
@@ -104,6 +156,26 @@ def test_runs_that_started_from_other_weights_are_no_soup(runs, tmp_path, monkey
     monkeypatch.setattr(soups, "_newest", newest)
     with pytest.raises(UserError, match="started from other weights than .*fast"):
         best_runs(Soup(folder))
+
+
+def test_adapters_with_added_tokens_are_merged_where_the_vocabulary_has_no_room(compose, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(LLAMA, tie_word_embeddings=True, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_config(config)
+    base, rows = saved(model, tmp_path / "base"), config.vocab_size
+    for name in ("one", "other"):
+        run = tmp_path / name
+        given = ("model=blank_model", f"model.name_or_path={base}", "model.add_tokens=[zwei,drei]", "+adapter=lora")
+        sizes = ("n_examples=8", "n_eval_examples=8", "batch_size=8", "eval_every=8", f"lr=1e-{len(name)}")
+        start(compose(*COMMON, *given, *sizes, f"local_run_dir={run}"), run, in_sweep=False)
+    merged(monkeypatch, tmp_path / "one", tmp_path / "other", "--to", tmp_path / "out")
+    found = state(tmp_path / "out")
+    whole = [loading.merge_and_cast(Source.read(tmp_path / name).load_model(), torch.float32) for name in ("one", "other")]
+    expected = [each.state_dict() for each in whole]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert len(found[name]) == rows + 2
+        torch.testing.assert_close(found[name], (expected[0][name] + expected[1][name]) / 2, rtol=0, atol=1e-6)
+    assert not torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
 
 
 @pytest.mark.long

@@ -26,11 +26,16 @@ from preference_training.modeling.adapters.targets import (
     adapted_modules,
     fused_experts,
     linear_layers,
-    pattern_of,
     shorten_names,
     unsupported_layers,
 )
-from preference_training.modeling.adapters.weights import INITIAL_ADAPTER, SUBTRACTED_ADAPTER, TRAINED_ADAPTER, is_added
+from preference_training.modeling.adapters.weights import (
+    INITIAL_ADAPTER,
+    SUBTRACTED_ADAPTER,
+    TRAINED_ADAPTER,
+    is_added,
+    name_pattern,
+)
 from preference_training.modeling.adapters.whole import describe_whole, train_whole, whole_modules
 from preference_training.modeling.quantization import INSTALL
 from preference_training.modeling.tuning.towers import towers
@@ -80,7 +85,7 @@ def _known_parameters(targets: list[str], model: nn.Module) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            stacked = {pattern_of(name) for name, weight in model.named_parameters() if weight.ndim == 3}
+            stacked = {name_pattern(name) for name, weight in model.named_parameters() if weight.ndim == 3}
             raise UserError(
                 f"model.lora.target_parameters: found {target}, and no weight of {type(model).__name__} ends so. Stacked "
                 f"weights of it: {', '.join(sorted(stacked)) or 'none'}."
@@ -216,7 +221,7 @@ def describe_frozen_layers(model: nn.Module, model_config: ModelConfig) -> list[
         reasons = unsupported_layers(model)
         frozen = [name for name in linear_layers(model) if name not in adapted]
         lines += sorted({f"adapter: some layers stay frozen: {reasons[name]}" for name in frozen if name in reasons})
-        if skipped := sorted({pattern_of(name) for name in frozen if name not in reasons}):
+        if skipped := sorted({name_pattern(name) for name in frozen if name not in reasons}):
             lines.append(
                 f"adapter: {', '.join(skipped)} stay frozen: for {model.config.model_type} peft adapts the routed experts only"
             )
@@ -224,7 +229,7 @@ def describe_frozen_layers(model: nn.Module, model_config: ModelConfig) -> list[
     experts = [
         name for name in fused_experts(model) if not is_added(name) and not {name, name.removesuffix(".base_layer")} & adapted
     ]
-    if frozen := sorted({pattern_of(name) for name in experts}):
+    if frozen := sorted({name_pattern(name) for name in experts}):
         lines.append(
             f"adapter: the routed experts of {type(model).__name__} stay frozen ({', '.join(frozen)}); "
             "model.lora.target_parameters adapts their weights"

@@ -88,11 +88,6 @@ def shorten_names(names, model: nn.Module) -> list[str]:
     return sorted(leaves | {name for name in names if name.rpartition(".")[2] not in leaves})
 
 
-def pattern_of(name: str) -> str:
-    """A module's name with a * for the number of its block."""
-    return re.sub(r"\.\d+\.", ".*.", name)
-
-
 def adapted_modules(model: nn.Module) -> set[str]:
     """The names of the modules with an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -125,3 +125,8 @@ def reference_mode(model: nn.Module):
 def is_b_matrix(name: str) -> bool:
     """Whether a weight of this name is the B matrix of an adapter."""
     return re.search(r"\.lora_(embedding_)?B\.", name) is not None
+
+
+def name_pattern(name: str) -> str:
+    """The name of a module or a weight with a * for the number of its block."""
+    return re.sub(r"\.\d+\.", ".*.", name)

@@ -10,7 +10,7 @@ from torch import nn
 
 from preference_training.configuration.keys import listed
 from preference_training.core.errors import UserError, nearest
-from preference_training.modeling.adapters.weights import TRAINED_ADAPTER
+from preference_training.modeling.adapters.weights import TRAINED_ADAPTER, name_pattern
 from preference_training.modeling.value_head import VALUE_HEAD, has_value_head
 
 
@@ -104,7 +104,7 @@ def describe_whole(model: nn.Module) -> list[str]:
     wrapped = wrapped_modules(model)
     if not wrapped:
         return []
-    kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in wrapped)
+    kinds = dict.fromkeys(name_pattern(name) for name in wrapped)
     numbers = sum(
         weight.numel() for module in wrapped.values() for weight in module.modules_to_save[TRAINED_ADAPTER].parameters()
     )

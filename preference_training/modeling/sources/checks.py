@@ -12,13 +12,14 @@ from preference_training.modeling.archives import (
     MODEL_CONFIG,
     SAFETENSORS_INDEX,
     TOKENIZER_CONFIG,
+    TORCH_INDEX,
+    TORCH_WEIGHTS,
     WHOLE_WEIGHTS,
     indexed_files,
 )
 from preference_training.modeling.tokenizer import BYTE_LEVEL
 
 # Files any of which a directory's weights and tokenizer are in.
-TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -114,7 +114,6 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
             raise UserError(
                 f"local_dirs: the last checkpoint of {run_dir} could not be written. Make room, then resume={run_dir}."
             )
-    # The command that a step is of has said where it runs.
     print(*last_lines, *([] if is_step() else [f"run directory: {run_dir}"]), sep="\n", flush=True)
     if config.load_best and (best := best_checkpoint(run_dir, config.objective)) is not None:
         return best.held_out(config.objective)

@@ -118,10 +118,16 @@ def model_facts(model: nn.Module) -> dict:
         "dtypes": sorted({str(weight.dtype) for _, weight in weights}),
         "autocast": str(getattr(model, "autocast_dtype", None)),
         "buffers": [[name, *_tensor_facts(buffer)] for name, buffer in model.named_buffers() if not is_added(name)],
-        "adapter": None if starting is None else [starting.lora_alpha, starting.r, starting.use_rslora],
+        "adapter": None if starting is None else _adapter_facts(starting),
         # Only where it may differ from what it was before there was a choice, so that older caches are found.
         **({"prefix_attention": [asked_for(), MEASURED]} if VARLEN in in_use(compute_device(model)) else {}),
     }
+
+
+def _adapter_facts(config) -> list:
+    """What the scale of an adapter depends on; patterns only where there are any, so that older caches are found."""
+    patterns = [pattern for pattern in (config.alpha_pattern, config.rank_pattern) if pattern]
+    return [config.lora_alpha, config.r, config.use_rslora, *patterns]
 
 
 def _class_name(module: nn.Module) -> str:

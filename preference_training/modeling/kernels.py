@@ -18,7 +18,8 @@ def choose_attention(model: nn.Module, name: str) -> None:
     """Set the attention implementation of a model.
 
     auto is the newest FlashAttention that is installed and supports the model and its dtype, else the model's default; eager
-    for LEARNED_MASKS. Raises UserError where the implementation is not available.
+    for LEARNED_MASKS, and where the default would leave out a soft-cap. Raises UserError where the implementation is not
+    available.
     """
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -29,7 +30,9 @@ def choose_attention(model: nn.Module, name: str) -> None:
         available = {"flash_attention_3": is_flash_attn_3_available, "flash_attention_2": is_flash_attn_2_available}
         name = next((name for name, is_available in available.items() if is_available()), None)
         if name is None or not (is_half and torch.cuda.is_available() and model._supports_flash_attn):
-            return
+            if not lacks_soft_cap(model):
+                return
+            name = "eager"
     try:
         model.set_attn_implementation(name)
     except (ImportError, ValueError) as error:
@@ -37,6 +40,11 @@ def choose_attention(model: nn.Module, name: str) -> None:
             f"model.attn_implementation: {type(model).__name__} cannot use {name} here: {first_line(error)}. Use auto, or "
             "install its dependencies."
         ) from error
+
+
+def lacks_soft_cap(model: nn.Module) -> bool:
+    """Whether a model would compute its attention without its soft-cap: by default Gemma 2 does in transformers 5.17."""
+    return getattr(model.config, "attn_logit_softcapping", None) is not None and model.config._attn_implementation == "sdpa"
 
 
 def refuse_kernels(config) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from preference_training.modeling.kernels import choose_attention
 from preference_training.modeling.tokenizer import byte_level_tokenizer
 
 WINDOW, CHUNK = 16, 32
@@ -273,7 +274,7 @@ TINY: dict[str, dict] = {
 
 
 def build(name: str) -> nn.Module:
-    """The model of a name, in float32."""
+    """The model of a name, in float32, with the attention of one that is loaded."""
     values = dict(TINY[name])
     tokenizer = byte_level_tokenizer()
     tokens = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
@@ -290,6 +291,7 @@ def build(name: str) -> nn.Module:
                 weight.add_(0.05 * torch.randn_like(weight))
             elif 0 < (spread := weight.std().item()) < SPREAD:
                 weight.mul_(SPREAD / spread)
+    choose_attention(model, "auto")
     return model
 
 

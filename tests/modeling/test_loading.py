@@ -12,7 +12,7 @@ from preference_training.checkpointing.snapshot import Snapshot
 from preference_training.checkpointing.writer import CheckpointWriter
 from preference_training.core.errors import UserError
 from preference_training.modeling.archives import read_archive
-from preference_training.modeling.kernels import compile_between_attentions
+from preference_training.modeling.kernels import choose_attention, compile_between_attentions
 from preference_training.modeling.loading import check_model, load_model
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.proof import logps_and_gradients, random_tries
@@ -249,6 +249,14 @@ def test_a_model_uses_the_configured_attention(tiny, name):
 
 def test_the_best_attention_is_the_models_own_where_no_other_is_installed(tiny):
     assert load_model(tiny(), byte_level_tokenizer()).config._attn_implementation == "sdpa"
+
+
+def test_a_soft_cap_of_attention_is_not_left_out():
+    capped = build("gemma2")
+    # Which has no soft-cap, and is Gemma 2's default in transformers 5.17.
+    capped.config._attn_implementation = "sdpa"
+    choose_attention(capped, "auto")
+    assert capped.config._attn_implementation == "eager"
 
 
 def test_an_unavailable_attention_implementation_is_refused(tiny):

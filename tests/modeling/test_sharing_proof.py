@@ -12,6 +12,7 @@ from preference_training.batching.tries import Trie, TrieLayout
 from preference_training.core.errors import UserError
 from preference_training.core.machine import allow_tf32
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.modeling.kernels import choose_attention
 from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing import proof, tree_attention
 from preference_training.modeling.prefix_sharing.lengths import SHORT, attention_windows, other_lengths
@@ -44,6 +45,7 @@ def make(model_type: str, dtype: torch.dtype = torch.float32, **changes) -> nn.M
             if weight.dim() > 1:
                 nn.init.normal_(weight, std=0.2)
     register_tree_attention()
+    choose_attention(model, "auto")
     return model.to(dtype)
 
 

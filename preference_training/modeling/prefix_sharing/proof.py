@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from preference_training.batching.packing import PackedBatch, iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.modeling.kernels import lacks_soft_cap
 from preference_training.modeling.logprobs import response_scores, trie_scores, unpadded_scores
 from preference_training.modeling.prefix_sharing.attention_choice import give_up, in_use, only
 from preference_training.modeling.prefix_sharing.lengths import (
@@ -159,6 +160,8 @@ def find_sharing_failure(model: nn.Module) -> str | None:
     if usual == TREE_ATTENTION:
         # Compared with itself it would prove nothing: by default a model attends as its class does.
         model.set_attn_implementation(None)
+        if lacks_soft_cap(model):
+            model.set_attn_implementation("eager")
     own = model.config._attn_implementation
     model.eval()
     try:

@@ -32,6 +32,7 @@ from preference_training.export.source import Source, base_license
 from preference_training.modeling import loading
 from preference_training.modeling.adapters.files import BASE_DIR, CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from preference_training.modeling.archives import GENERATION_CONFIG
+from preference_training.modeling.sources.configurations import model_configuration
 from preference_training.modeling.value_head import auto_class
 from preference_training.reporting.model_card import CardFacts, Quality, Quantized, model_card
 
@@ -111,7 +112,7 @@ def _check_format(source: Source, tokenizer, kind: str | None, quantize: str | N
     """Raise UserError where a GGUF file or int4 weights cannot represent the model or its tokenizer. Reads no weights."""
     if kind is None and quantize != "int4":
         return
-    config = loading.model_configuration(source.model_config(), tokenizer, source.cache_dir)
+    config = model_configuration(source.model_config(), tokenizer, source.cache_dir)
     with torch.device("meta"):
         model = auto_class(source.head).from_config(config, trust_remote_code=source.trust_remote_code)
     if kind:
@@ -127,7 +128,7 @@ def _architecture(source: Source) -> str:
 
     if names := source.stored_config.get("architectures"):
         return names[0]
-    config = loading.model_configuration(source.model_config(), source.load_tokenizer(), source.cache_dir)
+    config = model_configuration(source.model_config(), source.load_tokenizer(), source.cache_dir)
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
 
 

@@ -46,6 +46,7 @@ from preference_training.modeling.adapters.files import (
 )
 from preference_training.modeling.adapters.weights import reference_mode
 from preference_training.modeling.archives import MODEL_CONFIG, TOKENIZER_CONFIG
+from preference_training.modeling.sources.configurations import model_configuration
 from preference_training.modeling.sources.gguf import gguf_directory
 from preference_training.modeling.state import move_to_devices
 from preference_training.modeling.tokenizer import load_tokenizer
@@ -293,7 +294,7 @@ def _load_directory(name: str, path: Path | None, options: LoadOptions) -> ChatM
     if adapter:
         model = loading.load_with_adapter(path, config, tokenizer)
     else:
-        stored = getattr(loading.model_configuration(config, tokenizer), "dtype", None)
+        stored = getattr(model_configuration(config, tokenizer), "dtype", None)
         stored = str(stored).removeprefix("torch.")
         model = loading.load_model(replace(config, policy_dtype=stored if stored in DTYPES else "float32"), tokenizer)
     template = options.template or ("chat" if tokenizer.chat_template else "raw")

@@ -21,6 +21,7 @@ from preference_training.merging.places import EXPECTED, check_place
 from preference_training.modeling import loading
 from preference_training.modeling.adapters.files import is_adapter, read_adapter_config, saved_base
 from preference_training.modeling.archives import MODEL_CONFIG
+from preference_training.modeling.sources.configurations import model_configuration
 from preference_training.reporting.model_card import is_hub_id
 from preference_training.tracking.run_files import STATE
 
@@ -80,7 +81,7 @@ class Ingredient:
             # With the rows of added tokens: a run that adds some keeps its base model.
             if base := saved_base(self.location):
                 return self._read_config(str(base))
-            return loading.model_configuration(self.source.model_config(), self.tokenizer, self.cache_dir)
+            return model_configuration(self.source.model_config(), self.tokenizer, self.cache_dir)
         name = self.location
         if self.is_adapter:
             name = read_adapter_config(Path(name)).get("base_model_name_or_path")

@@ -17,7 +17,7 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rendering.chat_rendering import ConversationError
 from preference_training.data.rows.records import Turn
 from preference_training.data.rows.templates import build_template
-from preference_training.modeling.loading import model_configuration
+from preference_training.modeling.sources.configurations import model_configuration
 from preference_training.modeling.value_head import auto_class
 
 # Configuration keys for the number of positions that a model was built for.

@@ -6,7 +6,6 @@ Every source ends in the same kind of model: a causal language model of transfor
 `policy_dtype` and in training mode but without dropout, so that policy and reference agree exactly before the first step.
 """
 
-import copy
 import json
 import os
 import shutil
@@ -51,28 +50,15 @@ from preference_training.modeling.archives import (
     read_archive,
 )
 from preference_training.modeling.experts.options import describe_balancing
-from preference_training.modeling.kernels import choose_attention, refuse_kernels, use_liger_kernels
+from preference_training.modeling.kernels import choose_attention, use_liger_kernels
 from preference_training.modeling.quantization import dequantize, describe_quantization, quantize, restore_transposed
+from preference_training.modeling.sources.configurations import loading_errors, model_configuration
 from preference_training.modeling.state import weights_hash
 from preference_training.modeling.tuning.added_tokens import add_rows, fit_vocabulary
 from preference_training.modeling.tuning.chosen_weights import choose_weights, describe_choice
 from preference_training.modeling.tuning.towers import describe_towers, freeze_towers
-from preference_training.modeling.value_head import ROW_END, add_values, auto_class, check_head, is_classifier
+from preference_training.modeling.value_head import ROW_END, add_values, auto_class, is_classifier
 from preference_training.tracking.run_files import CHECKSUMS, STATE, read_run_info
-
-
-@contextmanager
-def loading_errors(key: str, name: str):
-    """Context in which any error while loading `name` becomes a UserError that names the configuration's `key`."""
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
-        raise UserError(f"{key}: {name}: no such directory. Paths are relative to {Path.cwd()}.")
-    try:
-        yield
-    except Exception as error:  # a dozen types: networks, and damaged files in half a dozen formats
-        raise UserError(
-            f"{key}: {name} could not be loaded: {first_line(error)}. Expected a hub id (and a network, or the model in the "
-            "hub's cache) or a local directory. Code that comes with it runs only with model.trust_remote_code=true."
-        ) from error
 
 
 @contextmanager
@@ -338,59 +324,6 @@ def _configure(model: nn.Module, model_config: ModelConfig, base: str | None = N
     choose_weights(model, model_config, run_dir)
     freeze_towers(model)
     return model.train()
-
-
-def model_configuration(model_config: ModelConfig, tokenizer, cache_dir: str | None = None):
-    """The transformers configuration of `name_or_path` with the values of `from_config`, or of `from_config` alone.
-
-    Raises UserError where there is none, or it is not that of a model with the configured head.
-    """
-    config = _configuration(model_config, tokenizer, cache_dir)
-    check_head(config, model_config.head, model_config.name_or_path or config.model_type)
-    if model_config.head == "value":
-        config.num_labels = 1
-        setattr(config, ROW_END, tokenizer.eos_token_id)
-    return config
-
-
-def _configuration(model_config: ModelConfig, tokenizer, cache_dir: str | None):
-    from transformers import AutoConfig
-
-    # transformers writes into what it is given.
-    values = copy.deepcopy(model_config.from_config)
-    if model_config.name_or_path:
-        name, trusted = model_config.name_or_path, model_config.trust_remote_code
-        with loading_errors("model.name_or_path", name):
-            config = AutoConfig.from_pretrained(name, **(values | {"cache_dir": cache_dir, "trust_remote_code": trusted}))
-            if not trusted:
-                refuse_kernels(config)
-            _undo_quantization(config, name)
-            return config
-    tokens = {
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    try:
-        # Ids may have gaps, so the vocabulary ends with the largest.
-        size = max(len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values()))
-        return AutoConfig.for_model(**{"vocab_size": size, **tokens, **values})
-    except ValueError as error:
-        raise UserError(f"model.from_config.model_type: {values.get('model_type')!r} is not known to transformers.") from error
-
-
-def _undo_quantization(config, name: str) -> None:
-    """Have weights that were published in few bits loaded in `policy_dtype`. Raises UserError where that is impossible."""
-    quantization = getattr(config, "quantization_config", None)
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method in ("mxfp4", "fp8"):
-        # With a GPU's kernels they would stay as they are, which cannot be trained.
-        quantization["dequantize"] = True
-    elif method in ("awq", "gptq"):
-        raise UserError(
-            f"model.name_or_path: the weights of {name} are quantized ({method}), and cannot be trained. Name the model "
-            "that they were made of; +adapter=qlora quantizes it in memory."
-        )
 
 
 def disable_dropout(model: nn.Module) -> None:

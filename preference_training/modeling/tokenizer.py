@@ -5,7 +5,7 @@ from pathlib import Path
 from preference_training.configuration.sections import ModelConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.toy_preferences import toy_records
-from preference_training.modeling.loading import loading_errors
+from preference_training.modeling.sources.configurations import loading_errors
 from preference_training.modeling.tuning.added_tokens import add_to_tokenizer
 from preference_training.modeling.value_head import pad_beside_end
 

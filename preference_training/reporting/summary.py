@@ -225,7 +225,8 @@ def reference(run: RunRecord) -> str:
         return other + follows
     if follows:
         return f"a copy of the model before training{follows}"
-    if run.settings.get("model.lora.r"):
+    # An archive may be an adapter, with which training starts.
+    if run.settings.get("model.lora.r") and not run.settings.get("model.archive"):
         return "the same model without its adapter, as before training"
     return "the model as before training"
 

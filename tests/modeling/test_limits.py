@@ -11,7 +11,7 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.generation.sampling import Sampler
 from preference_training.modeling.limits import Limits, check_limits, check_rows, model_limits, tokens_without_embedding
-from preference_training.modeling.loading import model_configuration
+from preference_training.modeling.sources.configurations import model_configuration
 from preference_training.modeling.tokenizer import byte_level_tokenizer, load_tokenizer
 
 BERT_LIKE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -6,8 +6,9 @@ from huggingface_hub import constants, errors
 from transformers import AutoConfig
 
 from preference_training.core.errors import UserError
-from preference_training.modeling.loading import check_model, model_configuration
+from preference_training.modeling.loading import check_model
 from preference_training.modeling.sources.checks import check_sources
+from preference_training.modeling.sources.configurations import model_configuration
 from preference_training.modeling.tokenizer import byte_level_tokenizer
 from preference_training.modeling.value_head import check_head
 from tests.support.files import GOLDEN

@@ -17,7 +17,8 @@ from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.files import atomic_directory, hash_file, locked
 from preference_training.modeling.archives import MODEL_CONFIG
-from preference_training.modeling.loading import loading_errors, save_model
+from preference_training.modeling.loading import save_model
+from preference_training.modeling.sources.configurations import loading_errors
 
 # Folder of the converted models, in `cache_dir` or beside the hub library's cache.
 FOLDER = "converted_gguf"

@@ -38,9 +38,9 @@ LORA = "+adapter=lora"
 # What is swept; the learning rates that docs/defaults.md has are among them.
 SWEEPS = {
     "DPO, LoRA": ("loss=dpo", LORA, "lr=1e-5,5e-5,2e-4,5e-4,2e-3"),
-    "DPO, all weights": ("loss=dpo", "lr=5e-7,5e-6,2e-5,5e-5,2e-4"),
-    "SFT, LoRA": ("loss=sft", LORA, "lr=5e-5,2e-4,5e-4,2e-3,1e-2"),
-    "SFT, all weights": ("loss=sft", "lr=1e-5,3e-5,1e-4,3e-4,1e-3"),
+    "DPO, all weights": ("loss=dpo", "lr=1e-6,5e-6,2e-5,1e-4"),
+    "SFT, LoRA": ("loss=sft", LORA, "lr=1e-4,5e-4,2e-3,1e-2"),
+    "SFT, all weights": ("loss=sft", "lr=3e-5,1e-4,3e-4,1e-3"),
 }
 SHOWN = {"loss": EVAL_LOSS, "accuracy": EVAL_ACCURACY, "margin": EVAL_MARGIN}
 

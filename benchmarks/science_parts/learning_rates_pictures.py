@@ -34,4 +34,4 @@ def pictures(found: dict) -> dict[str, str]:
         Panel("SFT", axis, "held-out loss", lines(found, "SFT", "loss"), is_log_x=True),
     ]
     text = "Over learning rates, of LoRA and of all weights, with 95% intervals: held-out loss and accuracy of DPO, loss of SFT"
-    return {"learning-rates.svg": picture(panels, text)}
+    return {"learning-rates.svg": picture([panel for panel in panels if panel.series], text)}

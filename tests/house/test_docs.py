@@ -56,7 +56,8 @@ KINDS = {
     r"python benchmarks/science\.py (closed_form|beta_dpo|rates)$": "tests/losses/test_science.py runs it",
     r"python benchmarks/dialogues\.py ": "tests/integration/test_dialogues.py runs it",
     r"python benchmarks/cleaning\.py ": "tests/cleaning/test_experiment.py runs it",
-    r"python benchmarks/memory_options\.py( --seconds 240 --minutes 40)?$": "tests/integration/test_memory_options.py measures with it",
+    r"python benchmarks/learning_rates\.py ": "tests/training/test_learning_rates.py runs it",
+    r"python benchmarks/memory_options\.py": "tests/integration/test_memory_options.py measures with it",
     r"eval \$\(python train.py -sc install=bash\)$": "tests/configuration/test_help.py completes",
     r"python -m pytest |python -c ": "followed in a clean clone, or run by test_what_is_run_in_one_line_runs",
 }

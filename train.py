@@ -74,15 +74,14 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
     """Validate what was composed, then `start` it. Raises UserError."""
     composed.local_run_dir = str(run_dir)
     composed.resume = resume or composed.resume
-    settings = HydraConfig.get()
-    folder = own_folder(settings.runtime.config_sources)
-    config = validate(composed, list(settings.overrides.task), dict(settings.runtime.choices), folder)
+    overrides, runtime = list(HydraConfig.get().overrides.task), HydraConfig.get().runtime
+    config = validate(composed, overrides, dict(runtime.choices), own_folder(runtime.config_sources))
     name = config.loss.name
     check_objective(config.objective, name, example_kind(name), model_head(name), config.rounds is not None)
     read_entries(config)
     check_resume(config.resume)
     if config.pruner and not in_sweep:
-        raise UserError("pruner: found one, and this run has no others to be compared with. Add -m, or pruner=null.")
+        raise UserError(f"pruner: found {config.pruner}, and this run has no others to be compared with. Add -m.")
     take_gpus(config.gpus_per_job)
     return start(config, run_dir, in_sweep)
 

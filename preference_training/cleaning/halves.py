@@ -114,7 +114,7 @@ def is_done(directory: Path, half: int) -> bool:
 def half_values(config: RunConfig, directory: Path, half: int) -> dict[str, Any]:
     """The configuration of the run on a half, as the keys of a command line.
 
-    A pair is seen as often as in the run on all pairs: examples and steps are halved where they set its length.
+    A pair is seen as often as in the run on all pairs: examples and steps are halved where they set its length, and warm-up.
     """
     values = rerun_values(config.origin.overrides)
     values = {key: value for key, value in values.items() if key.partition(".")[0] not in OF_THE_WHOLE}
@@ -126,8 +126,8 @@ def half_values(config: RunConfig, directory: Path, half: int) -> dict[str, Any]
     }
     if config.n_examples is not None:
         values["n_examples"] = max(config.batch_size, -(-config.n_examples // 2))
-    if config.n_steps is not None:
-        values["n_steps"] = -(-config.n_steps // 2)
+    steps = {"n_steps": config.n_steps, "warmup_steps": config.warmup_steps if config.warmup_share is None else None}
+    values |= {key: -(-number // 2) for key, number in steps.items() if number is not None}
     return values
 
 

@@ -15,6 +15,7 @@ from preference_training.configuration.composition import (
     GROUPS,
     OPTIONAL_GROUPS,
     choice_keys,
+    default_values,
     defer_keys_of_swept_groups,
     explain_composition_error,
     force_open_sections,
@@ -29,6 +30,7 @@ from preference_training.configuration.other_tools import Part, answer, plain, t
 from preference_training.configuration.run_dirs import not_writable_message
 from preference_training.core.errors import UserError
 from preference_training.core.processes import reports_for_machine
+from preference_training.core.values import dotted
 
 
 def prepare_arguments(arguments: list[str]) -> list[str]:
@@ -41,7 +43,9 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
     # Presets of the user's own.
     folder, _ = take_flag(whole, FOLDER_FLAGS)
     named = resolve_groups(whole, Path(folder) if folder else None)
-    return defer_keys_of_swept_groups(force_open_sections(named))
+    ready = defer_keys_of_swept_groups(force_open_sections(named))
+    # Hydra takes no overrides behind it, if it has some before.
+    return sorted(ready, key=lambda text: text not in ("-m", "--multirun"))
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ def _here(argument: _Argument, given: Mapping[str, str]) -> tuple[str, list[Part
     name, value = argument.name, argument.value
     key = name.replace("-", "_")
     if argument.has_dashes and _is_ours(key):
+        if value is None and not isinstance(dotted(default_values(model="base_model")).get(key), bool | None):
+            return f"--{name}: found no value, and written without dashes here: {key}=VALUE", None
         part = Part(f"{key}={'true' if value is None else value}")
         return f"--{name}: written without dashes here: {part.shown}", [part]
     return answer(key, value, given) or unknown_key(key), translated(key, value, given)

@@ -29,7 +29,8 @@ def in_open_section(name: str) -> bool:
 
 def force_open_sections(arguments: list[str]) -> list[str]:
     """Command-line arguments in which overrides inside open sections may name new keys without Hydra's leading +."""
-    return [f"++{text}" if in_open_section(text) else text for text in arguments]
+    sections = tuple(f"{section}={{" for section in keys_with(OPEN))
+    return [f"++{text}" if in_open_section(text) or text.startswith(sections) else text for text in arguments]
 
 
 def resolve_groups(overrides: Sequence[str], folder: Path | None = None) -> list[str]:
@@ -175,18 +176,25 @@ def explain_composition_error(error: Exception, overrides: Sequence[str] = ()) -
     """One message for what Hydra or OmegaConf found wrong with one of the overrides, with the nearest name that exists."""
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
-        group = match[1].split(".")[0]
+        group, _, name = match[1].partition(".")
+        if group in GROUPS and not name:
+            return f"{group}: found keys in braces. Expected {group}=NAME, and its keys one by one: {group}.KEY=VALUE."
         given = [text.removeprefix(f"{group}=") for text in overrides if text.startswith(f"{group}=")]
         return unknown_key(match[1], given[-1] if given else _default_choice(group))
-    if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
+    if match := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, choice = match.groups()
         return f"{group}={choice}: there is no such {group}; {nearest(choice, group_choices(group))}"
     if override := getattr(error, "override", None):
-        key, _, value = override.partition("=")
+        key, equals, value = override.partition("=")
+        if not equals:
+            group = next((group for group in (*GROUPS, *OPTIONAL_GROUPS) if key in group_choices(group)), None)
+            return f"{key}: found a word by itself, expected KEY=VALUE{f'; did you mean {group}={key}?' if group else '.'}"
         return (
             f"{key}: found {value}, which Hydra cannot read as a value. Expected quotes within quotes around a text with "
             f"characters such as <, >, : or {{: '{key}=\"{value}\"'."
         )
+    if match := re.search(r"Ambiguous value for argument '([^'=]+)=(.*?)'\n", text):
+        return f"{match[1]}: found several values, {match[2]}. Add -m for a sweep over them."
     if "does not support sweep type" in text and "INTERVAL" in text:
         return (
             "interval(...): Hydra's own sweeper goes through values one by one. List them, or search with hydra/sweeper=optuna."
@@ -214,7 +222,7 @@ def unknown_key(key: str, choice: str = "", value: object = None) -> str:
             its = sorted(choice_keys(group, lacking) - {"name"}) if lacking else []
             keys = f"{'its keys are' if len(its) > 1 else 'its key is'} {', '.join(its)}; " if its else ""
             this = f"{group}={lacking}" if lacking else f"this {group}"
-            return f"{key}: {this} has no such key; {keys}all have it but {group}={', '.join(others)}."
+            return f"{key}: {this} has no such key; {keys}every {group} has it except {', '.join(others)}."
         return f"{key}: this {group} has no such key. It belongs to {group}={', '.join(owners)}."
     given = None if value is None else str(value)
     if of_other_tool := answer(key, given):

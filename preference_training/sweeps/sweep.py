@@ -94,7 +94,7 @@ def _check_direction(direction, objective: str) -> None:
 
 def _check_halves(config) -> None:
     """Refuse once what each job would refuse: runs on halves of the data in a sweep."""
-    if config.data.weights != FROM_HALVES or config.dry_run:
+    if config.data.weights != FROM_HALVES:
         return
     from preference_training.cleaning.halves import check_start
 

@@ -281,8 +281,11 @@ def test_a_start_that_is_resumed_finds_its_halves_until_the_run_on_all_pairs_has
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (("loss=sft",), "data.weights: found ledger, and loss=sft learns no pairs. Expected a loss of pairs, such as dpo"),
-        (("loss=kto",), "data.weights: found ledger, and loss=kto learns no pairs"),
+        (
+            ("loss=sft",),
+            "data.weights: found ledger, and loss=sft does not train on pairs. Expected a loss that does",
+        ),
+        (("loss=kto",), "data.weights: found ledger, and loss=kto does not train on pairs"),
         (("data.half=1",), "data.half: found 1 with data.weights=ledger. Expected one of them"),
         (("data.half=3", "data.weights=null"), "data.half: found 3, expected 1, 2 or null"),
         (

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from preference_datasets import LAST_ROW
 from preference_training.configuration import composition
 from preference_training.configuration.checks.run import OBJECTIVES, check_objective
+from preference_training.configuration.command_line import prepare_arguments
 from preference_training.configuration.composition import (
     ALL_KEYS,
     CONFIG_DIR,
@@ -349,6 +350,11 @@ def test_a_run_writes_its_configuration_as_it_was_composed_and_a_copy_with_other
         ("loss=dppo", "loss=dppo: there is no such loss; did you mean dpo?"),
         ("model=pythia82", f"model=pythia82: there is no such model; did you mean pythia28? {OTHERS}"),
         ("trainer=FSDPTrainr", "trainer=FSDPTrainr: there is no such trainer; did you mean FSDPTrainer?"),
+        ("trainer={sharding:full}", "trainer: found keys in braces. Expected trainer=NAME, and its keys one by one"),
+        ("loss=", "loss=: there is no such loss; known are: aot, "),
+        ("ipo", "ipo: found a word by itself, expected KEY=VALUE; did you mean loss=ipo?"),
+        ("hello", "hello: found a word by itself, expected KEY=VALUE."),
+        ("lr=1e-5,1e-4", "lr: found several values, 1e-5,1e-4. Add -m for a sweep over them."),
         ("loss.a=0.1", "loss.a: this loss has no such key. It belongs to loss=beta_DPO, dpo."),
         ("loss=orpo loss.gamma=0.1", "loss.gamma: this loss has no such key. It belongs to loss=simpo."),
         ("+loss.gamma=0.1", "loss.gamma: this loss has no such key. It belongs to loss=simpo."),
@@ -359,11 +365,11 @@ def test_a_run_writes_its_configuration_as_it_was_composed_and_a_copy_with_other
         ),
         (
             "loss.beta=0.1",
-            "loss.beta: loss=sft has no such key; its key is average; all have it but loss=mix, own, reward, sft.",
+            "loss.beta: loss=sft has no such key; its key is average; every loss has it except mix, own, reward, sft.",
         ),
         (
             "loss=reward ++loss.beta=0.1",
-            "loss.beta: loss=reward has no such key; its key is center_coefficient; all have it but loss=mix, own, reward, "
+            "loss.beta: loss=reward has no such key; its key is center_coefficient; every loss has it except mix, own, reward, "
             "sft.",
         ),
         ("loss=ipo loss.mode_loss=DPO", "loss.mode_loss: this loss has no such key. It belongs to loss=beta_DPO, dpo."),
@@ -605,7 +611,7 @@ def test_a_value_that_cannot_work_is_refused_with_its_key_what_was_found_and_wha
 ):
     told = refusal(check, *overrides.split())
     assert told.startswith(f"{key}:")
-    assert found in told
+    assert {"None": "null", "True": "true", "False": "false"}.get(found, found) in told
     assert expected in told
     assert "\n" not in told
 
@@ -745,7 +751,7 @@ def test_the_objective_is_a_metric_of_what_a_loss_compares(examples, objective, 
         ("evaluation.tasks=[1]", "evaluation.tasks: found [1], expected names"),
         ("evaluation.tasks=gsm8k trainer=FSDPTrainer", "evaluation.tasks: FSDPTrainer has a part of the model only."),
         ("evaluation.against=nowhere", "evaluation.against: nowhere: no such directory."),
-        ("evaluation.against=null", "evaluation.against: found None, expected a text."),
+        ("evaluation.against=null", "evaluation.against: found null, expected a text."),
         ("evaluation.against=.", "evaluation.against: found ., and no judge compares responses. Set evaluation.judge too."),
         ("evaluation.task_path=nowhere", "evaluation.task_path: nowhere: no such directory."),
         ("evaluation.to=nowhere/results.json", "evaluation.to: nowhere/results.json: no such directory."),
@@ -872,3 +878,18 @@ def test_a_share_that_is_held_out_of_a_file_has_an_effect(compose, tmp_path):
     for keys, count in (("", 0), (f", test_path: {path}", 1)):
         [entry] = read_entries(compose(f"datasets=[{{path: {path}{keys}}}]", "held_out_share=0.2"))
         assert len(entry.notes) == count
+
+
+def test_a_section_of_any_keys_takes_them_in_braces(compose):
+    assert compose("loss=dpo", "optimizer_kwargs={eps:1e-6}").optimizer_kwargs == {"eps": 1e-6}
+
+
+def test_the_flag_of_a_sweep_may_stand_anywhere():
+    assert prepare_arguments(["loss=dpo", "-m", "lr=1e-5,1e-4"]) == ["-m", "loss=dpo", "lr=1e-5,1e-4"]
+
+
+def test_an_option_without_its_value_is_not_true():
+    with pytest.raises(UserError, match="--lr: found no value, and written without dashes here: lr=VALUE"):
+        prepare_arguments(["--lr"])
+    with pytest.raises(UserError, match="--dry_run: written without dashes here: dry_run=true"):
+        prepare_arguments(["--dry_run"])

@@ -229,7 +229,7 @@ def test_the_options_of_hydra_stay_what_they_are(arguments):
 def test_an_adapter_needs_no_plus(plain):
     assert plain("adapter=lora") | {"local_run_dir": 0} == plain("+adapter=lora") | {"local_run_dir": 0}
     assert plain("adapter=lora")["model"]["lora"]["r"] == 16
-    assert prepare_arguments(["adapter=lora,qlora", "-m"]) == ["+adapter=lora,qlora", "-m"]
+    assert prepare_arguments(["adapter=lora,qlora", "-m"]) == ["-m", "+adapter=lora,qlora"]
     with pytest.raises(UserError, match="adapter=lorra: there is no such adapter; did you mean lora?"):
         compose_overrides("adapter=lorra")
 

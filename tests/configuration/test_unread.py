@@ -73,11 +73,11 @@ def test_what_is_read_and_what_presets_and_recipes_set_is_not_said(given):
         ),
         (
             "warmup_steps=10 warmup_share=0.1",
-            "warmup_steps: found 10 beside warmup_share=0.1, in whose place it is. Expected one of them.",
+            "warmup_steps: found 10 beside warmup_share=0.1, which sets the same. Expected one of them.",
         ),
         (
             "model=smollm2-135m warmup_steps=10 warmup_share=0.1",
-            "warmup_steps: found 10 beside warmup_share=0.1, in whose place it is. Expected one of them.",
+            "warmup_steps: found 10 beside warmup_share=0.1, which sets the same. Expected one of them.",
         ),
     ],
 )

@@ -167,7 +167,7 @@ def test_a_sweep_over_losses_takes_a_key_that_all_of_them_have_and_refuses_one_t
     assert done.returncode == 0 and done.stdout.count("steps of 16 examples") == 2, done.stderr
     refused = sweep(tmp_path, *SMALL[1:], "loss=dpo,sft", *line[1:])
     assert refused.returncode == 2 and "steps of" not in refused.stdout, "before the first job"
-    assert refused.stderr.startswith("loss.beta: loss=sft has no such key; its key is average; all have it but loss=")
+    assert refused.stderr.startswith("loss.beta: loss=sft has no such key; its key is average; every loss has it except ")
 
 
 def test_a_signal_ends_the_sweep_and_not_the_job_alone(tmp_path):

@@ -241,7 +241,8 @@ SETTINGS = {
 
 
 @given(
-    keys=st.sets(st.sampled_from(sorted(SETTINGS))),
+    # One length of the warm-up at a time.
+    keys=st.sets(st.sampled_from(sorted(SETTINGS))).filter(lambda keys: not {"warmup_steps", "warmup_share"} <= keys),
     gpu=st.booleans(),
     preset=st.sampled_from(["pretrained", "blank_model", "qwen3-0.6b"]),
 )

@@ -133,7 +133,11 @@ def test_a_trainers_last_step_has_the_final_learning_rate(compose, tokenizer):
         # Of three steps all behind the last have lr 0; of six the fourth is half way down.
         (["lr_schedule=cosine"], "n_epochs=2", "is 0.0005 at the next step, where it would have been 0"),
         (["lr_schedule=linear"], "n_epochs=2", "is 0.0005 at the next step, where it would have been 0"),
-        (["warmup_share=0.9"], "n_epochs=2", "is 0.000667 at the next step, where it would have been 0.001"),
+        (
+            ["warmup_steps=null", "warmup_share=0.9"],
+            "n_epochs=2",
+            "is 0.000667 at the next step, where it would have been 0.001",
+        ),
         (["lr_schedule=constant"], "n_epochs=2", None),
         (["lr_schedule=inverse_sqrt", "warmup_steps=1"], "n_epochs=2", None),
     ],

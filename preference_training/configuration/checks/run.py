@@ -235,8 +235,8 @@ def check_weights(config: RunConfig, examples: str) -> None:
     for name, found in {"weights": config.data.weights, "half": config.data.half}.items():
         if found is not None and examples != "pairs":
             raise UserError(
-                f"data.{name}: found {found}, and loss={config.loss.name} learns no pairs. Expected a loss of pairs, such as "
-                f"dpo, or data.{name}=null."
+                f"data.{name}: found {found}, and loss={config.loss.name} does not train on pairs. Expected a loss that does, "
+                f"such as dpo, or data.{name}=null."
             )
 
 

@@ -107,4 +107,4 @@ def _unread(config: RunConfig) -> list[tuple[str, Need, Any]]:
 def check_warmups(overrides: Sequence[str], steps: Any, share: Any) -> None:
     """Raise UserError where a user sets the length of the warm-up twice."""
     if {"warmup_steps", "warmup_share"} <= set(map(key_of, overrides)) and steps is not None is not share:
-        raise UserError(f"warmup_steps: found {steps} beside warmup_share={share}, in whose place it is. Expected one of them.")
+        raise UserError(f"warmup_steps: found {steps} beside warmup_share={share}, which sets the same. Expected one of them.")

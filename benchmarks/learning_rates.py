@@ -7,8 +7,7 @@ the prompts is held out by a hash. The shorter response is preferred, which a mo
 of the file with `--labels human`. Everything else is the default of train.py for such a model.
 
 Each sweep is a command of its own, `train.py -m`. Prints a line for each of its runs, and writes all numbers with 95% intervals
-to benchmarks/results/; `python benchmarks/science.py --draw` makes the picture of them. The same command goes on where it was
-stopped.
+to benchmarks/results/ and a picture of them into the folder. The same command goes on where it was stopped.
 """
 
 import argparse
@@ -22,6 +21,7 @@ from pathlib import Path
 from cleaning import read_pairs, split_rows, write_rows
 from measure import cpu_seconds, hardware, versions
 from omegaconf import OmegaConf
+from science_parts.learning_rates_pictures import pictures
 
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, HIGH, LOW
 from preference_training.tracking.run_files import JOB, METRICS, json_object, metric_rows
@@ -94,7 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{datetime.date.today()}_science_learning_rates_cpu.json"
+    name = f"{datetime.date.today()}_learning_rates_cpu.json"
     path = options.results or ROOT / "benchmarks" / "results" / name
     facts = {"command": "benchmarks/learning_rates.py", "hardware": hardware(), "versions": versions(), "overrides": COMMON}
     facts["rows"] = write_data(folder, options.data, options.labels)
@@ -112,6 +112,8 @@ def main() -> None:
         if runs
     }
     path.write_text(json.dumps(facts, indent=1) + "\n")
+    for file, drawn in pictures(facts).items():
+        (folder / file).write_text(drawn)
     for sweep in options.sweeps:
         for run in found[sweep]:
             print(sweep, json.dumps(run))

@@ -21,8 +21,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 EXPERIMENTS = ("closed_form", "beta_dpo", "rates")
-# Those whose pictures are drawn here; benchmarks/learning_rates.py runs the last.
-DRAWN = (*EXPERIMENTS, "learning_rates")
 
 
 def run(name: str, results: Path, short: bool = False) -> Path:
@@ -76,7 +74,7 @@ def main() -> None:
 
         torch.set_num_threads(1)
         print(run(options.experiment, RESULTS))
-    for name in [options.experiment] if options.experiment else DRAWN:
+    for name in [options.experiment] if options.experiment else EXPERIMENTS:
         for file, drawn in pictures(name, newest(name)).items():
             path = ROOT / "docs" / file
             if options.check and path.read_text() != drawn:

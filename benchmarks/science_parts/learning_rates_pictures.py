@@ -1,4 +1,4 @@
-"""docs/learning-rates.svg, of the raw numbers of benchmarks/learning_rates.py."""
+"""The picture of the numbers of benchmarks/learning_rates.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def lines(found: dict, loss: str, metric: str) -> list[Series]:
 
 
 def pictures(found: dict) -> dict[str, str]:
-    """The picture by its name in docs/."""
+    """The picture by the name of its file."""
     axis = "learning rate (dot: docs/defaults.md)"
     panels = [
         Panel("DPO, beta 0.1", axis, "held-out loss", lines(found, "DPO", "loss"), is_log_x=True),

@@ -29,8 +29,10 @@ def in_open_section(name: str) -> bool:
 
 def force_open_sections(arguments: list[str]) -> list[str]:
     """Command-line arguments in which overrides inside open sections may name new keys without Hydra's leading +."""
+    # With keys in braces; {} sets a section to nothing.
     sections = tuple(f"{section}={{" for section in keys_with(OPEN))
-    return [f"++{text}" if in_open_section(text) or text.startswith(sections) else text for text in arguments]
+    forced = [in_open_section(text) or (text.startswith(sections) and not text.endswith("={}")) for text in arguments]
+    return [f"++{text}" if is_forced else text for text, is_forced in zip(arguments, forced, strict=True)]
 
 
 def resolve_groups(overrides: Sequence[str], folder: Path | None = None) -> list[str]:

@@ -131,12 +131,7 @@ def expected(words: str, fits: Callable[[Any], bool], null: bool = False) -> Kin
 
 
 def _fault(fits: Callable[[Any], bool], words: str, null: bool, value: Any) -> str | None:
-    return None if (null and value is None) or fits(value) else f"found {shown(value)}, expected {words}."
-
-
-def shown(value: Any) -> str:
-    """A value as YAML has it where Python has another word for it."""
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    return None if (null and value is None) or fits(value) else f"found {value!r}, expected {words}."
 
 
 def anything(value: Any) -> None:

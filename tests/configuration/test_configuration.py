@@ -350,8 +350,10 @@ def test_a_run_writes_its_configuration_as_it_was_composed_and_a_copy_with_other
         ("loss=dppo", "loss=dppo: there is no such loss; did you mean dpo?"),
         ("model=pythia82", f"model=pythia82: there is no such model; did you mean pythia28? {OTHERS}"),
         ("trainer=FSDPTrainr", "trainer=FSDPTrainr: there is no such trainer; did you mean FSDPTrainer?"),
-        ("trainer={sharding:full}", "trainer: found keys in braces. Expected trainer=NAME, and its keys one by one"),
-        ("loss=", "loss=: there is no such loss; known are: aot, "),
+        (
+            "trainer={sharding:full}",
+            "trainer: found keys in braces. Expected trainer=NAME, and its keys one by one: trainer.KEY=VALUE.",
+        ),
         ("ipo", "ipo: found a word by itself, expected KEY=VALUE; did you mean loss=ipo?"),
         ("hello", "hello: found a word by itself, expected KEY=VALUE."),
         ("lr=1e-5,1e-4", "lr: found several values, 1e-5,1e-4. Add -m for a sweep over them."),
@@ -611,7 +613,7 @@ def test_a_value_that_cannot_work_is_refused_with_its_key_what_was_found_and_wha
 ):
     told = refusal(check, *overrides.split())
     assert told.startswith(f"{key}:")
-    assert {"None": "null", "True": "true", "False": "false"}.get(found, found) in told
+    assert found in told
     assert expected in told
     assert "\n" not in told
 
@@ -751,7 +753,7 @@ def test_the_objective_is_a_metric_of_what_a_loss_compares(examples, objective, 
         ("evaluation.tasks=[1]", "evaluation.tasks: found [1], expected names"),
         ("evaluation.tasks=gsm8k trainer=FSDPTrainer", "evaluation.tasks: FSDPTrainer has a part of the model only."),
         ("evaluation.against=nowhere", "evaluation.against: nowhere: no such directory."),
-        ("evaluation.against=null", "evaluation.against: found null, expected a text."),
+        ("evaluation.against=null", "evaluation.against: found None, expected a text."),
         ("evaluation.against=.", "evaluation.against: found ., and no judge compares responses. Set evaluation.judge too."),
         ("evaluation.task_path=nowhere", "evaluation.task_path: nowhere: no such directory."),
         ("evaluation.to=nowhere/results.json", "evaluation.to: nowhere/results.json: no such directory."),

@@ -114,7 +114,7 @@ def test_win_rates_are_compared_at_one_distance_seed_by_seed(benchmarks):
 def test_pictures_are_those_of_the_newest_raw_numbers(benchmarks):
     import science
 
-    for name in science.DRAWN:
+    for name in science.EXPERIMENTS:
         for file, drawn in science.pictures(name, science.newest(name)).items():
             assert (ROOT / "docs" / file).read_text() == drawn, f"python benchmarks/science.py --draw; {file}"
 

@@ -65,3 +65,11 @@ def test_a_sweep_is_run_and_drawn(learning_rates, file, tmp_path, monkeypatch):
     assert [run["lr"] for run in runs] == [5e-6, 1e-4]
     assert all(low <= mean <= high for run in runs for mean, low, high in [run["loss"], run["accuracy"]])
     assert (tmp_path / "runs" / "learning-rates.svg").read_text() == pictures(found)["learning-rates.svg"]
+
+
+def test_the_picture_is_that_of_the_newest_numbers(learning_rates):
+    from science_parts.learning_rates_pictures import pictures
+
+    newest = max((ROOT / "benchmarks" / "results").glob("*_learning_rates_cpu.json"))
+    for name, drawn in pictures(json.loads(newest.read_text())).items():
+        assert (ROOT / "docs" / name).read_text() == drawn

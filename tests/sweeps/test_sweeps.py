@@ -384,7 +384,7 @@ def test_arguments_that_a_pruner_does_not_take_are_refused(compose, given, told)
 def test_a_pruner_without_a_sweep_is_refused(tmp_path):
     done = forked.run([ROOT / "train.py", "pruner=MedianPruner"], tmp_path)
     assert (done.returncode, done.stderr) == (
-        2, "pruner: found one, and this run has no others to be compared with. Add -m, or pruner=null.\n",
+        2, "pruner: found MedianPruner, and this run has no others to be compared with. Add -m.\n",
     )  # fmt: skip
 
 

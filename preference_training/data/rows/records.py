@@ -323,8 +323,9 @@ def turn_error(turn: Turn) -> str | None:
     Calls of tools, and what tools return, may be without text, and so may system turns, which are none then.
     """
     may_be_empty = turn.role in ("system", "tool") or (turn.role == "assistant" and "tool_calls" in message_of(turn))
-    is_blank = turn.content == "" or (turn.role == "tool" and isinstance(turn.content, str) and turn.content.isspace())
-    problem = None if is_blank and may_be_empty else text_error(turn.content)
+    content = turn.content
+    is_blank = isinstance(content, str) and (content == "" or (turn.role == "tool" and content.isspace()))
+    problem = None if is_blank and may_be_empty else text_error(content)
     return problem or (text_error(turn.rest) if turn.rest else None)
 
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from cleaning import read_pairs, split_rows, write_rows
+from cleaning import ASSISTANT, read_pairs, split_rows, write_rows
 from measure import cpu_seconds, hardware, versions
 from omegaconf import OmegaConf
 from science_parts.learning_rates_pictures import pictures
@@ -56,7 +56,7 @@ def write_data(folder: Path, source: Path, labels: str) -> dict[str, int]:
 
 
 def _length_of_response(dialogue: str) -> int:
-    return len(dialogue.rpartition("\n\nAssistant:")[2])
+    return len(dialogue.rpartition(ASSISTANT)[2])
 
 
 def command(folder: Path, name: str) -> list[str]:

@@ -92,10 +92,14 @@ def _choice(name: str, known: Sequence[str]) -> str:
     if name in known:
         return name
     values = find_model(name)
-    # A path that leads upwards could be read as one within config/.
-    choice = str(Path(name).expanduser().absolute()) if name.startswith(("~", ".")) else name.rstrip("/")
+    choice = _full(name)
     _store(choice, values)
     return choice
+
+
+def _full(name: str) -> str:
+    """A model's name, whole where it is a path: one that begins with a dot could be read as one within config/."""
+    return str(Path(name).expanduser().absolute()) if name.startswith(("~", ".")) else name.rstrip("/")
 
 
 def _store(choice: str, values: dict[str, Any]) -> None:
@@ -112,7 +116,7 @@ def find_model(name: str) -> dict[str, Any]:
     if not name:
         raise UserError(f"model: found an empty name, expected a preset, such as {', '.join(presets()[:3])}. {OTHERS}")
     path = Path(name).expanduser()
-    full = str(path.absolute()) if name[0] in "~." else name.rstrip("/")
+    full = _full(name)
     if path.is_dir():
         return _in_directory(path, full)
     if (path.is_file() and path.suffix == GGUF) or HUB_GGUF.fullmatch(name):

@@ -334,7 +334,7 @@ def weighed_or_halved(config: RunConfig, train: Prepared, held_out: Prepared, di
         return list(halves(train, config.data.half, directory))
     if config.data.weights is None:
         return [train, held_out]
-    weighed = weigh(train, read_label_weights(Path(config.data.weights).expanduser()), directory)
+    weighed = weigh(train, read_label_weights(Path(config.data.weights)), directory)
     print(weighed.line, flush=True)
     return [weighed.prepared, held_out]
 

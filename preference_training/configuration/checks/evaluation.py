@@ -40,7 +40,7 @@ def _check_judge(evaluation: EvaluationConfig) -> None:
         return
     if RULE.search(evaluation.judge):
         file = evaluation.judge.rpartition(":")[0]
-        if not Path(file).expanduser().is_file():
+        if not Path(file).is_file():
             raise UserError(
                 f"evaluation.judge: {file}: no such file. Expected FILE.py:NAME; paths are relative to {Path.cwd()}."
             )

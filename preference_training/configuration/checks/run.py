@@ -204,7 +204,7 @@ def _check_paths(config: RunConfig) -> None:
     if not model.name_or_path and not model.tokenizer_name_or_path:
         raise UserError("model.tokenizer_name_or_path: not given. A model from scratch needs one; byte_level is made in code.")
     if model.chat_template:
-        if not Path(model.chat_template).expanduser().is_file():
+        if not Path(model.chat_template).is_file():
             raise UserError(f"model.chat_template: {model.chat_template}: no such file. Paths are relative to {Path.cwd()}.")
         given = [entry.get("template") if isinstance(entry, dict) else None for entry in listed(config.datasets)]
         if {None, "chat"}.isdisjoint(template or config.template for template in given):
@@ -223,7 +223,7 @@ def _check_data(config: RunConfig) -> None:
             f"data.weights: found {weights}, and a loop of rounds makes its own pairs in each round. Set it to null."
         )
     # An evaluation weighs nothing.
-    if weights not in (None, FROM_HALVES) and not config.eval_only and not Path(weights).expanduser().is_dir():
+    if weights not in (None, FROM_HALVES) and not config.eval_only and not Path(weights).is_dir():
         raise UserError(
             f"data.weights: {weights}: no such directory. Expected {FROM_HALVES}, or the directory of a run that was started "
             f"with data.weights={FROM_HALVES}; paths are relative to {Path.cwd()}."
@@ -242,7 +242,7 @@ def check_weights(config: RunConfig, examples: str) -> None:
 
 def _check_contamination(config: RunConfig) -> None:
     for path in listed(config.contamination_files):
-        if not Path(path).expanduser().is_file():
+        if not Path(path).is_file():
             raise UserError(f"contamination_files: {path}: no such file. Paths are relative to {Path.cwd()}.")
 
 

@@ -37,7 +37,7 @@ class Contamination(NamedTuple):
 
 def find_contamination(table: PromptTable, tokenizer, paths: Sequence[str], n: int) -> list[Contamination]:
     """What a table shares with each file. Raises UserError where one cannot be read."""
-    files = [_File.read(Path(path).expanduser(), n) for path in paths]
+    files = [_File.read(Path(path), n) for path in paths]
     if not files:
         return []
     for part in table.parts:
@@ -55,7 +55,7 @@ def find_contamination(table: PromptTable, tokenizer, paths: Sequence[str], n: i
 def check_readable(paths: Sequence[str]) -> None:
     """Raise UserError where a file cannot be read whole: said before the data is prepared that it would be compared with."""
     for path in paths:
-        deque(read_items(Path(path).expanduser()), maxlen=0)
+        deque(read_items(Path(path)), maxlen=0)
 
 
 def read_items(path: Path) -> Iterator[list[str]]:

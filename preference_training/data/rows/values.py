@@ -158,7 +158,8 @@ def as_label(value, name: str) -> bool:
     return label
 
 
-CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
+# Names of values in conditions, in lower case.
+CONSTANTS = {"true": True, "false": False, "null": None}
 OPERATORS = {
     ">=": operator.ge, "<=": operator.le, "!=": operator.ne, "==": operator.eq, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
@@ -218,7 +219,7 @@ def _number(value: object) -> Decimal | None:
 def _constant(text: str) -> object:
     """A value as conditions write it: a number, true, false or null, or else a text."""
     number = _number(text)
-    return number if number is not None else CONSTANTS.get(text.lower(), text)
+    return number if number is not None else (CONSTANTS | {"none": None}).get(text.lower(), text)
 
 
 def comparable(value) -> str:

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from preference_training.data.rows.conversations import RowError
-from preference_training.data.rows.values import as_number, equal, field_value
+from preference_training.data.rows.values import CONSTANTS, as_number, equal, field_value
 
 Value = Callable[[dict], object]
-CONSTANTS = {"true": True, "false": False, "null": None}
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 ORDERINGS = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge}
 EXPECTED = "comparisons of columns, numbers and texts, with + - * / and or not in: chosen_score - rejected_score >= 2"

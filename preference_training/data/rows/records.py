@@ -104,8 +104,7 @@ class DataReport:
     left_out: numbers of skipped rows, pairs or examples, by reason. changed: numbers of changed texts, by change. num_prompts:
     the prompts that remain. bad_rows: messages for the first ten of the rows that cannot be used, which are errors unless
     `skip_bad_rows`; alike: the numbers of further ones like these. found: the format of the rows, if nobody named it.
-    columns_not_read: the number of rows that have each such column. notes: sentences, mostly on settings
-    without effect.
+    columns_not_read: the number of rows that have each such column. notes: sentences, mostly on settings without effect.
     """
 
     skip_bad_rows: bool = False

@@ -5,7 +5,7 @@ A loader is a function `(split, silent=False, cache_dir=None)` registered under 
     {"responses": list[str], "pairs": list[tuple[int, int]], "sft_target": str}
 
 where a pair holds the indices of the preferred and of the dispreferred response, or yields `(prompt, record)` items where the
-data does not fit in memory. What a record may have besides is in `preference_training/data/rows/records.py`: several targets,
+data does not fit in memory. What a record may have besides is in `preference_training/data/records/record.py`: several targets,
 scores and labels of responses, weights and margins of pairs. To add a data set, write the function, here or in a file of your
 own:
 
@@ -24,6 +24,9 @@ from typing import Literal
 
 from preference_training.core.processes import map_in_processes
 from preference_training.data.hub_sets import WHOLE_SET, HubSet, hub_set, valid_rows
+from preference_training.data.records.held_out import prompt_hash
+from preference_training.data.records.record import Items, NumberedRows, Prompt, Records, Turn
+from preference_training.data.records.report import EMPTY_TEXT, SAME_TEXT, DataReport
 from preference_training.data.registry import register
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.grouping import (
@@ -33,17 +36,6 @@ from preference_training.data.rows.grouping import (
     new_record,
     pairs_by_score,
     scored_record,
-)
-from preference_training.data.rows.records import (
-    EMPTY_TEXT,
-    SAME_TEXT,
-    DataReport,
-    Items,
-    NumberedRows,
-    Prompt,
-    Records,
-    Turn,
-    prompt_hash,
 )
 from preference_training.data.rows.templates import ASSISTANT, HUMAN, parse_dialogue
 from preference_training.data.sources.filters import RowFilter

@@ -23,10 +23,11 @@ from preference_training.data.entries import read_entries
 from preference_training.data.files import read_whole_file
 from preference_training.data.pairs.weights import pair_key
 from preference_training.data.prompt_table import PromptTable
+from preference_training.data.records.record import PreferenceRecord, Prompt, Response, Turn, response_of
+from preference_training.data.records.report import DataReport
 from preference_training.data.rows.answers import listed_answer
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.field_maps import FieldMap
-from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, Response, Turn, response_of
 from preference_training.data.tokenization import TokenizedPrompt, tokenize_records
 from preference_training.evaluation.runs import load_run_config
 from preference_training.losses.registry import build_loss

@@ -18,9 +18,10 @@ from preference_collection.store.model import Task
 from preference_collection.store.schema import connect
 from preference_training.core.errors import UserError
 from preference_training.data.files import EXPECTED
+from preference_training.data.records.report import DataReport
+from preference_training.data.records.validation import text_error, type_name
 from preference_training.data.rows.column_names import MARK_OF_JUDGMENTS
 from preference_training.data.rows.conversations import RowError
-from preference_training.data.rows.records import DataReport, text_error, type_name
 from preference_training.sandbox.assertions import read_tests
 
 # The index of the better version.

@@ -28,9 +28,10 @@ from preference_collection.store.model import (
 from preference_collection.store.store import Store
 from preference_training.core.errors import UserError
 from preference_training.data.files import is_data_file, read_rows
+from preference_training.data.records.record import Prompt, Response, prompt_text
+from preference_training.data.records.report import SAME_TEXT, DataReport
 from preference_training.data.rows.column_names import PROMPTS
 from preference_training.data.rows.conversations import RowError
-from preference_training.data.rows.records import SAME_TEXT, DataReport, Prompt, Response, prompt_text
 from preference_training.data.rows.values import is_empty
 from preference_training.data.sources.storage import expanded, is_pattern, is_remote
 from preference_training.sandbox.replies import extract_code

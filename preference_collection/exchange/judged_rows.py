@@ -15,8 +15,9 @@ import pyarrow
 
 from preference_collection.store.model import Answer, Judged
 from preference_collection.store.store import Store
+from preference_training.data.records.record import Prompt, Response, Turn, prompt_text
+from preference_training.data.records.validation import response_error
 from preference_training.data.rows.conversations import RowError, parse_serialized_turns
-from preference_training.data.rows.records import Prompt, Response, Turn, prompt_text, response_error
 
 # Kinds of rows. Rankings, answers that are all bad, and better answers that labelers wrote are training data. What was
 # overruled by a judgment that settles the comparison, what is disputed, ties and skips are stored apart. Unusable are rankings

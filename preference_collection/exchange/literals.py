@@ -8,7 +8,7 @@ import json
 from contextlib import suppress
 from math import isfinite
 
-from preference_training.data.rows.records import text_error
+from preference_training.data.records.validation import text_error
 
 # Longer texts are no tests. Unit: characters.
 LONGEST = 100_000

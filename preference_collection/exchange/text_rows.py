@@ -14,12 +14,13 @@ from preference_collection.exchange.code_rows import judgment_in
 from preference_collection.store.model import ranks_of_scores
 from preference_training.core.errors import UserError
 from preference_training.data.entries import read_entry
+from preference_training.data.records.record import Prompt, Response, response_of
+from preference_training.data.records.report import DataReport
 from preference_training.data.rows.answers import LeftOut, answer_in, conversation_in
 from preference_training.data.rows.column_names import LISTED_TEXTS, LISTS, PROMPTS, TWO_ANSWERS, Columns
 from preference_training.data.rows.conversations import RowError, are_turns, with_roles
 from preference_training.data.rows.field_maps import FIRST_ROWS, FieldMap, FoundMap
 from preference_training.data.rows.grouping import Row
-from preference_training.data.rows.records import DataReport, Prompt, Response, response_of
 from preference_training.data.rows.unread_columns import ReadColumns
 from preference_training.data.rows.values import (
     better_answer,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import Prompt, Turn
+from preference_training.data.records.record import Prompt, Turn
 from preference_training.data.rows.templates import turns_of
 
 # The part of an instruction that stands for the name of the task's function.

@@ -16,7 +16,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError, first_line
-from preference_training.data.rows.records import Prompt
+from preference_training.data.records.record import Prompt
 from preference_training.data.rows.templates import build_template, turns_of
 from preference_training.generation.servers import Reply
 

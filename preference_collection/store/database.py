@@ -10,7 +10,7 @@ from itertools import count, islice
 import duckdb
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import Prompt, Turn
+from preference_training.data.records.record import Prompt, Turn
 
 LAST_NUMBER = """SELECT greatest((SELECT max(number) FROM judgments), (SELECT max(number) FROM comparisons),
     (SELECT max(number) FROM answers), (SELECT max(number) FROM tasks), (SELECT max(number) FROM verdicts))"""

@@ -12,7 +12,7 @@ from datetime import datetime
 from itertools import permutations
 from math import isfinite
 
-from preference_training.data.rows.records import Prompt, prompt_text
+from preference_training.data.records.record import Prompt, prompt_text
 
 # Kinds of tasks: programming problems, and prompts of any other kind.
 KINDS = ("code", "text")

@@ -17,7 +17,7 @@ from preference_collection.store.model import Query
 from preference_collection.store.store import open_store
 from preference_collection.tests.conftest import a_comparison, a_task, tiny_checkpoint
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import Turn
+from preference_training.data.records.record import Turn
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ from preference_datasets import leetcode_records
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.hub_sets import load_hub
-from preference_training.data.rows.records import DataReport, Turn, item_error
+from preference_training.data.records.record import Turn
+from preference_training.data.records.report import DataReport
+from preference_training.data.records.validation import item_error
 
 
 def judged_store(store):

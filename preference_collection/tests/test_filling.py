@@ -23,7 +23,7 @@ from preference_collection.tests.conftest import a_comparison
 from preference_collection.tests.models import QUICK, REPLIES, code, filled, seed_of, settings_for, with_tasks
 from preference_collection.tests.ollama_stand_in import Broken, Silence, ollama_stand_in
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import Turn
+from preference_training.data.records.record import Turn
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from preference_collection.settings import load_settings
 from preference_collection.tests.conftest import a_task
 from preference_collection.tests.ollama_stand_in import Broken, Silence, ollama_stand_in
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import Turn
+from preference_training.data.records.record import Turn
 
 CODE = "def add(a, b):\n    return a + b"
 WORDS = ["Here:\n```py", "thon\n", CODE, "\n```", " é…"]

@@ -29,7 +29,7 @@ from preference_collection.store.store import open_store
 from preference_collection.tests.conftest import a_comparison, a_task
 from preference_collection.tests.ollama_stand_in import ollama_stand_in
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import Turn
+from preference_training.data.records.record import Turn
 
 QUICK = Patience(attempts=3, pause=0.001)
 

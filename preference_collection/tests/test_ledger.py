@@ -14,8 +14,8 @@ from preference_collection.exchange.ledger import add_ledger, check_run
 from preference_collection.store.model import Comparison, Task
 from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
+from preference_training.data.records.record import PreferenceRecord, Turn
 from preference_training.data.rendering.settings import TokenSettings
-from preference_training.data.rows.records import PreferenceRecord, Turn
 from preference_training.data.tokenization import tokenize_records
 from preference_training.modeling.tokenizer import byte_level_tokenizer
 from preference_training.tracking.ledger import SCHEMA

@@ -21,7 +21,8 @@ from preference_collection.tests.conftest import a_comparison, a_judgment, a_tas
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.hub_sets import load_hub
-from preference_training.data.rows.records import DataReport, Turn
+from preference_training.data.records.record import Turn
+from preference_training.data.records.report import DataReport
 from tests.support.files import ROOT
 
 CHARACTERS = st.characters(exclude_categories=["Cs"])

@@ -5,7 +5,7 @@ import pytest
 from preference_collection.exchange.export import export_records
 from preference_collection.exchange.importing import import_into
 from preference_collection.tests.conftest import a_judgment
-from preference_training.data.rows.records import Turn
+from preference_training.data.records.record import Turn
 from preference_training.rounds.judges.base import JudgedInput, PendingError
 from preference_training.rounds.judges.people import PAIRS, VERDICTS, PeopleJudge
 

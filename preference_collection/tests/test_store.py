@@ -27,7 +27,7 @@ from preference_collection.store.model import (
 from preference_collection.store.statistics import Progress
 from preference_collection.store.store import open_store
 from preference_collection.tests.conftest import a_comparison, a_judgment, a_task, all_at_once
-from preference_training.data.rows.records import Turn
+from preference_training.data.records.record import Turn
 
 ROOT = Path(__file__).parent.parent.parent
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))

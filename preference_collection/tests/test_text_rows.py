@@ -11,7 +11,8 @@ from preference_collection.exchange.importing import MORE_ANSWERS, OPPOSED, REPE
 from preference_collection.exchange.text_rows import TextRow, text_rows
 from preference_collection.store.model import Query
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import SAME_TEXT, DataReport, Turn
+from preference_training.data.records.record import Turn
+from preference_training.data.records.report import SAME_TEXT, DataReport
 from tests.support.files import ROOT
 
 QUESTION = [{"role": "user", "content": "q"}]

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from preference_training.core.errors import UserError
+from preference_training.data.records.record import Turn
 from preference_training.data.registry import DATASETS, dataset_entries
 from preference_training.data.rendering.chat_rendering import ConversationError
-from preference_training.data.rows.records import Turn
 from preference_training.data.rows.templates import ASSISTANT, HUMAN, build_template, rendered_prompts
 from preference_training.data.tokenization import bos_ids
 

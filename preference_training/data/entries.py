@@ -17,19 +17,12 @@ from preference_training.configuration.composition import default_values
 from preference_training.configuration.keys import listed
 from preference_training.configuration.schema import GENERAL_CHOICES, GENERAL_KEYS, RunConfig
 from preference_training.core.errors import UserError, nearest
+from preference_training.data.records.record import PreferenceRecord, Prompt, prompt_text
+from preference_training.data.records.report import DataReport
+from preference_training.data.records.validation import LISTS_OF_VALUES, ROLES, item_error, type_name
 from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, Dataset, find_dataset
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.nearest_entry import with_nearest
-from preference_training.data.rows.records import (
-    LISTS_OF_VALUES,
-    ROLES,
-    DataReport,
-    PreferenceRecord,
-    Prompt,
-    item_error,
-    prompt_text,
-    type_name,
-)
 from preference_training.data.rows.values import has_field, listed_names
 from preference_training.data.sources.filters import Where, where_error
 from preference_training.data.sources.locations import check_location, is_location, options_without_effect

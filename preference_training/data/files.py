@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 from preference_training.data.sources.json_rows import read_json
 from preference_training.data.sources.storage import COMPRESSIONS, UNREADABLE, cloud_errors, is_remote, opened
 from preference_training.data.sources.tables import read_arrow, read_csv, read_parquet

@@ -9,9 +9,11 @@ from numbers import Real
 from pathlib import Path
 
 from preference_training.core.errors import UserError, first_line
+from preference_training.data.records.held_out import split_by_hash
+from preference_training.data.records.record import Items, NumberedRows, prompt_text
+from preference_training.data.records.report import DataReport
 from preference_training.data.registry import DATASETS, Dataset, Prompts
 from preference_training.data.rows.conversations import RowError, json_type
-from preference_training.data.rows.records import DataReport, Items, NumberedRows, prompt_text, split_by_hash
 from preference_training.data.rows.values import field_value
 from preference_training.data.sources.filters import RowFilter, Where
 from preference_training.data.sources.tables import rows_of_batch

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 from preference_training.data.tokenization import TokenizedPrompt, with_responses_cut
 
 ONLY_PROMPT = "a labeled response to the only prompt (the loss needs a response to another one: two prompts or more)"

@@ -23,8 +23,10 @@ from preference_training.data.columns import ContentHash
 from preference_training.data.entries import Entry, load_records
 from preference_training.data.mismatched import with_mismatched
 from preference_training.data.prompt_table import OtherColumnsError, PromptTable, TablePart, write_columns, write_selected
+from preference_training.data.records.record import PreferenceRecord
+from preference_training.data.records.report import DataReport
+from preference_training.data.records.validation import LISTS_OF_VALUES
 from preference_training.data.rendering.settings import VERSION, TokenSettings
-from preference_training.data.rows.records import LISTS_OF_VALUES, DataReport, PreferenceRecord
 from preference_training.data.token_files import Vocabulary, read_tokenized
 from preference_training.data.tokenization import TokenizedPrompt, text_reader, tokenize_records
 from preference_training.losses.base import MarginUse

@@ -11,7 +11,7 @@ from typing import Literal
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.files import run_file
 from preference_training.data.files import EXPECTED
-from preference_training.data.rows.records import Items, Records
+from preference_training.data.records.record import Items, Records
 
 Prompts = Literal["dialogues", "conversations"]
 

@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
+from preference_training.data.records.held_out import is_held_out
+from preference_training.data.records.record import PreferenceRecord
+from preference_training.data.records.report import SAME_TEXT, DataReport
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.examples import select
 from preference_training.data.rows.grouping import add_responses, new_record
-from preference_training.data.rows.records import SAME_TEXT, DataReport, PreferenceRecord, is_held_out
 from preference_training.data.tokenization import TokenizedPrompt, trainable_part
 
 NO_END = "responses that do not end with the end-of-sequence token"

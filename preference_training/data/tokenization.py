@@ -12,18 +12,14 @@ from itertools import combinations, islice
 from typing import NamedTuple
 
 from preference_training.data.chunking import CHUNKS, text_chunks
+from preference_training.data.records.record import PreferenceRecord, Prompt, prompt_text
+from preference_training.data.records.report import DataReport
 from preference_training.data.rendering.chat_rendering import ConversationError
 from preference_training.data.rendering.encoding import Encoder, Ids, ScoredIds, Texts
 from preference_training.data.rendering.records import Rendered, Renderer
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.examples import renumbered, used_responses
 from preference_training.data.rows.grouping import BOTH_LABELS
-from preference_training.data.rows.records import (
-    DataReport,
-    PreferenceRecord,
-    Prompt,
-    prompt_text,
-)
 from preference_training.data.rows.templates import build_template
 from preference_training.losses.base import MISSING_NUMBERS
 

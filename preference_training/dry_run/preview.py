@@ -29,7 +29,7 @@ from preference_training.core.values import counted
 from preference_training.data.prompt_table import Selection
 from preference_training.data.quality.checks import check_data
 from preference_training.data.quality.facts import Facts, collect_facts
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import Placement, Sharded
 from preference_training.dry_run.forecast import STEPS_OF_ALL_RANKS, RankTokens, describe_duration

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.values import hash_values
+from preference_training.data.records.record import PreferenceRecord, Prompt, Turn, message_of
+from preference_training.data.records.report import DataReport
 from preference_training.data.rendering.settings import TokenSettings
-from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, Turn, message_of
 from preference_training.data.rows.templates import BUILT_IN, parse_dialogue
 from preference_training.data.tokenization import tokenize_records
 from preference_training.modeling.adapters.files import is_adapter

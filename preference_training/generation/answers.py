@@ -11,9 +11,9 @@ from preference_training.core.errors import UserError, first_line
 from preference_training.core.machine import said_while_slow
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.files import format_of, read_rows
+from preference_training.data.records.record import Prompt, message_of
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.prompt_fields import PromptFields
-from preference_training.data.rows.records import Prompt, message_of
 from preference_training.generation.chat import Responder
 
 # Prompts that are answered before their lines are written.

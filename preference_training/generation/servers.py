@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from preference_training.configuration.checks.evaluation import KEY_VARIABLE
 from preference_training.core.errors import UserError, nearest
-from preference_training.data.rows.records import Prompt, Turn, message_of
+from preference_training.data.records.record import Prompt, Turn, message_of
 from preference_training.data.rows.templates import turns_of
 
 # Characters of a server's error message that are kept.

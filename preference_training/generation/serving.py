@@ -13,7 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import Turn, turn_error
+from preference_training.data.records.record import Turn
+from preference_training.data.records.validation import turn_error
 from preference_training.generation.chat import BEFORE_TRAINING, ChatModel, Responder
 from preference_training.generation.chat_format import with_system
 from preference_training.generation.servers import Reply

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from preference_training.core.errors import UserError, nearest
-from preference_training.data.rows.records import Turn
+from preference_training.data.records.record import Turn
 from preference_training.generation.chat import Responder
 from preference_training.generation.settings import KNOWN, GenerationSettings
 

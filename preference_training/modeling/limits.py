@@ -14,8 +14,8 @@ from torch import nn
 from preference_training.core.errors import UserError
 from preference_training.data.entries import Entry
 from preference_training.data.prompt_table import PromptTable
+from preference_training.data.records.record import Turn
 from preference_training.data.rendering.chat_rendering import ConversationError
-from preference_training.data.rows.records import Turn
 from preference_training.data.rows.templates import build_template
 from preference_training.modeling.sources.configurations import model_configuration
 from preference_training.modeling.value_head import auto_class

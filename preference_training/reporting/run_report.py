@@ -29,7 +29,7 @@ from preference_training.core.metric_names import (
     change,
 )
 from preference_training.core.values import UNREADABLE, format_number
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 from preference_training.evaluation.phrasing import metric_text
 from preference_training.reporting.examples import BEFORE_TRAINING, Samples, flagged_by_kind
 from preference_training.reporting.experts.balance import expert_section

@@ -56,7 +56,7 @@ class Rule:
 class Paired:
     """What was made of a prompt's responses, which are kept once each, in their order.
 
-    record: in the schema of records (`data/rows/records.py`), without its prompt; None where nothing is left. excluded: how
+    record: in the schema of records (`data/records/record.py`), without its prompt; None where nothing is left. excluded: how
     many responses, pairs or prompts were, by reason.
     """
 

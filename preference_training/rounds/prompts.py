@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from preference_training.configuration.sections import RoundsConfig
 from preference_training.core.errors import UserError
 from preference_training.data.files import read_whole_file
+from preference_training.data.records.held_out import is_held_out
+from preference_training.data.records.record import Prompt, message_of, prompt_text
 from preference_training.data.rows.conversations import RowError, parse_turns
 from preference_training.data.rows.prompt_fields import PromptFields
-from preference_training.data.rows.records import Prompt, is_held_out, message_of, prompt_text
 from preference_training.data.rows.values import is_empty
 from preference_training.rounds.tables import PROMPTS, read_table, write_table
 

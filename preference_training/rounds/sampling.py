@@ -24,7 +24,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device, quiet_libraries, release_memory, said_while_slow
 from preference_training.core.processes import usable_cores
 from preference_training.core.values import counted
-from preference_training.data.rows.records import Prompt
+from preference_training.data.records.record import Prompt
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.generation.chat_format import ChatFormat, with_system
 from preference_training.generation.decoding import Ends

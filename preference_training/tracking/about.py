@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from preference_training.core.processes import usable_cores
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 from preference_training.tracking.run_files import ABOUT
 
 # Libraries that numbers may depend on.

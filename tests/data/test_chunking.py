@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from preference_training.data.chunking import CHUNKS, text_chunks
 from preference_training.data.columns import Columns
+from preference_training.data.records.held_out import split_by_hash
+from preference_training.data.records.record import PreferenceRecord
+from preference_training.data.records.report import DataReport
 from preference_training.data.rendering.settings import TokenSettings
-from preference_training.data.rows.records import DataReport, PreferenceRecord, split_by_hash
 from preference_training.data.tokenization import TokenizedPrompt, tokenize_records
 from preference_training.modeling.tokenizer import byte_level_tokenizer
 

@@ -8,6 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
+from preference_training.data.records.record import PreferenceRecord, Turn, message_of
+from preference_training.data.records.report import DataReport
 from preference_training.data.rendering.records import END_NOT_MARKED, NO_REASONING, NO_TOOLS, RENDERED
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.conversations import (
@@ -19,7 +21,6 @@ from preference_training.data.rows.conversations import (
     split_conversation,
     with_roles,
 )
-from preference_training.data.rows.records import DataReport, PreferenceRecord, Turn, message_of
 from preference_training.data.tokenization import tokenize_records
 from tests.support.chat_templates import KINDS, LLAMA_3, MARKED, QWEN_2, WITH_TOOLS, WITHOUT_SYSTEM, tokenizer_of, with_template
 

@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.files import read_rows
+from preference_training.data.records.record import PreferenceRecord, Turn
+from preference_training.data.records.report import DataReport
+from preference_training.data.records.validation import item_error
 from preference_training.data.registry import DATASETS, Dataset
-from preference_training.data.rows.records import DataReport, PreferenceRecord, Turn, item_error
 from tests.support.files import DATA_SUFFIXES
 
 # Hypothesis runs one function many times; each example writes its own file, so that sharing tmp_path is harmless.

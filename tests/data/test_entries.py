@@ -11,9 +11,10 @@ from preference_training.configuration.schema import GENERAL_KEYS
 from preference_training.core.errors import UserError
 from preference_training.data import registry
 from preference_training.data.entries import UserData, check_examples, load_records, read_entries, read_entry
+from preference_training.data.records.record import PreferenceRecord, Turn
+from preference_training.data.records.report import OTHER_PROMPT, SAME_TEXT, DataReport
 from preference_training.data.registry import Dataset
 from preference_training.data.rows.field_maps import FieldMap
-from preference_training.data.rows.records import OTHER_PROMPT, SAME_TEXT, DataReport, PreferenceRecord, Turn
 from preference_training.losses.registry import build_loss
 from tests.support.files import DATA_SUFFIXES, write
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.files import is_data_file, read_rows
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 from tests.support.files import DATA_SUFFIXES
 
 ROWS = [

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preference_training.data.mismatched import MISMATCHED_CUT, ONLY_PROMPT, with_mismatched
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
 
 

@@ -9,16 +9,11 @@ import pytest
 
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
+from preference_training.data.records.held_out import prompt_hash
+from preference_training.data.records.record import Turn
+from preference_training.data.records.report import EMPTY_TEXT, OTHER_PROMPT, SAME_TEXT, DataReport
 from preference_training.data.registry import DATASETS
 from preference_training.data.rows.grouping import EQUAL_SCORES, NO_PAIR, SAME_RESPONSE
-from preference_training.data.rows.records import (
-    EMPTY_TEXT,
-    OTHER_PROMPT,
-    SAME_TEXT,
-    DataReport,
-    Turn,
-    prompt_hash,
-)
 from preference_training.data.rows.templates import parse_dialogue
 from tests.support.files import write
 

@@ -13,8 +13,10 @@ from preference_datasets import hh_records, shp_records, stack_exchange_records
 from preference_training.core.errors import UserError
 from preference_training.data import hub_sets
 from preference_training.data.entries import load_records, read_entry
+from preference_training.data.records.held_out import is_held_out, prompt_hash
+from preference_training.data.records.record import PreferenceRecord
+from preference_training.data.records.report import DataReport
 from preference_training.data.registry import DATASETS, Dataset, find_dataset, register
-from preference_training.data.rows.records import DataReport, PreferenceRecord, is_held_out, prompt_hash
 from preference_training.data.rows.templates import split_dialogue
 from preference_training.data.sources.html_text import html_to_text
 from preference_training.data.toy_preferences import TEST_PROMPTS, TRAIN_PROMPTS, response_kind

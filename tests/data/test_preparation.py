@@ -35,9 +35,9 @@ from preference_training.data.preparation import (
     prepare,
     tokenizer_hash,
 )
+from preference_training.data.records.report import SAME_TEXT, DataReport
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.examples import NO_MARGIN
-from preference_training.data.rows.records import SAME_TEXT, DataReport
 from preference_training.data.token_files import write_tokenized
 from preference_training.data.tokenization import PROMPT_CUT, SAME_IDS, tokenize_records
 from preference_training.losses.registry import build_loss

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
+from preference_training.data.records.record import PreferenceRecord
+from preference_training.data.records.report import DataReport
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.grouping import BOTH_LABELS
-from preference_training.data.rows.records import DataReport, PreferenceRecord
 from preference_training.data.tokenization import (
     NOT_SCORED,
     PROMPT_CUT,

@@ -16,10 +16,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from preference_training.core.errors import UserError
+from preference_training.data.records.record import PreferenceRecord, Turn
+from preference_training.data.records.report import SAME_TEXT, DataReport
 from preference_training.data.rendering.records import NO_TURNS, OWN_SYSTEM_TURN
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.examples import NO_PAIR_TO_COMPARE
-from preference_training.data.rows.records import SAME_TEXT, DataReport, PreferenceRecord, Turn
 from preference_training.data.rows.templates import build_template
 from preference_training.data.token_files import NO_END, TOKEN_FIELDS, Vocabulary, read_tokenized, write_tokenized
 from preference_training.data.tokenization import (

@@ -15,7 +15,7 @@ from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.core.errors import UserError
 from preference_training.core.process_group import Ranks
 from preference_training.data.prompt_table import PromptTable
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.dry_run.preview import (
     check_memory,

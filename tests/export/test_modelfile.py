@@ -17,8 +17,8 @@ from preference_training.data.chat_templates import (
     run_format,
     serve_as_trained,
 )
+from preference_training.data.records.record import PreferenceRecord, Turn
 from preference_training.data.rendering.settings import TokenSettings
-from preference_training.data.rows.records import PreferenceRecord, Turn
 from preference_training.data.tokenization import TokenizedPrompt, bos_ids, tokenize_records
 from preference_training.export.modelfile import (
     ARCHITECTURES,

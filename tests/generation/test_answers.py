@@ -6,7 +6,7 @@ import json
 import pytest
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import Turn
+from preference_training.data.records.record import Turn
 from preference_training.generation import answers
 from preference_training.generation.answers import read_prompts, write_answers
 from preference_training.generation.servers import Reply

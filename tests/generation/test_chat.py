@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preference_training.core.errors import UserError
+from preference_training.data.records.record import PreferenceRecord, Turn
 from preference_training.data.rendering.settings import TokenSettings
-from preference_training.data.rows.records import PreferenceRecord, Turn
 from preference_training.data.tokenization import tokenize_records
 from preference_training.generation.chat import (
     ChatModel,

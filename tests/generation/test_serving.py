@@ -11,7 +11,7 @@ import requests
 from transformers import AutoTokenizer
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import Turn
+from preference_training.data.records.record import Turn
 from preference_training.generation.chat import LoadOptions, load_for_chat, open_responders
 from preference_training.generation.servers import OllamaServer, OpenAIServer, served_model
 from preference_training.generation.serving import ModelServer, example, served_names

@@ -218,7 +218,7 @@ def test_a_conversation_in_a_real_terminal(tmp_path):
         terminal.type("Why?\n")
         answer = terminal.until("[cut at max_new_tokens]")
         chat = load_for_chat(str(tmp_path / "tiny"))
-        from preference_training.data.rows.records import Turn
+        from preference_training.data.records.record import Turn
 
         expected = chat.respond([Turn("user", "Why?")], {"max_new_tokens": 4}, lambda _: None).text
         assert printable(expected).strip() in answer

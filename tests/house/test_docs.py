@@ -28,9 +28,9 @@ from preference_training.configuration.composition import (
     known_keys,
 )
 from preference_training.core.errors import UserError
+from preference_training.data.records.report import DataReport
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.grouping import group_rows
-from preference_training.data.rows.records import DataReport
 from tests.support import forked, shown
 from tests.support.files import ROOT
 

@@ -28,8 +28,8 @@ from preference_training.core.metric_names import TOKENS_SAVED
 from preference_training.core.process_group import SINGLE_PROCESS, reshard, to_local
 from preference_training.core.random_streams import seed_everything
 from preference_training.data.prompt_table import PromptTable, Selection
+from preference_training.data.records.record import PreferenceRecord
 from preference_training.data.rendering.settings import TokenSettings
-from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import tokenize_records
 from preference_training.distributed import sharding as sharding_module
 from preference_training.distributed.launching import end_group, start_group

@@ -4,8 +4,8 @@ import pytest
 
 from preference_training.configuration.saved import model_config
 from preference_training.core.errors import UserError
+from preference_training.data.records.record import PreferenceRecord, Turn
 from preference_training.data.rendering.settings import TokenSettings
-from preference_training.data.rows.records import PreferenceRecord, Turn
 from preference_training.data.tokenization import tokenize_records
 from preference_training.modeling.tokenizer import byte_level_tokenizer, load_tokenizer
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from preference_training.configuration.saved import save_config
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 from preference_training.reporting.examples import Samples, last_question
 from preference_training.reporting.observations import observations
 from preference_training.reporting.run_record import RunRecord

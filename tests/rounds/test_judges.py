@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import Turn
+from preference_training.data.records.record import Turn
 from preference_training.rounds.judges.base import Judge, JudgedInput, Score
 from preference_training.rounds.judges.choice import build_judge
 from preference_training.rounds.judges.functions import FunctionJudge

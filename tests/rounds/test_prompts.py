@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import Turn, is_held_out
+from preference_training.data.records.held_out import is_held_out
+from preference_training.data.records.record import Turn
 from preference_training.rounds.prompts import LoopPrompt, prompts_of_round, read_prompts, read_stored, store
 
 

@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from preference_training.data.rows.records import Turn
+from preference_training.data.records.record import Turn
 
 
 def read_modelfile(text: str) -> list[tuple[str, str]]:

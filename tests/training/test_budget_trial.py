@@ -14,8 +14,8 @@ from preference_training.core.errors import UserError
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.core.random_streams import random_streams
 from preference_training.data.prompt_table import PromptTable
+from preference_training.data.records.record import PreferenceRecord
 from preference_training.data.rendering.settings import TokenSettings
-from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, tokenize_records
 from preference_training.distributed.placement import OneProcess
 from preference_training.losses.registry import build_loss

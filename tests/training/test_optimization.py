@@ -21,8 +21,8 @@ from preference_training.configuration.schema import SCHEDULES
 from preference_training.core.errors import UserError
 from preference_training.core.random_streams import seed_everything
 from preference_training.data.prompt_table import PromptTable
+from preference_training.data.records.record import PreferenceRecord
 from preference_training.data.rendering.settings import TokenSettings
-from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, tokenize_records
 from preference_training.data.toy_preferences import toy_records
 from preference_training.distributed.launching import settle_batch_size

@@ -5,7 +5,7 @@ import pytest
 from preference_training.configuration.validation import configured
 from preference_training.data.entries import read_entries
 from preference_training.data.prompt_table import PromptTable
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.tokenizer import byte_level_tokenizer

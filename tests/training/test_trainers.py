@@ -22,8 +22,8 @@ from preference_training.core.metric_names import LOSS_AT_BETA_USED, MEASURED, T
 from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.core.signals import StoppedError
 from preference_training.data.prompt_table import PromptTable
+from preference_training.data.records.record import PreferenceRecord
 from preference_training.data.rendering.settings import TokenSettings
-from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, tokenize_records
 from preference_training.evaluation.held_out import evaluate_held_out
 from preference_training.evaluation.intervals import mean_interval

@@ -9,7 +9,7 @@ import numpy
 from preference_training.core.errors import UserError
 from preference_training.data.preparation import Prepared, kept_part
 from preference_training.data.prompt_table import PromptTable
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 
 
 def halves(train: Prepared, half: int, directory: Path) -> tuple[Prepared, Prepared]:

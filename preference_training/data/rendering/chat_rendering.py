@@ -14,8 +14,8 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from preference_training.core.errors import UserError, first_line
+from preference_training.data.records.record import Response, Turn, message_of
 from preference_training.data.rendering.turn_texts import TurnTexts
-from preference_training.data.rows.records import Response, Turn, message_of
 
 Messages = list[dict]
 # A text that no row contains, in place of a turn's.

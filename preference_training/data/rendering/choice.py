@@ -10,8 +10,9 @@ from itertools import islice
 
 from preference_training.core.errors import UserError
 from preference_training.data.entries import Entry, load_records
+from preference_training.data.records.record import PreferenceRecord
+from preference_training.data.records.report import DataReport
 from preference_training.data.rendering.chat_rendering import check_chat_template
-from preference_training.data.rows.records import DataReport, PreferenceRecord
 from preference_training.data.rows.templates import parse_dialogue, rendered_prompts
 
 FIRST_RECORDS = 64

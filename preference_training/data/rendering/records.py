@@ -5,11 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from preference_training.core.errors import UserError
-from preference_training.data.rendering.chat_rendering import ConversationError, Spanned, holds, response_opening
-from preference_training.data.rendering.settings import TokenSettings
-from preference_training.data.rows.examples import Selected, select
-from preference_training.data.rows.records import (
-    DataReport,
+from preference_training.data.records.record import (
     PreferenceRecord,
     Prompt,
     Response,
@@ -18,6 +14,10 @@ from preference_training.data.rows.records import (
     message_of,
     reasoning_of,
 )
+from preference_training.data.records.report import DataReport
+from preference_training.data.rendering.chat_rendering import ConversationError, Spanned, holds, response_opening
+from preference_training.data.rendering.settings import TokenSettings
+from preference_training.data.rows.examples import Selected, select
 from preference_training.data.rows.templates import before_last_turn, build_template, rendered_prompts, without_end
 
 # What a report counts of records, besides those it skips.

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from preference_training.data.records.record import Prompt, Response, Turn, is_learned, message_of, response_of
+from preference_training.data.records.report import OTHER_PROMPT, DataReport
+from preference_training.data.records.validation import text_error
 from preference_training.data.rows.conversations import (
     RowError,
     end_of_common,
@@ -15,17 +18,6 @@ from preference_training.data.rows.conversations import (
 )
 from preference_training.data.rows.nearest_entry import with_nearest
 from preference_training.data.rows.prompt_fields import USUAL, PromptFields
-from preference_training.data.rows.records import (
-    OTHER_PROMPT,
-    DataReport,
-    Prompt,
-    Response,
-    Turn,
-    is_learned,
-    message_of,
-    response_of,
-    text_error,
-)
 from preference_training.data.rows.templates import split_dialogue
 from preference_training.data.rows.values import check_text, is_text_list, is_text_pair, parse_text_list, unlisted
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 
-from preference_training.data.rows.records import Turn, is_learned, text_error, turn_error
+from preference_training.data.records.record import Turn, is_learned
+from preference_training.data.records.validation import text_error, turn_error
 from preference_training.data.rows.templates import parse_dialogue
 
 

@@ -9,7 +9,8 @@ from itertools import combinations
 from math import isfinite
 from typing import NamedTuple
 
-from preference_training.data.rows.records import DataReport, PreferenceRecord, Response
+from preference_training.data.records.record import PreferenceRecord, Response
+from preference_training.data.records.report import DataReport
 from preference_training.losses.base import MISSING_NUMBERS, ExampleKind, MarginUse
 
 NO_PAIR_TO_COMPARE = "a prompt without a pair of responses (loss=sft learns single responses)"

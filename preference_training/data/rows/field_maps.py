@@ -12,6 +12,9 @@ from itertools import chain, islice
 from math import inf, isfinite
 
 from preference_training.core.errors import UserError
+from preference_training.data.records.record import NumberedRows, response_of
+from preference_training.data.records.report import DataReport
+from preference_training.data.records.validation import text_error
 from preference_training.data.rows.answers import (
     EMPTY_ANSWER,
     NO_ANSWER,
@@ -31,7 +34,6 @@ from preference_training.data.rows.formats import find
 from preference_training.data.rows.grouping import RECORD_COLUMNS, Row, pairs_by_score, record_row, strip_repeated_prompts
 from preference_training.data.rows.nearest_entry import with_nearest
 from preference_training.data.rows.prompt_fields import CONTEXT, PromptFields
-from preference_training.data.rows.records import DataReport, NumberedRows, response_of, text_error
 from preference_training.data.rows.unread_columns import ReadColumns, note_verdict
 from preference_training.data.rows.values import (
     NO_VERDICT,

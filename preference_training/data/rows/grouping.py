@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, combinations, islice
 from typing import NamedTuple
 
+from preference_training.data.records.record import Prompt, Response, response_of
+from preference_training.data.records.report import SAME_TEXT, DataReport
+from preference_training.data.records.validation import item_error
 from preference_training.data.rows.answers import answer_in, listed_answer
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.prompt_fields import PromptFields
-from preference_training.data.rows.records import SAME_TEXT, DataReport, Prompt, Response, item_error, response_of
 from preference_training.data.rows.templates import ASSISTANT, parse_dialogue, split_dialogue
 from preference_training.data.rows.values import as_number, is_empty, is_missing_number, parse_text_list
 

@@ -6,6 +6,8 @@ from functools import cached_property
 from itertools import takewhile
 from unicodedata import category
 
+from preference_training.data.records.record import Prompt, Turn
+from preference_training.data.records.validation import prompt_error, text_error
 from preference_training.data.rows.conversations import (
     RowError,
     join_turns,
@@ -16,7 +18,6 @@ from preference_training.data.rows.conversations import (
     parse_turns,
     turn_keys,
 )
-from preference_training.data.rows.records import Prompt, Turn, prompt_error, text_error
 from preference_training.data.rows.templates import parse_dialogue
 from preference_training.data.rows.values import check_text, field_value, parse_text_list, unlisted
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from itertools import takewhile
 from typing import NamedTuple
 
+from preference_training.data.records.record import Prompt, Response, Turn, message_of, reasoning_of, response_of
 from preference_training.data.rendering.chat_rendering import (
     ChatTemplate,
     ConversationError,
@@ -18,7 +19,6 @@ from preference_training.data.rendering.chat_rendering import (
     rendered,
     response_opening,
 )
-from preference_training.data.rows.records import Prompt, Response, Turn, message_of, reasoning_of, response_of
 
 HUMAN, ASSISTANT, TOOL = "\n\nHuman:", "\n\nAssistant:", "\n\nTool:"
 

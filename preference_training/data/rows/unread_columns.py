@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 
+from preference_training.data.records.report import DataReport
 from preference_training.data.rows.column_names import MARK_OF_JUDGMENTS, OF_JUDGMENTS
 from preference_training.data.rows.conversations import (
     LEGACY_CALL,
@@ -14,7 +15,6 @@ from preference_training.data.rows.conversations import (
     round_keys,
     turn_keys,
 )
-from preference_training.data.rows.records import DataReport
 from preference_training.data.rows.values import LABELS, is_empty, is_finite_number, is_plain_text, label_word
 
 # Where only the text is named, as in chosen.content, the role is not reported.

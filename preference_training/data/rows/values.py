@@ -6,8 +6,8 @@ from decimal import Decimal
 from math import isnan
 from numbers import Real
 
+from preference_training.data.records.validation import shown, text_error
 from preference_training.data.rows.conversations import RowError, is_missing_word, parse_literal
-from preference_training.data.rows.records import shown, text_error
 
 
 class UntypedRow(dict):

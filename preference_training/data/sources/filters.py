@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from preference_training.core.errors import UserError
+from preference_training.data.records.record import NumberedRows
+from preference_training.data.records.report import DataReport
 from preference_training.data.rows.conversations import RowError
-from preference_training.data.rows.records import DataReport, NumberedRows
 from preference_training.data.rows.values import condition, field_number, field_value
 from preference_training.data.sources.expressions import EXPECTED, Expression, parse_expression
 

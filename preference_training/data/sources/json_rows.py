@@ -8,9 +8,9 @@ from itertools import chain
 from typing import BinaryIO
 
 from preference_training.core.errors import UserError
+from preference_training.data.records.report import DataReport
 from preference_training.data.rows.column_names import PROMPTS
 from preference_training.data.rows.conversations import json_type
-from preference_training.data.rows.records import DataReport
 
 # What json raises besides JSONDecodeError: ValueError for a number of thousands of digits, RecursionError for deep nesting.
 UNREADABLE_JSON = (ValueError, RecursionError)

@@ -10,8 +10,9 @@ import xxhash
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.files import EXPECTED, format_of, is_data_file, read_rows
 from preference_training.data.hub_sets import hub_rows, load_hub
+from preference_training.data.records.record import NumberedRows
+from preference_training.data.records.report import DataReport
 from preference_training.data.registry import TOKENIZED_SUFFIX
-from preference_training.data.rows.records import DataReport, NumberedRows
 from preference_training.data.rows.values import UntypedRow
 from preference_training.data.sources.storage import cloud_errors, content_hash, file_system, is_pattern, is_remote
 

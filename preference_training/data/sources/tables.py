@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from preference_training.core.errors import UserError, first_line
+from preference_training.data.records.report import DataReport
 from preference_training.data.rows.conversations import without_nones
-from preference_training.data.rows.records import DataReport
 from preference_training.data.rows.values import UntypedRow
 
 DELIMITERS = ",;\t|"

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from preference_training.core.errors import UserError
+from preference_training.data.records.held_out import split_by_hash
+from preference_training.data.records.record import Items, Prompt, prompt_text
+from preference_training.data.records.report import DataReport
 from preference_training.data.registry import TOKENIZED_SUFFIX
 from preference_training.data.rows.field_maps import FIRST_ROWS, FieldMap, FoundMap
 from preference_training.data.rows.grouping import group_rows
-from preference_training.data.rows.records import DataReport, Items, Prompt, prompt_text, split_by_hash
 from preference_training.data.sources.locations import Part, Source, find_source
 from preference_training.data.sources.storage import content_hash
 

@@ -10,7 +10,7 @@ from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device, said_while_slow
 from preference_training.core.values import UNREADABLE
-from preference_training.data.rows.records import message_of
+from preference_training.data.records.record import message_of
 from preference_training.evaluation.benchmarks import text
 from preference_training.evaluation.benchmarks.arguments import check_arguments, named_files
 from preference_training.evaluation.benchmarks.graded_judge import build_graded_judge

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from preference_training.core.errors import UserError
 from preference_training.data.files import read_whole_file
+from preference_training.data.records.record import Prompt, prompt_text
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.prompt_fields import PromptFields
-from preference_training.data.rows.records import Prompt, prompt_text
 from preference_training.data.rows.values import as_number, is_empty, is_missing
 from preference_training.generation.answers import PROMPT_COLUMNS
 

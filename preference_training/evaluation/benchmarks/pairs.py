@@ -16,10 +16,11 @@ from preference_training.batching.micro_batches import split_into_batches
 from preference_training.batching.packing import iterate_examples
 from preference_training.core.errors import UserError
 from preference_training.data.files import faults_of, read_whole_file
+from preference_training.data.records.record import PreferenceRecord, prompt_text
+from preference_training.data.records.report import DataReport
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.grouping import Row, group_rows
-from preference_training.data.rows.records import DataReport, PreferenceRecord, prompt_text
 from preference_training.data.tokenization import TokenizedPrompt, tokenize_records
 from preference_training.evaluation.held_out import Scores, score_responses
 from preference_training.evaluation.reward_models import RewardModel

@@ -6,7 +6,7 @@ The judge is asked once for all three: in both orders, if it may have a position
 from collections.abc import Sequence
 from pathlib import Path
 
-from preference_training.data.rows.records import prompt_text
+from preference_training.data.records.record import prompt_text
 from preference_training.evaluation.benchmarks.arena import GRADES, Battle, arena_scores
 from preference_training.evaluation.benchmarks.length_control import length_controlled
 from preference_training.evaluation.benchmarks.outputs import Output, difficulties

@@ -19,7 +19,7 @@ from preference_training.core import metric_names
 from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
 from preference_training.core.values import UNREADABLE, dotted, format_number
-from preference_training.data.rows.records import Prompt
+from preference_training.data.records.record import Prompt
 from preference_training.losses.registry import find_loss
 from preference_training.reporting.charts import Axes, chart
 from preference_training.reporting.examples import highlight_changes, last_question, truncate

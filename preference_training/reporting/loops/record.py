@@ -15,7 +15,7 @@ from preference_training.configuration.saved import read_config
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import ROUND
 from preference_training.core.values import UNREADABLE, dotted
-from preference_training.data.rows.records import Prompt
+from preference_training.data.records.record import Prompt
 from preference_training.reporting.charts import Line, metric_line, metric_values
 from preference_training.rounds.loop import PROMPTS, RoundFiles, all_files
 from preference_training.rounds.prompts import read_stored

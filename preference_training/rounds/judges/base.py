@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from preference_training.data.rows.records import Prompt, message_of
+from preference_training.data.records.record import Prompt, message_of
 
 
 class JudgedInput(NamedTuple):

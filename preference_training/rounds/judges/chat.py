@@ -18,7 +18,7 @@ from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.sections import JudgingConfig
 from preference_training.core.errors import UserError
 from preference_training.core.values import hash_values
-from preference_training.data.rows.records import Prompt
+from preference_training.data.records.record import Prompt
 from preference_training.evaluation.judges import ChatJudge, NoVerdictError, OllamaJudge, OpenAIJudge, read_coded
 from preference_training.evaluation.win_rates import VerdictStore
 from preference_training.rounds.judges.base import Judge, JudgedInput, Keep, Score

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from preference_training.data.rows.records import Prompt
+from preference_training.data.records.record import Prompt
 from preference_training.rounds.judges.base import Judge, JudgedInput, Score
 
 # Two different responses, the first of which is the one whose hash is smaller.

@@ -12,8 +12,8 @@ from statistics import mean
 
 from preference_training.core.errors import UserError
 from preference_training.data.files import read_rows
+from preference_training.data.records.record import Prompt, Turn, message_of, prompt_text
 from preference_training.data.rows.conversations import RowError, parse_serialized_turns
-from preference_training.data.rows.records import Prompt, Turn, message_of, prompt_text
 from preference_training.rounds.judges.base import PendingError
 from preference_training.rounds.judges.comparing import ComparingJudge, Comparison, Outcome, ordered
 from preference_training.rounds.tables import save_text

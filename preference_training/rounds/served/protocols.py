@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from preference_training.configuration.sections import RoundsConfig
 from preference_training.core.errors import UserError
 from preference_training.core.values import hash_values
-from preference_training.data.rows.records import message_of
+from preference_training.data.records.record import message_of
 from preference_training.data.rows.templates import turns_of
 from preference_training.generation.chat_format import with_system
 from preference_training.generation.servers import ChatServer, OllamaServer, OpenAIServer, ServerError

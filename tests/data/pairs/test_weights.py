@@ -8,7 +8,7 @@ from preference_training.data.pairs.halves import halves
 from preference_training.data.pairs.weights import pair_key, pair_keys, weigh
 from preference_training.data.preparation import Prepared
 from preference_training.data.prompt_table import PromptTable
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
 
 

@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
+from preference_training.data.records.record import PreferenceRecord, Turn
+from preference_training.data.records.report import DataReport
 from preference_training.data.rendering.chat_rendering import ChatTemplate
 from preference_training.data.rendering.records import Renderer
 from preference_training.data.rendering.settings import TokenSettings
-from preference_training.data.rows.records import DataReport, PreferenceRecord, Turn
 from tests.support.chat_templates import KINDS, WITHOUT_SYSTEM, tokenizer_of, with_template
 
 CONTENTS = st.sampled_from(

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_training.data.preparation import tokenize_records
+from preference_training.data.records.record import PreferenceRecord, Turn
 from preference_training.data.rendering import encoding
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rendering.words import PATTERNS, Words
-from preference_training.data.rows.records import PreferenceRecord, Turn
 from preference_training.modeling.tokenizer import byte_level_tokenizer
 from tests.support.chat_templates import tokenizer_of
 

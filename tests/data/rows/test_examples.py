@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preference_training.data.records.record import PreferenceRecord
+from preference_training.data.records.report import DataReport
 from preference_training.data.rows.examples import (
     ALL_TIED,
     MARGIN_NOT_POSITIVE,
@@ -23,7 +25,6 @@ from preference_training.data.rows.examples import (
     Selected,
     select,
 )
-from preference_training.data.rows.records import DataReport, PreferenceRecord
 
 
 def record(pairs=(), responses="abcd", **more) -> PreferenceRecord:

@@ -7,16 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
+from preference_training.data.records.record import Turn
+from preference_training.data.records.report import OTHER_PROMPT, DataReport
+from preference_training.data.records.validation import shown, text_error
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.grouping import Row
-from preference_training.data.rows.records import (
-    OTHER_PROMPT,
-    DataReport,
-    Turn,
-    shown,
-    text_error,
-)
 from preference_training.data.rows.values import LABELS, UntypedRow, condition, field_value
 
 

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
+from preference_training.data.records.record import Turn
+from preference_training.data.records.report import OTHER_PROMPT, DataReport
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.formats import find
 from preference_training.data.rows.grouping import Row, group_rows
-from preference_training.data.rows.records import OTHER_PROMPT, DataReport, Turn
 from preference_training.data.rows.values import NO_VERDICT, TIE, verdict_values
 
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
+from preference_training.data.records.record import Turn
+from preference_training.data.records.report import SAME_TEXT, DataReport
 from preference_training.data.rows import grouping
 from preference_training.data.rows.grouping import (
     BOTH_LABELS,
@@ -25,7 +27,6 @@ from preference_training.data.rows.grouping import (
     pairs_by_score,
     scored_record,
 )
-from preference_training.data.rows.records import SAME_TEXT, DataReport, Turn
 
 # Few different values, so that equal ones meet often.
 PROMPTS = st.sampled_from(["p", "q", (Turn("user", "p"),), (Turn("system", "s"), Turn("user", "p"))])

@@ -6,6 +6,8 @@ from decimal import Decimal
 import pytest
 
 from preference_training.core.errors import UserError
+from preference_training.data.records.record import PreferenceRecord, Turn
+from preference_training.data.records.report import DataReport
 from preference_training.data.rows.examples import UNDESIRABLE, select
 from preference_training.data.rows.field_maps import (
     CONTEXT_JOINED,
@@ -14,7 +16,6 @@ from preference_training.data.rows.field_maps import (
     FieldMap,
 )
 from preference_training.data.rows.grouping import Row, group_rows
-from preference_training.data.rows.records import DataReport, PreferenceRecord, Turn
 
 U, A = Turn("user", "Where to?"), Turn("assistant", "Home.")
 TALK = [{"role": "user", "content": "Where to?"}, {"role": "assistant", "content": "Home."}]

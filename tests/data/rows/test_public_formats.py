@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from preference_training.data.records.record import PreferenceRecord, Turn
+from preference_training.data.records.report import DataReport
 from preference_training.data.rows.examples import LOWER, select
 from preference_training.data.rows.field_maps import NOTHING_LEARNED, FieldMap
 from preference_training.data.rows.grouping import group_rows
-from preference_training.data.rows.records import DataReport, PreferenceRecord, Turn
 
 U, U2, A, A2 = Turn("user", "q"), Turn("user", "q2"), Turn("assistant", "a"), Turn("assistant", "a2")
 SYSTEM = Turn("system", "s")

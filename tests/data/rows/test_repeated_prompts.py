@@ -2,8 +2,9 @@
 
 import pytest
 
+from preference_training.data.records.record import Turn
+from preference_training.data.records.report import DataReport
 from preference_training.data.rows.grouping import CUT, LEFT, Row, strip_repeated_prompts
-from preference_training.data.rows.records import DataReport, Turn
 
 
 def pair(prompt, *responses: str) -> Row:

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
+from preference_training.data.records.record import Turn
 from preference_training.data.rendering.chat_rendering import ConversationError, response_opening
-from preference_training.data.rows.records import Turn
 from preference_training.data.rows.templates import ASSISTANT, HUMAN, build_template, parse_dialogue, split_dialogue
 from preference_training.modeling.tokenizer import byte_level_tokenizer
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preference_training.data.records.report import DataReport
 from preference_training.data.rows.conversations import RowError
-from preference_training.data.rows.records import DataReport
 from preference_training.data.rows.values import condition
 from preference_training.data.sources.expressions import parse_expression
 from preference_training.data.sources.filters import RowFilter

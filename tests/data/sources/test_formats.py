@@ -10,7 +10,7 @@ import pytest
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.files import FORMATS, read_rows
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 from preference_training.data.sources.tables import NOT_OF_THIS_CALL
 
 ROWS = [{"prompt": "q0", "chosen": "a", "rejected": "b"}, {"prompt": "q1", "chosen": "c", "rejected": "d"}]

@@ -9,7 +9,7 @@ import pytest
 
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 from tests.support.files import write
 
 

@@ -14,7 +14,7 @@ import pytest
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.files import is_data_file, read_rows
-from preference_training.data.rows.records import DataReport
+from preference_training.data.records.report import DataReport
 from preference_training.data.sources.storage import content_hash
 
 ROWS = [{"prompt": f"q{n}", "chosen": f"good {n}", "rejected": "bad"} for n in range(30)]

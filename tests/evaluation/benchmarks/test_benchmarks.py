@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import run_file
-from preference_training.data.rows.records import OTHER_PROMPT, SAME_TEXT, DataReport
+from preference_training.data.records.report import OTHER_PROMPT, SAME_TEXT, DataReport
 from preference_training.evaluation.benchmarks import arena, length_control, sections
 from preference_training.evaluation.benchmarks.command import benchmark_win_rate, pair_accuracy
 from preference_training.evaluation.benchmarks.outputs import read_outputs

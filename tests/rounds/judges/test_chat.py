@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import Turn
+from preference_training.data.records.record import Turn
 from preference_training.rounds.judges.base import JudgedInput, Score
 from preference_training.rounds.judges.chat import COMPARISONS, parse_score
 from preference_training.rounds.judges.choice import build_judge, check_judge

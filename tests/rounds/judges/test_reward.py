@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import Turn
+from preference_training.data.records.record import Turn
 from preference_training.rounds.judges.base import JudgedInput
 from preference_training.rounds.judges.choice import build_judge, check_judge
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import Turn
+from preference_training.data.records.record import Turn
 from preference_training.rounds.judges.base import JudgedInput, Score
 from preference_training.rounds.judges.choice import build_judge, check_rows
 from preference_training.rounds.judges.unit_tests import TestsJudge

@@ -1,115 +1,27 @@
-"""Records as text: what is counted, which faults are told, how rows of a prompt come together, and who is held out."""
+"""Faults in texts, turns and records are told; what is none is not."""
 
-import hashlib
-import json
-from itertools import combinations, count, islice
+from itertools import combinations
 
 import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preference_training.core.errors import UserError
-from preference_training.data.rows.records import (
+from preference_training.data.records.record import Turn, prompt_text, response_of
+from preference_training.data.records.validation import (
     LISTS_OF_VALUES,
-    DataReport,
-    Turn,
-    is_held_out,
     item_error,
     prompt_error,
-    prompt_hash,
-    prompt_text,
     response_error,
-    response_of,
-    split_by_hash,
     text_error,
     type_name,
 )
 
 # Few different values, so that equal ones meet often.
 PROMPTS = st.sampled_from(["p", "q", (Turn("user", "p"),), (Turn("system", "s"), Turn("user", "p"))])
-ANSWERS = st.sampled_from(["a", "b", "c", "d"])
-SCORES = st.sampled_from([-1.0, 0.0, 0.5, 7.0])
 CALL = Turn("assistant", "", '{"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}')
 RESULT = Turn("tool", "", '{"name": "f"}')
 TEXTS = st.text(min_size=1).filter(lambda text: text_error(text) is None)
-
-# ---- the report ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_bad_row_stops_the_run_and_its_message_names_the_remedy():
-    report, fault = DataReport(), UserError("datasets: rows.jsonl, row 3: no text.")
-    with pytest.raises(UserError) as refusal:
-        report.bad_row(fault)
-    assert str(refusal.value) == ("datasets: rows.jsonl, row 3: no text. Fix the row, or skip such rows with on_bad_row=skip.")
-    assert refusal.value.__cause__ is fault
-    assert report == DataReport()
-
-
-def test_skipped_rows_are_counted_and_the_first_ten_kinds_are_listed_by_the_first_line_of_their_message():
-    report = DataReport(skip_bad_rows=True)
-    kinds = "abcdefghijkl"
-    for number, kind in enumerate(kinds, start=1):
-        report.bad_row(UserError(f"row {number} has {kind}\nand this is why"))
-    assert report.num_bad_rows == 12
-    assert report.bad_rows == [f"row {number} has {kind}" for number, kind in enumerate(kinds[:10], start=1)]
-    assert report.lines() == ["12 bad rows skipped", *(f"  {message}" for message in report.bad_rows)]
-
-
-def test_rows_that_fail_alike_are_one_line_with_their_number():
-    report = DataReport(skip_bad_rows=True)
-    for number, found in enumerate(["'much'", "'5 of 9'", "null", "'more'"], start=7):
-        report.bad_row(UserError(f"data.jsonl, row {number}: field 'n' is {found}, expected a number."))
-    assert report.lines() == [
-        "4 bad rows skipped",
-        "  data.jsonl, row 7: field 'n' is 'much', expected a number. (2 more rows like it)",
-        "  data.jsonl, row 9: field 'n' is null, expected a number.",
-    ]
-    assert DataReport(**report.as_dict()) == report
-
-
-def test_what_is_skipped_and_changed_is_added_up_by_reason_and_nothing_is_no_reason():
-    report = DataReport()
-    report.skip("too long", 2)
-    report.skip("too short")
-    report.skip("too long")
-    report.skip("never", 0)
-    report.change("prompts cut", 4)
-    report.change("answers cut", 0)
-    assert (report.left_out, report.changed) == ({"too long": 3, "too short": 1}, {"prompts cut": 4})
-    assert report.lines() == ["3 skipped: too long; 1 skipped: too short; 4 prompts cut"]
-
-
-def test_a_report_without_anything_to_say_has_no_lines():
-    assert DataReport(rows_read=10, num_prompts=10).lines() == []
-
-
-REPORTS = st.builds(
-    DataReport,
-    skip_bad_rows=st.booleans(),
-    rows_read=st.integers(0),
-    num_prompts=st.integers(0),
-    num_bad_rows=st.integers(0),
-    bad_rows=st.lists(st.text(), max_size=10),
-)
-
-
-@given(report=REPORTS, reasons=st.lists(st.tuples(st.text(), st.integers(0, 5))), changes=st.lists(st.text()))
-def test_a_report_survives_json_and_continues_counting(report, reasons, changes):
-    for reason, number in reasons:
-        report.skip(reason, number)
-    for what in changes:
-        report.change(what)
-    again = DataReport(**json.loads(json.dumps(report.as_dict())))
-    assert again == report
-    for each in (again, report):
-        each.skip("once more")
-        each.change("once more")
-    assert again == report
-    assert again.left_out["once more"] == 1 + sum(number for reason, number in reasons if reason == "once more")
-
-
-# ---- faults -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -332,111 +244,5 @@ def test_scores_and_labels_are_of_responses_weights_and_margins_of_pairs(more, f
     assert item_error(("p", SOUND | more)) == fault
 
 
-def test_remarks_are_reported_once_and_survive_json():
-    report = DataReport(left_out={"it is odd": 1}, bad_rows=["row 3"])
-    for _ in range(2):
-        report.not_read("system")
-        report.note("weight has no effect")
-    again = DataReport(**json.loads(json.dumps(report.as_dict())))
-    assert again.lines() == [
-        "1 skipped: it is odd",
-        "columns not read: system (with system: system it becomes the system turn)",
-        "weight has no effect",
-        "  row 3",
-    ]
-
-
-def test_names_of_a_hundred_columns_are_kept():
-    report = DataReport()
-    for number in range(150):
-        report.not_read(f"column {number}")
-    assert list(report.columns_not_read) == [f"column {number}" for number in range(100)]
-
-
-# ---- held out -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_hash_of_a_conversation_is_that_of_its_roles_and_contents():
-    digest = hashlib.sha256(b"system\0s\0user\0p").digest()
-    assert prompt_hash((Turn("system", "s"), Turn("user", "p"))) == int.from_bytes(digest[:8], "big") / 2**64
-    # sha256("abc") begins with ba7816bf 8f01cfea.
-    assert prompt_hash("abc") == 0xBA7816BF8F01CFEA / 2**64
-
-
-@given(prompt=PROMPTS | TEXTS, share=st.floats(0, 1))
-def test_a_hash_lies_between_0_and_1_and_a_larger_share_holds_out_all_of_a_smaller_one(prompt, share):
-    assert 0 <= prompt_hash(prompt) < 1
-    assert not is_held_out(prompt, 0)
-    if is_held_out(prompt, share / 2):
-        assert is_held_out(prompt, share)
-
-
-def split_of(items: list, share: float) -> tuple[list, list]:
-    return tuple(list(split_by_hash(iter(items), split, share)) for split in ("train", "test"))
-
-
-def test_without_a_held_out_share_each_item_is_trained_on_once_whatever_it_comes_from():
-    items = [("p", {"sft_target": "a"}), ("q", {"sft_target": "b"})]
-    assert list(split_by_hash(items, "train", 0)) == items
-    assert list(split_by_hash(items, "test", 0)) == []
-
-
 def test_what_a_tool_returns_may_be_white_space():
     assert item_error(((Turn("user", "q"), CALL, Turn("tool", " \n")), SOUND)) is None
-
-
-MANY_PROMPTS = PROMPTS | st.integers(0, 100).map(str) | st.integers(0, 20).map(lambda number: (Turn("user", str(number)),))
-SHARES = st.sampled_from([1e-12, 0.01, 0.05, 0.3, 0.9, 0.999])
-
-
-@settings(max_examples=500)
-@given(prompts=st.lists(MANY_PROMPTS, max_size=30), share=SHARES, shuffle=st.randoms(use_true_random=False))
-def test_train_and_test_are_disjoint_and_complete_whatever_the_order_of_items(prompts, share, shuffle):
-    items = [(prompt, {"number": number}) for number, prompt in enumerate(prompts)]
-    train, test = split_of(items, share)
-    assert sorted(record["number"] for _, record in train + test) == list(range(len(items)))
-    assert all(prompts[record["number"]] == prompt for prompt, record in train + test)
-    held_out = {prompt for prompt, _ in test}
-    assert not held_out & {prompt for prompt, _ in train}
-    # By the hash alone, or where that takes none, the prompt with the smallest one; a single prompt is trained on.
-    by_hash = {prompt for prompt in prompts if prompt_hash(prompt) < share}
-    smallest = {min(set(prompts), key=prompt_hash)} if len(set(prompts)) > 1 else set()
-    assert held_out == (by_hash or smallest)
-
-    shuffle.shuffle(items)
-    again_train, again_test = split_of(items, share)
-    assert {prompt for prompt, _ in again_test} == held_out
-    assert {record["number"] for _, record in again_train} == {record["number"] for _, record in train}
-
-
-@given(prompts=st.lists(MANY_PROMPTS, max_size=30))
-def test_a_share_of_0_holds_out_nothing_and_changes_no_order(prompts):
-    items = [(prompt, {}) for prompt in prompts]
-    assert split_of(items, 0) == (items, [])
-
-
-def test_of_two_prompts_one_is_held_out_with_all_its_items_and_a_single_one_is_trained_on():
-    twice = [("p", {"number": 0}), ("q", {"number": 1}), ("p", {"number": 2}), ("q", {"number": 3})]
-    smaller = min("pq", key=prompt_hash)
-    train, test = split_of(twice, 1e-12)
-    assert test == [item for item in twice if item[0] == smaller]
-    assert train == [item for item in twice if item[0] != smaller]
-    single = [("p", {}), ("p", {})]
-    assert split_of(single, 1e-12) == (single, [])
-
-
-def test_items_stream_through_a_split():
-    endless = ((str(number), {}) for number in count())
-    found = [prompt for prompt, _ in islice(split_by_hash(endless, "test", 0.1), 3)]
-    assert found == list(islice((str(number) for number in count() if prompt_hash(str(number)) < 0.1), 3))
-    # Before any prompt is held out, only those with the smallest hash so far wait.
-    endless = ((str(number), {}) for number in count())
-    numbers = [int(prompt) for prompt, _ in islice(split_by_hash(endless, "train", 1e-12), 50)]
-    assert len(set(numbers)) == 50
-    assert max(numbers) == 50
-
-
-def test_about_the_share_of_the_prompts_is_held_out():
-    items = [(str(number), {}) for number in range(2000)]
-    # Binomial(2000, 0.05) has a standard deviation of 9.7; the hash is fixed, so that this cannot fail by chance.
-    assert abs(len(split_of(items, 0.05)[1]) - 100) < 40

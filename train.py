@@ -20,7 +20,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import preference_datasets  # noqa: F401  its data sets register themselves
-from preference_training.configuration.checks.run import check_objective, check_weights
 from preference_training.configuration.command_line import mistakes_as_messages, prepare_arguments, refuse
 from preference_training.configuration.composition import CONFIG_DIR, own_folder
 from preference_training.configuration.keys import at_home
@@ -32,8 +31,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.machine import release_memory
 from preference_training.core.processes import in_worker, is_step
 from preference_training.core.signals import STOPPED, StoppedError, StopRequests, stoppable_start
-from preference_training.data.entries import read_entries
-from preference_training.losses.registry import example_kind, model_head
+from preference_training.data.checks import check_run
 from preference_training.sweeps.gpus import jobs_at_once, take_gpus
 from preference_training.sweeps.jobs import Request
 from preference_training.sweeps.running import run_job
@@ -76,9 +74,7 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
     composed.resume = resume or composed.resume
     overrides, runtime = list(HydraConfig.get().overrides.task), HydraConfig.get().runtime
     config = validate(composed, overrides, dict(runtime.choices), own_folder(runtime.config_sources))
-    name = config.loss.name
-    check_objective(config.objective, name, example_kind(name), model_head(name), config.rounds is not None)
-    read_entries(config)
+    check_run(config)
     check_resume(config.resume)
     if config.pruner and not in_sweep:
         raise UserError(f"pruner: found {config.pruner}, and this run has no others to be compared with. Add -m.")
@@ -88,7 +84,6 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
 
 def start(config: RunConfig, run_dir: Path, in_sweep: bool, callbacks: Sequence[object] = ()) -> float | None:
     """Run in this process, or launch several where the trainer needs them; rounds and halves of data are runs by themselves."""
-    check_weights(config, example_kind(config.loss.name))
     if config.rounds is not None:
         from preference_training.reporting.loops.page import write_loop_report
         from preference_training.rounds.start import start_loop

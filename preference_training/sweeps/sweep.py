@@ -14,6 +14,7 @@ from pathlib import Path
 from hydra.experimental.callback import Callback
 from omegaconf import OmegaConf
 
+from preference_training.configuration.command_line import refuse
 from preference_training.configuration.composition import parsed_override
 from preference_training.configuration.sections import FROM_HALVES
 from preference_training.core.errors import UserError
@@ -32,6 +33,7 @@ class Sweep(Callback):
         sweep, sweeper = SweepDirectory(Path(config.hydra.sweep.dir).absolute()), config.hydra.sweeper
         _check_direction(sweeper.get("direction"), str(config.objective))
         _check_halves(config)
+        _check_jobs(config)
         for text in _warnings(config):
             print(f"warning: {text}", flush=True)
         try:
@@ -78,8 +80,7 @@ def _warnings(config) -> list[str]:
 
 def _refuse(problem: str) -> None:
     # Hydra turns an exception of a callback into a warning, and continues.
-    print(problem, file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(refuse(problem))
 
 
 def _check_direction(direction, objective: str) -> None:
@@ -102,6 +103,14 @@ def _check_halves(config) -> None:
         check_start(in_sweep=True)
     except UserError as error:
         _refuse(str(error))
+
+
+def _check_jobs(config) -> None:
+    """Refuse a sweep of which a job would be refused, before its first job."""
+    from preference_training.sweeps.checks import mistakes
+
+    if found := mistakes(config):
+        _refuse("\n".join(found))
 
 
 def _swept(overrides: Iterable[str]) -> list[str]:

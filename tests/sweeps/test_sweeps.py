@@ -142,23 +142,44 @@ def with_a_bug_at_seed_1() -> None:
 
 
 def test_a_failed_job_leaves_the_others_running_and_is_named_at_the_end_with_what_was_its_own(tmp_path):
-    command = [ROOT / "train.py", "-m", *BRIEF, "seed=0,1", "loss.beta=-1,0.1", "sweep_dir=sweep"]
+    write(tmp_path / "bad.jsonl", [*rows_of(1), {"prompt": "p", "chosen": None, "rejected": "r"}])
+    command = [ROOT / "train.py", "-m", *BRIEF, "seed=0,1", "datasets=bad.jsonl,toy", "sweep_dir=sweep"]
     done = forked.run(command, tmp_path, first=with_a_bug_at_seed_1)
     assert done.returncode == 1, "a bug is among what went wrong"
     assert [job["state"] for job in jobs(tmp_path / "sweep").values()] == ["failed", "complete", "failed", "failed"]
     told = done.stderr[done.stderr.index("sweep: 1 of 4 jobs are complete") :].splitlines()
-    assert told[1].startswith("  0 (seed=0 loss.beta=-1): failed: loss.beta: found -1, expected a number above 0")
-    assert told[2].startswith("  2 (seed=1 loss.beta=-1): failed: loss.beta: found -1")
-    assert told[3] == "  3 (seed=1 loss.beta=0.1): failed: ZeroDivisionError: division by zero"
+    assert told[1].startswith("  0 (seed=0 datasets=bad.jsonl): failed: datasets: bad.jsonl, row 41: ")
+    assert told[2] == "  2 (seed=1 datasets=bad.jsonl): failed: ZeroDivisionError: division by zero"
+    assert told[3] == "  3 (seed=1 datasets=toy): failed: ZeroDivisionError: division by zero"
     assert told[4] == f"The same command line with sweep_dir={tmp_path / 'sweep'} runs what is missing."
     assert "else 1 / 0" in done.stderr, "a bug keeps its traceback"
     assert len(list(csv.DictReader((tmp_path / "sweep" / "comparison.csv").open()))) == 1
 
 
-def test_a_sweep_whose_jobs_are_all_refused_ends_with_the_status_of_a_mistake(tmp_path):
-    done = sweep(tmp_path, *BRIEF, "lr=-1", "loss.beta=0.1,0.2")
-    assert (done.returncode, done.stderr.count("lr: found -1")) == (2, 4), "each when it happens, and at the end"
+def test_a_sweep_whose_jobs_all_find_their_data_bad_ends_with_the_status_of_a_mistake(tmp_path):
+    write(tmp_path / "bad.jsonl", [{"prompt": "p", "chosen": None, "rejected": "r"}])
+    done = sweep(tmp_path, *BRIEF, "datasets=bad.jsonl", "loss.beta=0.1,0.2")
+    assert (done.returncode, done.stderr.count("bad.jsonl, row 1: ")) == (2, 4), "each when it happens, and at the end"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["lr=-1", "loss.beta=0.1,0.2"], ["lr: found -1"]),
+        (["seed=0,1,x", "loss.beta=0.1,-1"], ["seed: found 'x', expected a whole number", "loss.beta: found -1"]),
+        (["datasets=toy,nowhere.jsonl"], ["datasets: nowhere.jsonl: no such file"]),
+        (["+experiment=beyond"], ["loss.beta: found 0"]),
+    ],
+)
+def test_values_that_a_job_would_refuse_are_refused_before_the_first_job(given, told, tmp_path):
+    beyond = "# @package _global_\nhydra: {sweeper: {params: {loss.beta: '0.1,0'}}}\n"
+    (tmp_path / "presets" / "experiment").mkdir(parents=True)
+    (tmp_path / "presets" / "experiment" / "beyond.yaml").write_text(beyond)
+    done = sweep(tmp_path, "--config-dir", "presets", *BRIEF, *given)
+    assert done.returncode == 2 and not done.stdout, done.stderr
+    assert all(line.startswith(text) for line, text in zip(done.stderr.splitlines(), told, strict=True)), done.stderr
+    assert not (tmp_path / "multirun").exists()
 
 
 def test_a_sweep_over_losses_takes_a_key_that_all_of_them_have_and_refuses_one_that_some_lack(tmp_path):

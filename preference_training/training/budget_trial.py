@@ -143,12 +143,15 @@ def tokens_that_fit(before: Measured | None, found: Measured, room: Sequence[int
     return max(1, min(answers))
 
 
+# What to do about too little memory.
+REMEDIES = (
+    "Set activation_checkpointing=true, model.policy_dtype=bfloat16 or reference_logps=cached, shard the weights "
+    "(trainer=FSDPTrainer), or choose an adapter or a smaller model."
+)
+
+
 def _too_little(limit: int) -> str:
-    return (
-        f"memory: forward and backward ran out of memory with {limit} tokens at once. Set activation_checkpointing=true, "
-        "model.policy_dtype=bfloat16 or reference_logps=cached, shard the weights (trainer=FSDPTrainer), or choose an adapter "
-        "or a smaller model."
-    )
+    return f"memory: forward and backward ran out of memory with {limit} tokens at once. {REMEDIES}"
 
 
 # ---- the packs on trial -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import torch
+
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import evaluation_prompts
 from preference_training.batching.packing import iterate_examples
@@ -16,6 +18,7 @@ from preference_training.checkpointing.resume import checkpoint_to_resume
 from preference_training.configuration.run_dirs import remove_empty, writable
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.metric_names import EVAL_MARGIN
+from preference_training.core.process_group import progress
 from preference_training.core.processes import is_step
 from preference_training.core.signals import StoppedError, StopRequests
 from preference_training.data.prompt_table import PromptTable
@@ -28,6 +31,7 @@ from preference_training.tracking.callbacks import Callbacks
 from preference_training.tracking.half_margins import write_half_data, write_half_margins
 from preference_training.tracking.tracker import NoTracker, Tracker
 from preference_training.training.assembly import assemble, checkpoint_writer, observe
+from preference_training.training.budget_trial import REMEDIES
 from preference_training.training.defaults import usual_lr
 from preference_training.training.evaluator import Evaluator
 from preference_training.training.parts import Batches, Models, Observers, RunState
@@ -51,11 +55,15 @@ class Readers:
 def train_or_evaluate(prepared: PreparedRun, trainer_class, placement: Placement, readers: Readers) -> float | None:
     """Train, or evaluate only. Returns the held-out metric named by `objective`.
 
-    With several processes this is one of them.
+    With several processes this is one of them. Raises UserError where memory is too small for what smaller packs do not help.
     """
-    if prepared.config.eval_only:
-        return evaluate(prepared, placement)
-    return train(prepared, trainer_class, placement, readers)
+    try:
+        if prepared.config.eval_only:
+            return evaluate(prepared, placement)
+        return train(prepared, trainer_class, placement, readers)
+    except torch.OutOfMemoryError as error:
+        during = f" in {progress.phase}" if progress.phase else ""
+        raise UserError(f"memory: out of memory{during}. {REMEDIES} Found: {first_line(error)}.") from error
 
 
 def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: Readers | None = None) -> float | None:

@@ -40,6 +40,7 @@ from tests.support.files import GOLDEN
 from tests.support.losses import of_every_kind
 from tests.support.shown import write_files
 from trainers import Trainer
+from utils import train
 
 LENGTHS = ("max_length=40", "max_prompt_length=20")
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
@@ -923,6 +924,19 @@ def test_a_single_example_that_does_not_fit_into_memory_is_named(build, tokenize
         UserError, match=r"^max_length: a single example of \d+ tokens does not fit into memory \(.*\), so smaller"
     ):
         trainer.train_step(batch)
+
+
+def test_memory_that_is_too_small_outside_of_steps_is_a_mistake_that_says_where(compose, tmp_path, monkeypatch):
+    def out_of_memory(policy, reference, loss, batches, *args):
+        next(batches)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("preference_training.training.evaluator.evaluate_held_out", out_of_memory)
+    config = compose("loss=dpo", "n_examples=16", "n_eval_examples=16", "sample_during_eval=false", f"local_run_dir={tmp_path}")
+    with pytest.raises(UserError) as error:
+        train(config, quiet=True)
+    assert str(error.value).startswith("memory: out of memory in batch 1 of 1 of an evaluation. Set ")
+    assert str(error.value).endswith(" Found: CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def test_tokens_are_counted_as_they_were_computed_after_packs_were_halved(build):

@@ -15,6 +15,7 @@ from preference_training.configuration.composition import (
     GROUPS,
     OPTIONAL_GROUPS,
     choice_keys,
+    compose_overrides,
     default_values,
     defer_keys_of_swept_groups,
     explain_composition_error,
@@ -26,8 +27,10 @@ from preference_training.configuration.composition import (
     unknown_key,
 )
 from preference_training.configuration.config_files import FOLDER_FLAGS, insert_config_file, key_of, name_file, take_flag
-from preference_training.configuration.other_tools import Part, answer, plain, translated
+from preference_training.configuration.other_tools.answers import Part, plain
+from preference_training.configuration.other_tools.lookup import answer, translated
 from preference_training.configuration.run_dirs import not_writable_message
+from preference_training.configuration.validation import validate
 from preference_training.core.errors import UserError
 from preference_training.core.processes import reports_for_machine
 from preference_training.core.values import dotted
@@ -78,10 +81,38 @@ def refuse_other_tools(arguments: Sequence[str]) -> None:
     kept = _each_key_once(ours)
     foreign = [part for part in kept if _is_of_another_choice(part, kept)]
     told += [f"{part.text}: left out, since {_choice_of(part, kept)} has no such key" for part in foreign]
-    command = shlex.join(part.text for part in kept if part not in foreign)
+    texts, mistakes = _without_mistakes([part.text for part in kept if part not in foreign])
+    told += mistakes.values()
+    lost += mistakes
+    command = shlex.join(texts)
     without = f", without {', '.join(lost)}" if lost else ""
     whole = f"\nTogether{without}: python train.py {command}" if len(told) > 1 and command else ""
     raise UserError("\n".join(told) + whole)
+
+
+def _without_mistakes(overrides: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The overrides without those that are refused, and why these are: key → message.
+
+    Nothing is looked at where Hydra's own options choose what is composed, or a sweep.
+    """
+    mistakes: dict[str, str] = {}
+    while not any(text.startswith("-") for text in overrides) and (mistake := _mistake(overrides)):
+        key = mistake.partition(":")[0]
+        rest = [text for text in overrides if key_of(text) != key and text != key]
+        if len(rest) == len(overrides):
+            break
+        mistakes[key], overrides = mistake, rest
+    return overrides, mistakes
+
+
+def _mistake(overrides: Sequence[str]) -> str | None:
+    """What is wrong with a command line; None if nothing is seen."""
+    try:
+        config, choices = compose_overrides(*overrides)
+        validate(config, overrides, choices)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _read(arguments: Sequence[str]) -> Iterator[_Argument]:

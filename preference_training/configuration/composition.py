@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from preference_training.configuration.keys import NEWER, OPEN, key_names
 from preference_training.configuration.model_names import BASES, CONFIG_DIR, as_override, name_models
-from preference_training.configuration.other_tools import answer, near_name
+from preference_training.configuration.other_tools.lookup import answer, near_name
 from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.values import dotted

@@ -6,7 +6,8 @@ import pytest
 
 from preference_training.configuration.command_line import prepare_arguments
 from preference_training.configuration.composition import compose_overrides, known_keys
-from preference_training.configuration.other_tools import OTHER_NAMES, answer, translated
+from preference_training.configuration.other_tools.lookup import answer, translated
+from preference_training.configuration.other_tools.table import OTHER_NAMES
 from preference_training.core.errors import UserError
 
 # What people type on their first day, by tool.
@@ -74,7 +75,10 @@ def test_the_names_that_people_bring_are_answered_in_a_line(name):
     [
         ("learning_rate=3e-4", "learning_rate: in this project: lr=3e-4"),
         ("+learning_rate=3e-4", "learning_rate: in this project: lr=3e-4"),
-        ("learning_rate=1e-5,3e-5", "learning_rate: in this project: lr=1e-5,3e-5"),
+        (
+            "learning_rate=1e-5,3e-5",
+            "learning_rate: in this project: lr=1e-5,3e-5\nlr: found several values, 1e-5,3e-5. Add -m for a sweep over them.",
+        ),
         ("loss_type=sigmoid", "loss_type: in this project: loss=dpo"),
         ("stage=rm", "stage: in this project: loss=reward"),
         ("optim=adamw_torch", "optim: in this project: optimizer=AdamW"),
@@ -99,6 +103,44 @@ def test_the_answer_has_the_users_value(argument, told):
         assert refusal(argument).startswith(told.split(";")[0])
     else:
         assert refusal(argument) == told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mistakes", "rest"),
+    [
+        (
+            "--template qwen --learning_rate 1e-5",
+            ["template: found 'qwen', expected "],
+            "without template: python train.py lr=1e-5",
+        ),
+        ("bf16=auto --beta 0.1", ["bf16: found 'auto', expected "], "without bf16: python train.py loss=dpo loss.beta=0.1"),
+        (
+            "dpo --lr=1",
+            ["dpo: found a word by itself, expected KEY=VALUE; did you mean loss=dpo?"],
+            "without dpo: python train.py lr=1",
+        ),
+        (
+            "tokenizer.path=x model._component_=y optimizer.lr=1e-3",
+            ["tokenizer.path: no such key; ", "model._component_: no such key; "],
+            "without tokenizer.path, model._component_: python train.py lr=1e-3",
+        ),
+        (
+            "--loss_type sigmoid,sft --lr=1",
+            ["loss: found several values, sigmoid,sft. Add -m"],
+            "without loss: python train.py lr=1",
+        ),
+    ],
+)
+def test_what_the_whole_command_would_refuse_is_told_and_left_out_of_it(arguments, mistakes, rest):
+    told = refusal(*arguments.split()).splitlines()
+    assert told[-1] == f"Together, {rest}"
+    found = told[-1 - len(mistakes) : -1]
+    assert all(line.startswith(text) for line, text in zip(found, mistakes, strict=True)), told
+
+
+def test_a_sweep_is_copied_as_it_is():
+    told = refusal("-m", "--beta", "0.1,0.2", "--learning_rate", "1e-5,2e-5").splitlines()
+    assert told[-1] == "Together: python train.py -m loss=dpo loss.beta=0.1,0.2 lr=1e-5,2e-5"
 
 
 def test_several_are_answered_together_with_the_whole_command():

@@ -4,87 +4,7 @@ A table of names. Each has the overrides that do the same, with {} where the use
 with where the user gave none; or a sentence where nothing is to be set.
 """
 
-import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from difflib import get_close_matches
-from types import MappingProxyType
-
-# Other arguments of the command line by their names, ours and those of other tools.
-Given = Mapping[str, str]
-NOTHING: Given = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Part:
-    """An override that does what an option of another tool does.
-
-    is_choice: of a group or an optimizer that the option's own override needs, and that any other choice replaces. is_general:
-    of a kind of training, which one of a loss replaces.
-    """
-
-    text: str
-    is_choice: bool = False
-    is_general: bool = False
-
-    @property
-    def shown(self) -> str:
-        """The override as a word on the command line."""
-        return shlex.quote(self.text) if set(self.text) & set(" \t'\"\\") else self.text
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What an option of another tool is here.
-
-    overrides: as on the command line; the last one is the option's own, the others are what it needs. example: a value of it.
-    values: those of the other tool that have another name here. off: those that are the default here. computed: the value here
-    of one there, beside the other arguments, None where it does not follow from them. note: what else is to be known, or all
-    there is to say where there is no override; `notes` of some values in its place. is_general: whether options for the loss
-    are more exact. is_done: whether nothing is to be set, and nothing lost.
-    """
-
-    overrides: str = ""
-    example: str = ""
-    values: dict[str, str] = field(default_factory=dict)
-    off: tuple[str, ...] = ()
-    computed: Callable[[str, Given], str | None] | None = None
-    note: str = ""
-    notes: dict[str, str] = field(default_factory=dict)
-    is_general: bool = False
-    is_done: bool = False
-
-    def parts(self, value: str | None = None, given: Given = NOTHING) -> list[Part]:
-        """The overrides with the user's value, or with the example; none where there is nothing to set."""
-        if self.is_off(value):
-            return []
-        here = self.example if value is None else self.values.get(_lower(value), value)
-        if value is not None and self.computed is not None:
-            computed = self.computed(here, given)
-            if computed is None:
-                return []
-            here = computed
-        if "," in here and here[0] not in "[{'\"" and any(name in self.overrides for name in _LISTS):
-            here = f"[{here}]"
-        words = self.overrides.split()
-        texts = [text.format(here) for text in words]
-        if value is not None and here in self.values.values():
-            # What a value is called here may be several overrides.
-            texts = " ".join(texts).split()
-        return [Part(text, number < len(words) - 1, self.is_general) for number, text in enumerate(texts)]
-
-    def text(self, value: str | None = None) -> str | None:
-        """The overrides as words of a command line; None where there is nothing to set."""
-        return " ".join(part.shown for part in self.parts(value)) or None
-
-    def is_off(self, value: str | None) -> bool:
-        """Whether a value of the other tool is the default here."""
-        return _lower(value) in (self.off if "{}" in self.overrides else _OFF)
-
-
-def _lower(value: str | None) -> str:
-    return (value or "").strip("'\"").lower()
-
+from preference_training.configuration.other_tools.answers import OFF, Answer, Given
 
 # ---- values that follow from others -----------------------------------------------------------------------------------------
 
@@ -127,6 +47,11 @@ def _both_betas(_: str, given: Given) -> str:
     return f"[{given.get('adam_beta1', '0.9')},{given.get('adam_beta2', '0.999')}]"
 
 
+def _in_minutes(seconds: str, _: Given) -> str | None:
+    found = _number(seconds)
+    return f"{found / 60:.6g}" if found else None
+
+
 def _as_multiple_of_lr(rate: str, given: Given) -> str | None:
     own, lr = _number(rate), _number(given.get("lr"))
     return f"{own / lr:.6g}" if own and lr else None
@@ -134,9 +59,6 @@ def _as_multiple_of_lr(rate: str, given: Given) -> str | None:
 
 # ---- the table --------------------------------------------------------------------------------------------------------------
 
-_OFF = ("false", "none", "null", "no", "off")
-# Keys whose values are lists, which other tools write without brackets.
-_LISTS = ("datasets=", "tracking=", "target_modules=", "modules_to_save=")
 _LOSSES = {
     "sigmoid": "dpo", "rm": "reward", "pt": "sft", "rlhf": "dpo", "robust": "robust", "kto_pair": "kto", "exo_pair": "exo_pair",
     "nca_pair": "nca_pair", "bco_pair": "bco", "sppo_hard": "sppo_hard", "aot_pair": "aot_unpaired", "discopop": "discopop",
@@ -184,7 +106,7 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each(
         "attn_implementation flash_attention flash_attn use_flash_attention_2 use_flash_attn",
         *("model.attn_implementation={}", "flash_attention_2", _ATTENTIONS),
-        off=_OFF,
+        off=OFF,
     ),
     **_each("use_liger_kernel use_liger enable_liger_kernel liger_kernel", "model.liger_kernels={}", "true"),
     **_each("load_in_4bit qlora bnb_4bit use_qlora", "+adapter=qlora"),
@@ -249,6 +171,29 @@ OTHER_NAMES: dict[str, Answer] = {
         computed=_in_one_epoch,
         note="n_examples counts the examples of all epochs together; several epochs of the same rows need a file of these rows",
     ),
+    **_each(
+        "dataset_text_field prompt_column dataset_prompt_field",
+        note="columns are found by their names, or named in an entry: 'datasets=[{path: mine.jsonl, prompt: COLUMN}]'",
+    ),
+    **_each("dataset_dir", note="datasets takes paths: datasets=FOLDER/mine.jsonl"),
+    **_each(
+        "dataset_split train_split",
+        note="an entry of datasets can name it: 'datasets=[{path: ORGANIZATION/NAME, split: train}]'",
+    ),
+    **_each(
+        "remove_unused_columns", note="columns that are not read are listed, and change nothing: nothing to set", is_done=True
+    ),
+    **_each(
+        "overwrite_cache",
+        note="prepared data are kept by what they depend on, and prepared anew where that changes: nothing to set",
+        is_done=True,
+    ),
+    **_each(
+        "preprocessing_num_workers dataset_num_proc num_proc dataloader_num_workers dataloader_pin_memory "
+        "dataloader_prefetch_factor",
+        note="data are prepared once and mapped into memory, and batches are built beside the training: nothing to set",
+        is_done=True,
+    ),
     **_each("max_eval_samples", "n_eval_examples={}", "200"),
     **_each("chat_template conversation_template prompt_template", "template={}", "chat", {"tokenizer_default": "chat"}),
     **_each("system_message default_system", "system_prompt={}", "'Answer briefly.'"),
@@ -295,7 +240,8 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("warmup_ratio warmup_fraction", "warmup_share={}", "0.1"),
     **_each("num_warmup_steps lr_warmup_steps", "warmup_steps={}", "10"),
     **_each("num_train_epochs num_epochs epochs max_epochs", "n_epochs={}", "3"),
-    **_each("max_steps max_train_steps num_steps total_steps train_steps", "n_steps={}", "100"),
+    # -1 is no limit there.
+    **_each("max_steps max_train_steps num_steps total_steps train_steps", "n_steps={}", "100", off=("-1", *OFF)),
     **_each(
         "max_steps_per_epoch",
         *("n_steps={}", "100"),
@@ -331,10 +277,22 @@ OTHER_NAMES: dict[str, Answer] = {
     ),
     **_each("tensor_parallel", "trainer=TensorParallelTrainer"),
     **_each(
-        "tensor_parallel_size tp_size", "trainer=TensorParallelTrainer trainer.tensor_parallel_size={}", "2", off=("1", *_OFF)
+        "tensor_parallel_size tp_size", "trainer=TensorParallelTrainer trainer.tensor_parallel_size={}", "2", off=("1", *OFF)
     ),
     **_each("num_gpus n_gpus num_processes nproc_per_node", "trainer=FSDPTrainer trainer.nproc_per_node={}", "2"),
     **_each("ddp data_parallel", "trainer=FSDPTrainer trainer.sharding=none"),
+    **_each(
+        "ddp_timeout",
+        *("trainer=FSDPTrainer trainer.distributed_timeout_minutes={}", "30"),
+        computed=_in_minutes,
+    ),
+    **_each(
+        "use_cpu no_cuda",
+        note="the environment chooses devices: with CUDA_VISIBLE_DEVICES= before the command it trains on the CPU",
+    ),
+    **_each(
+        "local_rank ddp_find_unused_parameters ddp_backend", note="processes find each other: nothing to set", is_done=True
+    ),
     # Files, evaluation and logging.
     **_each("output_dir output_path out_dir save_dir checkpoint_dir", "local_run_dir={}", "runs/mine"),
     **_each("run_name wandb_name wandb_run_name wandb_run_id experiment_name name", "exp_name={}", "mine"),
@@ -360,6 +318,12 @@ OTHER_NAMES: dict[str, Answer] = {
         note="eval_every counts the examples from one evaluation to the next; those of an epoch are one an epoch",
         notes={"no": "nothing is evaluated where nothing is held out: held_out_share=0"},
     ),
+    **_each("do_train", note="that is what the command does; eval_only=true evaluates and trains nothing", is_done=True),
+    **_each("do_eval", note="held-out rows are always evaluated; held_out_share=0 holds out none", is_done=True),
+    **_each("plot_loss", note="report.html in the run's directory has the curves: nothing to set", is_done=True),
+    **_each("overwrite_output_dir", note="a directory that holds another run is set aside whole: nothing to set", is_done=True),
+    **_each("save_safetensors", note="checkpoints are safetensors always: nothing to set", is_done=True),
+    **_each("disable_tqdm logging_first_step", note="a line is printed now and then: nothing to set", is_done=True),
     **_each("eval_on_start", "do_first_eval={}", "true"),
     **_each(
         "save_steps save_interval checkpoint_every",
@@ -393,36 +357,3 @@ OTHER_NAMES: dict[str, Answer] = {
     **_each("hub_model_id push_to_hub hf_repo", note="python scripts/export.py RUN --to DIRECTORY --push ORGANIZATION/NAME"),
     **_each("merge_lora export_dir", note="python scripts/export.py RUN --to DIRECTORY --merge"),
 }
-
-
-def answer(key: str, value: str | None = None, given: Given = NOTHING) -> str | None:
-    """What an option of another tool is here, in one line; None for a name that none of them has.
-
-    given: other arguments, from which some values follow.
-    """
-    found = OTHER_NAMES.get(plain(key))
-    if found is None:
-        return None
-    overrides = " ".join(part.shown for part in found.parts(value, {**given, plain(key): value or ""}))
-    note = found.notes.get(_lower(value), found.note)
-    said = f"in this project: {overrides}" if overrides else "" if note else "leave it out"
-    return f"{key}: {'; '.join(part for part in (said, note) if part)}"
-
-
-def near_name(key: str) -> str | None:
-    """The option of another tool that a misspelled name most likely means; None where none is near."""
-    return next(iter(get_close_matches(plain(key), OTHER_NAMES, n=1, cutoff=0.85)), None)
-
-
-def translated(key: str, value: str | None, given: Given = NOTHING) -> list[Part] | None:
-    """The overrides for an option of another tool with the user's value; None where it is lost without one."""
-    found = OTHER_NAMES.get(plain(key))
-    if found is None:
-        return None
-    parts = found.parts(value, {**given, plain(key): value or ""})
-    return parts if parts or found.is_done or (not found.notes and found.is_off(value)) else None
-
-
-def plain(key: str) -> str:
-    """The name of an option as the table has it."""
-    return key.lower().replace("-", "_")

@@ -31,7 +31,7 @@ from preference_training.core.metric_names import (
 )
 from preference_training.core.values import aligned, counted
 from preference_training.evaluation.intervals import estimate, mean_interval, share_interval
-from preference_training.evaluation.phrasing import with_interval
+from preference_training.evaluation.phrasing import metric_text, with_interval
 from preference_training.generation.repetition import repeated_share
 from preference_training.rounds.judges.findings import facts_of_scores, findings
 from preference_training.rounds.loop import JUDGED, Loop, RoundFiles
@@ -277,7 +277,7 @@ def metrics_table(rows: Sequence[dict[str, float]]) -> list[str]:
     """
     titles = {title: metric for title, metric in COLUMNS.items() if any(metric in row for row in rows)}
     cells = [["policy", *titles]]
-    cells += [[policy_name(int(row[ROUND])), *(metric_text(row, metric) for metric in titles.values())] for row in rows]
+    cells += [[policy_name(int(row[ROUND])), *(loop_metric_text(row, metric) for metric in titles.values())] for row in rows]
     return aligned(cells)
 
 
@@ -286,15 +286,12 @@ def policy_name(rounds: int) -> str:
     return "first model" if rounds == 0 else f"after round {rounds}"
 
 
-def metric_text(row: dict[str, float], metric: str) -> str:
-    """A metric with its interval, if it has one."""
-    value = row.get(metric)
-    if not isinstance(value, int | float):
-        return "-"
-    if metric in COUNT_METRICS:
+def loop_metric_text(row: dict[str, float], metric: str) -> str:
+    """`metric_text`, with counts in full, and without an interval where that has no width."""
+    value, low, high = (row.get(f"{metric}{end}") for end in ("", LOW, HIGH))
+    if metric in COUNT_METRICS and value is not None:
         return f"{value:,.0f}"
-    low, high = row.get(metric + LOW), row.get(metric + HIGH)
-    return with_interval(value, low, high) if low is not None and low < high else f"{value:.3g}"
+    return metric_text(row if low != high else {metric: value}, metric)
 
 
 def objective_of(loop: Loop) -> float | None:

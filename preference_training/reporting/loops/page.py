@@ -29,7 +29,7 @@ from preference_training.reporting.model_card import changed_settings
 from preference_training.reporting.pages.rendering import render
 from preference_training.reporting.summary import short_path
 from preference_training.rounds.loop import ROUNDS
-from preference_training.rounds.summary import metric_text, policy_name
+from preference_training.rounds.summary import loop_metric_text, policy_name
 from preference_training.tracking.run_files import METRICS, REPORT
 
 # Limits of a page: prompts, and policies whose responses stand side by side.
@@ -153,7 +153,7 @@ def headline(loop: LoopRecord) -> Iterator[dict]:
     prompts = last.get(metric_names.HELD_OUT_PROMPTS)
     for metric, title, meaning in HEADLINE:
         if metric in last:
-            value, _, interval = metric_text(last, metric).partition(" ")
+            value, _, interval = loop_metric_text(last, metric).partition(" ")
             size = f"95%, {prompts:,.0f} prompts" if interval and prompts else ""
             more = [interval, size]
             if metric in first and first is not last and metric != metric_names.HELD_OUT_KL:
@@ -205,7 +205,7 @@ def policies(loop: LoopRecord) -> list[dict]:
         place = int(row[metric_names.ROUND])
         held_out = loop.held_out(place)
         if held_out:
-            cells = [metric_text(row, metric) for metric in known_columns(loop).values()]
+            cells = [loop_metric_text(row, metric) for metric in known_columns(loop).values()]
             counts = [f"{held_out.get(name, 0):,}" for name in ("truncated", "unjudged")]
             report = loop.rounds[place - 1].run / REPORT if place else None
             found.append({"name": policy_name(place), "cells": cells + counts, "report": _link(loop, report)})

@@ -27,6 +27,12 @@ from preference_training.core.values import dotted
             "max_sample_length: without effect, since sample_during_eval is false",
         ),
         ("save_strategy=epoch save_every=64", "save_every: without effect, since save_strategy is epoch"),
+        (
+            "sample_during_eval=false n_eval_model_samples=4",
+            "n_eval_model_samples: without effect, since sample_during_eval is false",
+        ),
+        ("save_strategy=no keep_last=2", "keep_last: without effect, since save_strategy is no"),
+        ("wandb.enabled=false wandb.project=mine", "wandb.project: without effect, since wandb.enabled is false"),
         ("evaluation.to=results.json", "evaluation.to: without effect, since eval_only is false"),
         (
             "loss=dpo loss.mode_loss=DPO loss.mode_weight=0.5",

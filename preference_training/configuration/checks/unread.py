@@ -34,6 +34,8 @@ BETA_DPO = Need("loss.mode_loss", ("beta_DPO",), "Set loss.mode_loss=beta_DPO, o
 ADAPTER = Need("model.lora.r", remedy="All weights would be trained. Add +adapter=lora, or leave it out.")
 SAMPLES = Need("sample_during_eval", (None, True))
 SHARDED = Need("trainer.name", ("FSDPTrainer", "TensorParallelTrainer"))
+CHECKPOINTS = Need("save_strategy", ("steps", "epoch"))
+WANDB = Need("wandb.enabled", (True,))
 NEEDS: dict[str, Need] = {
     "loss.mode_weight": BETA_DPO,
     "loss.a": BETA_DPO,
@@ -51,7 +53,12 @@ NEEDS: dict[str, Need] = {
     "pruner_kwargs": Need("pruner"),
     "prefix_attention": Need("prefix_sharing", ("auto", "on")),
     "save_every": Need("save_strategy", ("steps",)),
+    "keep_last": CHECKPOINTS,
+    "keep_best": CHECKPOINTS,
+    "wandb.project": WANDB,
+    "wandb.entity": WANDB,
     "sample_every": SAMPLES,
+    "n_eval_model_samples": SAMPLES,
     "max_sample_length": SAMPLES,
     "evaluation.to": Need("eval_only", (True,)),
     "evaluation.task_path": Need("evaluation.tasks"),

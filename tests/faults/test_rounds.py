@@ -21,7 +21,7 @@ from tests.rounds import loops
 from tests.rounds.test_loop import content
 from tests.support.files import ROOT
 
-KILLS = int(os.environ.get("FAULT_KILLS", 12))
+KILLS = int(os.environ.get("FAULT_KILLS", 4))
 MINUTES = float(os.environ.get("FAULT_MINUTES", "inf"))
 # Lines behind which a kill falls: of every step, and of what a training does.
 MOMENTS = (
@@ -36,7 +36,7 @@ MOMENTS = (
     "checkpoint: ",
 )
 OVERRIDES = ("loss=dpo", "lr=1e-2", "rounds.pairs=all", "save_every=16", "eval_every=16", "n_epochs=2")
-PATIENCE = 300
+PATIENCE = 600
 
 
 class LoopRun:
@@ -110,6 +110,7 @@ def assert_same(folder: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(2400)
 def test_a_loop_that_is_killed_at_random_moments_ends_as_the_undisturbed_one(undisturbed, tmp_path, record_property):
     draw, started, number = random.Random(0), time.monotonic(), 0
     facts = {"seed": 0, "struck": [], "runs": 0, "repeated": [], "written by half": 0, "left out": 0}
@@ -140,6 +141,7 @@ def test_a_loop_that_is_killed_at_random_moments_ends_as_the_undisturbed_one(und
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_a_loop_that_is_asked_to_stop_says_how_to_go_on_and_does(undisturbed, tmp_path):
     folder = tmp_path / "stopped"
     begin(folder, undisturbed)

@@ -96,9 +96,13 @@ def test_four_ranks_hybrid_tensor_parallel_and_beta_dpo_follow_one_process(setti
 
 
 def assert_adapters_equal(cases: list[dict], results: list[dict], share: float = 0.5) -> None:
-    """Log-probs within 1e-6 before training; numbers and weights within 1e-5; rank 0 holds a share of the frozen weights."""
+    """Log-probs within 1e-6 before training; numbers and weights within 1e-5; rank 0 holds a share of the frozen weights.
+
+    Numbers are within 1e-4 where products are in bfloat16, which rounds to 8 bits at other places of two ranks' packs.
+    """
     for case, found in zip(cases, results, strict=True):
-        assert found["logps"] <= 1e-6 and found["numbers"] <= 1e-5 and found["weights"] <= 1e-5, f"{case}: {found}"
+        near = 1e-4 if BFLOAT16.items() <= case.items() else 1e-5
+        assert found["logps"] <= 1e-6 and found["numbers"] <= near and found["weights"] <= 1e-5, f"{case}: {found}"
         expected = 1.0 if case.get("trainer.sharding") == "none" else share
         assert found["held"] == pytest.approx(expected, rel=0.02), f"{case}: {found}"
 

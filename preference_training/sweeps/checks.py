@@ -1,8 +1,10 @@
 """Checking the values of a sweep before its first job, which may take hours until the last is reached."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,17 +15,28 @@ from preference_training.core.errors import UserError
 from preference_training.data.checks import check_run
 
 
-def mistakes(config: DictConfig) -> list[str]:
+def mistakes(config: DictConfig, arguments: Sequence[str]) -> list[str]:
     """What is wrong with jobs of a sweep, each once. Empty where a search chooses the values.
 
-    config: Hydra's for the sweep, inside `hydra.main`. Each value of a key is tried with the first values of the others: what
-    is wrong with others together is seen in the job itself.
+    config: Hydra's for the sweep, inside `hydra.main`; arguments: its overrides. Each value of a key is tried with the first
+    values of the others: what is wrong with others together is seen in the job itself.
     """
     if not config.hydra.sweeper.get("_target_", "").endswith(".BasicSweeper"):
         return []
-    params = [f"{key}={values}" for key, values in (config.hydra.sweeper.get("params") or {}).items()]
-    found = (_mistake(config, overrides) for overrides in _one_changed([*params, *config.hydra.overrides.task]))
+    with _hydra_as_it_is():
+        found = [_mistake(config, overrides) for overrides in _one_changed(arguments)]
     return list(dict.fromkeys(each for each in found if each))
+
+
+@contextmanager
+def _hydra_as_it_is() -> Iterator[None]:
+    """Inside, references to Hydra's own values may be those of a job; afterwards they are what they were."""
+    hydra = HydraConfig.instance()
+    before = hydra.cfg
+    try:
+        yield
+    finally:
+        hydra.cfg = before
 
 
 def _one_changed(arguments: Sequence[str]) -> Iterator[list[str]]:
@@ -47,6 +60,9 @@ def _mistake(config: DictConfig, overrides: list[str]) -> str | None:
         runtime = job.hydra.runtime
         OmegaConf.set_readonly(job, False)
         OmegaConf.set_struct(job, False)
+        # Any job will do: what depends on its number is a number.
+        job.hydra.job.num, job.hydra.job.id = 0, "0"
+        HydraConfig.instance().set_config(job)
         del job["hydra"]
         check_run(validate(job, overrides, dict(runtime.choices), own_folder(runtime.config_sources)))
     except UserError as error:

@@ -68,7 +68,17 @@ class Sweep(Callback):
 
 def _searched(config) -> list[str]:
     """The keys that a sweep varies: in its command line, and in its sweeper's own configuration."""
-    return [*map(str, config.hydra.sweeper.get("params") or ()), *_swept(config.hydra.overrides.task)]
+    params, overrides = _given(config)
+    return [*params, *_swept(overrides)]
+
+
+def _given(config) -> tuple[dict[str, str], list[str]]:
+    """What a sweep's own configuration has it go through, key → values, and its command line.
+
+    References in them are not resolved: they may be to a job's own values.
+    """
+    found = OmegaConf.to_container(config.hydra, resolve=False)
+    return {str(key): values for key, values in (found["sweeper"].get("params") or {}).items()}, found["overrides"]["task"]
 
 
 def _warnings(config) -> list[str]:
@@ -109,7 +119,8 @@ def _check_jobs(config) -> None:
     """Refuse a sweep of which a job would be refused, before its first job."""
     from preference_training.sweeps.checks import mistakes
 
-    if found := mistakes(config):
+    params, overrides = _given(config)
+    if found := mistakes(config, [*(f"{key}={values}" for key, values in params.items()), *overrides]):
         _refuse("\n".join(found))
 
 

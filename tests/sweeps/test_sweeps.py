@@ -184,7 +184,7 @@ def test_values_that_a_job_would_refuse_are_refused_before_the_first_job(given, 
 
 def test_a_sweep_over_losses_takes_a_key_that_all_of_them_have_and_refuses_one_that_some_lack(tmp_path):
     line = ("loss=dpo,beta_DPO", "loss.beta=0.5", "dry_run=true")
-    done = sweep(tmp_path, *SMALL[1:], *line)
+    done = sweep(tmp_path, *SMALL[1:], *line, "seed=${hydra:job.num}")
     assert done.returncode == 0 and done.stdout.count("steps of 16 examples") == 2, done.stderr
     refused = sweep(tmp_path, *SMALL[1:], "loss=dpo,sft", *line[1:])
     assert refused.returncode == 2 and "steps of" not in refused.stdout, "before the first job"

@@ -23,6 +23,7 @@ from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
 from preference_training.core.processes import in_worker
+from preference_training.data.checks import check_run
 from preference_training.rounds.processes import StepFailedError, handling, locked_loop, run_step, stop_at_signal
 from preference_training.rounds.start import MISTAKE
 from preference_training.rounds.training import TRAIN
@@ -49,6 +50,7 @@ def train_halves(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> tu
     Exits as a run on a half does that a bug has ended. Raises UserError, and StoppedError.
     """
     check_start(in_sweep)
+    check_run(config)
     directory = find_directory(config, run_dir)
     if directory is None:
         return config, run_dir

@@ -18,7 +18,7 @@ from preference_training.checkpointing.model_files import save_tokenizer
 from preference_training.checkpointing.saved_models import compare_parts, load_plain
 from preference_training.configuration.schema import TEMPLATES
 from preference_training.core.errors import UserError
-from preference_training.data.chat_templates import end_tokens, run_format, serve_as_trained
+from preference_training.data.rendering.chat_templates import end_tokens, run_format, serve_as_trained
 from preference_training.export import gguf_model, hub, modelfile, verification
 from preference_training.export.directory import new_directory, save_weights
 from preference_training.export.gguf_model import GgufFile

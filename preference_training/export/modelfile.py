@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preference_training.core.errors import UserError, first_line
-from preference_training.data.chat_templates import ConversationFormat, conversation_format, run_format
+from preference_training.data.rendering.chat_templates import ConversationFormat, conversation_format, run_format
 from preference_training.data.tokenization import bos_ids
 from preference_training.export.gguf_model import CONVERTER
 

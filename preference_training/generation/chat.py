@@ -19,8 +19,8 @@ from preference_training.configuration.sections import DTYPES
 from preference_training.core.errors import UserError, first_line, nearest
 from preference_training.core.machine import pick_device
 from preference_training.core.values import UNREADABLE
-from preference_training.data.chat_templates import run_format
 from preference_training.data.records.record import Prompt, Turn
+from preference_training.data.rendering.chat_templates import run_format
 from preference_training.generation.chat_format import ChatFormat
 from preference_training.generation.decoding import Ends, generate
 from preference_training.generation.sampling import (

@@ -1,7 +1,7 @@
 """The prompts of a conversation as training rendered and tokenized them."""
 
-from preference_training.data.chat_templates import conversation_format, end_tokens
 from preference_training.data.records.record import Prompt, Turn
+from preference_training.data.rendering.chat_templates import conversation_format, end_tokens
 from preference_training.data.rendering.encoding import Encoder, Texts
 from preference_training.data.rows.templates import build_template, turns_of
 from preference_training.data.tokenization import bos_ids

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN
 from preference_training.core.values import aligned
-from preference_training.data.chat_templates import PLAIN_PROMPT
+from preference_training.data.rendering.chat_templates import PLAIN_PROMPT
 from preference_training.evaluation.phrasing import with_interval
 from preference_training.export.source import base_license
 from preference_training.merging.ingredients import Ingredient, listed_base

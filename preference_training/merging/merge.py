@@ -16,8 +16,8 @@ from preference_training.checkpointing.saved_models import DifferentModelError, 
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.files import check_destination
 from preference_training.core.machine import said_while_slow
-from preference_training.data.chat_templates import PLAIN_PROMPT, end_tokens, run_format, serve_as_trained
 from preference_training.data.records.record import Turn
+from preference_training.data.rendering.chat_templates import PLAIN_PROMPT, end_tokens, run_format, serve_as_trained
 from preference_training.data.rows.templates import build_template
 from preference_training.export.directory import new_directory
 from preference_training.merging.alignment import Aligned, Alignment

@@ -17,9 +17,9 @@ from preference_training.configuration.schema import keys_with
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, EXAMPLES, TRAIN_ACCURACY, TRAIN_LOSS
 from preference_training.core.secrets import without_secrets
 from preference_training.core.values import dotted
-from preference_training.data.chat_templates import PLAIN_PROMPT, QUESTION
 from preference_training.data.files import is_data_file
 from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, dataset_entries
+from preference_training.data.rendering.chat_templates import PLAIN_PROMPT, QUESTION
 from preference_training.evaluation.phrasing import too_few
 from preference_training.losses.registry import Registration, find_loss
 

@@ -15,7 +15,7 @@ from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
-from preference_training.data.chat_templates import detect_format, end_tokens, serve_as_trained
+from preference_training.data.rendering.chat_templates import detect_format, end_tokens, serve_as_trained
 from preference_training.distributed.placement import Placement
 from preference_training.evaluation.pruning import Pruning
 from preference_training.modeling.adapters.weights import has_adapter

@@ -24,7 +24,7 @@ from preference_training.configuration.saved import save_config
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.sections import FROM_HALVES
 from preference_training.core.errors import UserError
-from preference_training.data.chat_templates import detect_format
+from preference_training.data.rendering.chat_templates import detect_format
 from preference_training.distributed.placement import Placement
 from preference_training.tracking.dashboards.base import RunStart
 from preference_training.tracking.dashboards.starting import start_dashboards

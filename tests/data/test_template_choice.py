@@ -136,7 +136,7 @@ def test_each_entry_has_its_own_template_where_they_differ(fit):
 
 
 def test_a_model_that_learns_from_conversations_and_plain_text_is_served_with_its_chat_template(fit):
-    from preference_training.data.chat_templates import detect_format
+    from preference_training.data.rendering.chat_templates import detect_format
 
     config, _ = fit([QUESTION], [{"text": "Once."}])
     assert detect_format(config.as_dict(), [], None) == "chat"

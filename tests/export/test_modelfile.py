@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from preference_training.core.errors import UserError
-from preference_training.data.chat_templates import (
+from preference_training.data.records.record import PreferenceRecord, Turn
+from preference_training.data.rendering.chat_templates import (
     chat_template,
     conversation_format,
     detect_format,
@@ -17,7 +18,6 @@ from preference_training.data.chat_templates import (
     run_format,
     serve_as_trained,
 )
-from preference_training.data.records.record import PreferenceRecord, Turn
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.tokenization import TokenizedPrompt, bos_ids, tokenize_records
 from preference_training.export.modelfile import (

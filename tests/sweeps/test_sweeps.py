@@ -94,19 +94,21 @@ def test_of_a_sweep_with_a_failed_job_that_is_killed_the_next_start_runs_what_is
 
 
 def test_each_line_of_a_sweep_names_its_job_and_the_end_is_a_table_of_them(tmp_path):
-    line = ("loss.beta=0.1,-1,0.2", "seed=5", "objective=rewards_eval/accuracies", "sweep_dir=sweep")
+    write(tmp_path / "good.jsonl", rows_of(1))
+    write(tmp_path / "bad.jsonl", [{"prompt": "p", "chosen": None, "rejected": "r"}])
+    line = ("datasets=good.jsonl,bad.jsonl,toy", "seed=5", "objective=rewards_eval/accuracies", "sweep_dir=sweep")
     done = sweep(tmp_path, *BRIEF, *line)
     assert done.returncode == 2, done.stderr
     lines = done.stdout.splitlines()
-    assert "[job 0: loss.beta=0.1] 16/32 loss" in done.stdout and "[job 2: loss.beta=0.2] 32/32 loss" in done.stdout
-    assert done.stderr.startswith("[job 1: loss.beta=-1] loss.beta: found -1")
-    head = next(number for number, line in enumerate(lines) if line.split()[:2] == ["job", "loss.beta"])
+    assert "[job 0: datasets=good.jsonl] 16/32 loss" in done.stdout and "[job 2: datasets=toy] 32/32 loss" in done.stdout
+    assert done.stderr.startswith("[job 1: datasets=bad.jsonl] datasets: bad.jsonl, row 1: ")
+    head = next(number for number, line in enumerate(lines) if line.split()[:2] == ["job", "datasets"])
     # Only what is printed before and after the jobs is of none of them.
     assert all(line.startswith("[job ") for line in lines[1:head] if line and "sweep" not in line.split(":")[0])
     table = [line.split() for line in lines[head : head + 4]]
-    assert table[0] == ["job", "loss.beta", "rewards_eval/accuracies", "loss/eval", "state"]
+    assert table[0] == ["job", "datasets", "rewards_eval/accuracies", "loss/eval", "state"]
     assert table[1][0] == "best" and [row[-1] for row in table[1:]] == ["complete", "complete", "failed"]
-    assert table[3] == ["1", "-1", "-", "-", "failed"]
+    assert table[3] == ["1", "bad.jsonl", "-", "-", "failed"]
     assert lines[head + 4] == "comparison: sweep/comparison.html"
 
 

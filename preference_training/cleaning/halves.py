@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from preference_training.checkpointing.checkpoint import list_checkpoints
 from preference_training.checkpointing.resume import candidate_run_dirs, make_room
 from preference_training.cleaning.labels import judge_labels
+from preference_training.configuration.checks.run import check_weights
 from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, PATH, at_home, is_within
 from preference_training.configuration.rerun import keep_presets, rerun_values
 from preference_training.configuration.run_dirs import writable
@@ -23,7 +24,7 @@ from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
 from preference_training.core.processes import in_worker
-from preference_training.data.checks import check_run
+from preference_training.losses.registry import example_kind
 from preference_training.rounds.processes import StepFailedError, handling, locked_loop, run_step, stop_at_signal
 from preference_training.rounds.start import MISTAKE
 from preference_training.rounds.training import TRAIN
@@ -50,7 +51,7 @@ def train_halves(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> tu
     Exits as a run on a half does that a bug has ended. Raises UserError, and StoppedError.
     """
     check_start(in_sweep)
-    check_run(config)
+    check_weights(config, example_kind(config.loss.name))
     directory = find_directory(config, run_dir)
     if directory is None:
         return config, run_dir

@@ -2,6 +2,7 @@
 # make demo-chat       teach SmolLM2-135M-Instruct, a real chat model, to answer briefly, and talk to it; some ten minutes
 # make test            run lint and the tests that every change must pass, minutes
 # make test-long       run the slow tests that rarely break: kills, several processes, whole runs; a quarter of an hour
+# make campaigns       run whole experiments and kills at random moments, half an hour; shorter forms are in the other tests
 # make lint            run ruff, import-linter (the layers) and mypy
 # make faults          kill and stop runs at random moments, an hour or two; options in FAULTS: make faults FAULTS="--kills 50"
 # make architectures   run every check on nearly 100 tiny architectures; options in ARCHITECTURES: --only llama,gpt2 --checks dpo,lora --write
@@ -21,7 +22,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-chat test test-long lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test trackers-test servers-test stub-gpu-test clean
+.PHONY: demo demo-chat test test-long campaigns lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test trackers-test servers-test stub-gpu-test clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -34,6 +35,9 @@ test: lint
 
 test-long: .venv/installed-dev
 	$(BIN)/python -m pytest -m long
+
+campaigns: .venv/installed-dev
+	$(BIN)/python -m pytest -m campaign
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -111,6 +111,11 @@ def write_rows(path: Path, rows: list[dict]) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def train(*overrides: str) -> None:
+    """A run of train.py."""
+    subprocess.run([sys.executable, "train.py", *overrides], cwd=ROOT, check=True)
+
+
 class Experiment:
     """The files of an experiment in a folder: rows, runs, and what is known of each arm."""
 
@@ -151,8 +156,7 @@ class Experiment:
         overrides += ["data.weights=ledger"] if arm == "weighted" else []
         run_dir = self.folder / arm
         began, before, known = time.monotonic(), cpu_seconds(), run_dir.exists()
-        command = [sys.executable, "train.py", *COMMON, *overrides, *self.more, f"local_run_dir={run_dir}"]
-        subprocess.run(command, cwd=ROOT, check=True)
+        train(*COMMON, *overrides, *self.more, f"local_run_dir={run_dir}")
         facts = self.metrics(run_dir) | {
             "overrides": overrides,
             "wrong_labels": sum(row != other for row, other in zip(self.rows(arm), self.train, strict=True)),

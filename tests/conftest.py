@@ -1,11 +1,18 @@
 """What several test modules share: golden numbers, tiny models, and a composed configuration."""
 
+import functools
+import gc
 import json
 import os
+import pickle
 import signal
+from pathlib import Path
 
+import hydra
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
+from omegaconf import OmegaConf
 
 import train  # noqa: F401  registers the named data sets, and the resolver that the configuration uses
 from tests.support.files import GOLDEN
@@ -22,6 +29,36 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # How long an example takes says how busy the machine is, and nothing of the code.
 settings.register_profile("here", deadline=None)
 settings.load_profile("here")
+
+# What the imports have made stays: a collection need not go through it again.
+gc.freeze()
+
+_remembered: dict[tuple, bytes] = {}
+
+
+def _once(make, key):
+    """What `make` makes, of a key that was asked for before from memory: composing takes longer than most tests."""
+    if key not in _remembered:
+        _remembered[key] = pickle.dumps(make())
+    return pickle.loads(_remembered[key])
+
+
+def _compose(config_name, overrides, compose=hydra.compose, **options):
+    places = [each.path for each in GlobalHydra.instance().config_loader().get_search_path().get_path()]
+    make = functools.partial(compose, config_name, overrides, **options)
+    # A test's own presets and models may change.
+    has_own = any(text.startswith("hydra.searchpath=") or (text.startswith("model=") and "/" in text) for text in overrides)
+    return make() if has_own else _once(make, ("compose", config_name, *overrides, *options.items(), *places))
+
+
+def _load(file, load=OmegaConf.load):
+    path = Path(getattr(file, "name", file))
+    make = functools.partial(load, file)
+    return _once(make, ("load", path, path.stat().st_mtime_ns, path.stat().st_size)) if path.is_file() else make()
+
+
+OmegaConf.load = _load
+hydra.compose = _compose
 
 
 @pytest.fixture(scope="session")
@@ -74,8 +111,6 @@ def compose():
 @pytest.fixture(scope="session")
 def plain(compose):
     """What overrides compose to, in plain values: not validated, so that paths need not exist."""
-    from omegaconf import OmegaConf
-
     from preference_training.configuration.composition import compose_overrides
 
     return lambda *overrides: OmegaConf.to_container(compose_overrides(*overrides)[0], resolve=True)

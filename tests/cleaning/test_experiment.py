@@ -1,14 +1,16 @@
 """benchmarks/cleaning.py: its rows, its flips, and what it makes of results."""
 
 import json
-import subprocess
 import sys
 from itertools import islice
 
 import numpy
 import pytest
 
+import utils
+from preference_training.cleaning import halves
 from preference_training.data.toy_preferences import toy_records
+from tests.rounds.loops import in_this_process
 from tests.support.files import ROOT
 
 
@@ -86,14 +88,17 @@ def test_what_is_recovered_is_a_share_of_what_the_flips_cost(cleaning):
 
 
 @pytest.mark.long
-def test_all_arms_run_on_the_tiny_model_and_the_flips_are_found(tmp_path):
+def test_all_arms_run_on_the_tiny_model_and_the_flips_are_found(cleaning, tmp_path, monkeypatch):
     toy = islice(toy_records("train").items(), 90)
     dialogues = [pair(prompt, *(record["responses"][k] for k in record["pairs"][0])) for prompt, record in toy]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dialogues))
-    command = [sys.executable, str(ROOT / "benchmarks" / "cleaning.py"), str(tmp_path / "work"), "--labels", "shorter"]
-    command += ["--data", str(tmp_path / "pairs.jsonl"), "--results", str(tmp_path / "results.json"), "--train", "50"]
-    settings = ["model=tiny", "lr=5e-3", "n_epochs=4"]
-    subprocess.run([*command, *settings], check=True, capture_output=True)
+    command = ["cleaning.py", str(tmp_path / "work"), "--labels", "shorter", "--data", str(tmp_path / "pairs.jsonl")]
+    command += ["--results", str(tmp_path / "results.json"), "--train", "50", "model=tiny", "lr=5e-3", "n_epochs=4"]
+    # Without an import for each.
+    monkeypatch.setattr(cleaning, "train", lambda *given: utils.train(utils.compose(*given), quiet=True))
+    monkeypatch.setattr(halves, "run_step", in_this_process)
+    monkeypatch.setattr("sys.argv", command)
+    cleaning.main()
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["arms"].keys() == {"clean", "noisy", "weighted", "checked", "random"}
     assert found["labels"]["pairs"] == 50 and found["labels"]["flipped"] == 10

@@ -2,11 +2,10 @@
 
 import json
 import random
-import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from signal import SIGTERM
 
 import numpy
 import pytest
@@ -22,6 +21,7 @@ from preference_training.data.toy_preferences import response_kind
 from preference_training.losses.registry import build_loss
 from preference_training.tracking.run_files import json_lines
 from tests.rounds.loops import TINY, in_this_process
+from tests.support import forked
 from tests.support.files import ROOT
 from utils import compose, train
 
@@ -194,16 +194,17 @@ def test_a_command_that_is_stopped_in_a_half_goes_on_and_finds_the_flipped_label
     (tmp_path / "mine.py").write_text(LOADER)
     given = [text for text in RUN if not text.startswith(("datasets", "n_epochs", "max_"))]
     given += ["datasets=mine.py:flipped", "n_epochs=1", "save_every=64", "max_length=128", "max_prompt_length=64"]
-    command = [sys.executable, str(ROOT / "train.py"), *given]
-    stopped = subprocess.Popen([*command, "local_run_dir=run"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    command = [str(ROOT / "train.py"), *given]
+    with (tmp_path / "said").open("w") as file:
+        stopped = forked.Program([*command, "local_run_dir=run"], tmp_path, file.fileno(), file.fileno())
     checkpoint = tmp_path / "run" / "halves" / "1" / "step-64"
     while stopped.poll() is None and not checkpoint.is_dir():
         time.sleep(0.1)
-    stopped.terminate()
-    said, _ = stopped.communicate()
-    assert stopped.returncode == STOPPED and "stopped during the run on half 1: SIGTERM" in said, said
+    stopped.send_signal(SIGTERM)
+    status, said = stopped.wait(300), (tmp_path / "said").read_text()
+    assert status == STOPPED and "stopped during the run on half 1: SIGTERM" in said, said
     assert said.count("the same command with resume=auto continues from there") == said.count("continues from there") == 1
-    done = subprocess.run([*command, "local_run_dir=run", "resume=auto"], cwd=tmp_path, capture_output=True, text=True)
+    done = forked.run([*command, "local_run_dir=run", "resume=auto"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resume: continuing the halves of {tmp_path / 'run'}" in done.stdout and "resume: continuing from" in done.stdout
     assert done.stdout.count("run directory:") == done.stdout.count("talk to it:") == 1
@@ -213,8 +214,7 @@ def test_a_command_that_is_stopped_in_a_half_goes_on_and_finds_the_flipped_label
     weights = numpy.array([row["weight"] for row in rows])
     assert weights[kinds].mean() < 0.5 * weights[~numpy.array(kinds)].mean()
     # The run on all pairs is resumed with the same weights: other ones would be other data.
-    again = [*command, "local_run_dir=run", "resume=run", "n_epochs=2", "n_examples=1820"]
-    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True)
+    done = forked.run([*command, "local_run_dir=run", "resume=run", "n_epochs=null", "n_examples=1000"], tmp_path)
     assert done.returncode == 0 and f"{len(rows):,} of {len(rows):,} training pairs weighted" in done.stdout, done.stderr
 
 

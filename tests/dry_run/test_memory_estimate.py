@@ -21,6 +21,12 @@ from tests.support.building import build_trainer
 FLOAT32 = 4
 
 
+@pytest.fixture
+def compose(compose):
+    """Configurations of a model with two layers."""
+    return lambda *overrides: compose("model.from_config.num_hidden_layers=2", *overrides)
+
+
 def prompts(count: int) -> list[TokenizedPrompt]:
     return [TokenizedPrompt(list(range(2, 60)), [list(range(2, 30)), list(range(2, 40))], [(0, 1)]) for _ in range(count)]
 

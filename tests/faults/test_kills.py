@@ -27,8 +27,9 @@ def test_a_run_that_is_killed_once_and_stopped_once_ends_as_the_undisturbed_one(
     Campaign(tmp_path, undisturbed(tmp_path_factory, "DPO", *overrides), overrides, seed=0).carry_out(faults_of(1, 1), MINUTES)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.campaign if "ranks" in name else pytest.mark.long) for name in RUNS]
+)
 def test_a_run_that_is_killed_and_stopped_ends_as_the_undisturbed_one(name, tmp_path, tmp_path_factory, record_property):
     overrides, kills, stops = RUNS[name]
     expected = undisturbed(tmp_path_factory, name, *overrides)

@@ -109,7 +109,7 @@ def assert_same(folder: Path, undisturbed: Path) -> None:
             assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 @pytest.mark.timeout(2400)
 def test_a_loop_that_is_killed_at_random_moments_ends_as_the_undisturbed_one(undisturbed, tmp_path, record_property):
     draw, started, number = random.Random(0), time.monotonic(), 0
@@ -140,7 +140,7 @@ def test_a_loop_that_is_killed_at_random_moments_ends_as_the_undisturbed_one(und
     facts["left out"] = KILLS - len(facts["struck"])
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 @pytest.mark.timeout(1200)
 def test_a_loop_that_is_asked_to_stop_says_how_to_go_on_and_does(undisturbed, tmp_path):
     folder = tmp_path / "stopped"

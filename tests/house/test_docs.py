@@ -5,6 +5,7 @@ left out, and runs are shortened.
 """
 
 import argparse
+import compileall
 import importlib.util
 import json
 import math
@@ -181,8 +182,10 @@ INSTALLING = ("python3 -m venv", ". .venv/bin/activate", "pip install")
 NOT_HERE = ("model=pythia28", "Intel/orca_dpo_pairs", "_DATE")
 # Put behind what is shown.
 SHORTENED = {
-    "train.py": ("wandb.enabled=false", "n_examples=32", "n_eval_examples=16", "n_eval_model_samples=2"),
-    "scripts/evaluate.py": ("evaluation.n_prompts=4",),
+    "train.py": (
+        "wandb.enabled=false", "n_examples=32", "n_eval_examples=16", "n_eval_model_samples=2", "evaluation.max_sample_length=32",
+    ),  # fmt: skip
+    "scripts/evaluate.py": ("evaluation.n_prompts=4", "evaluation.max_sample_length=32"),
 }
 
 
@@ -196,6 +199,8 @@ def clone(tmp_path_factory) -> Path:
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((ROOT / name).read_bytes())
+    # Once, and not in each process that imports it.
+    compileall.compile_dir(folder / "preference_training", quiet=1)
     return folder
 
 
@@ -314,7 +319,10 @@ def test_every_row_of_the_table_of_formats_is_read_as_it_says(row, words, gives)
 
 
 # In place of a model of the hub, the embedded one, with room for texts in bytes.
-EMBEDDED = ("model=tiny", "model.from_config.max_position_embeddings=2048", "max_length=2048", "max_prompt_length=1024")
+EMBEDDED = (
+    "model=tiny", "model.from_config.num_hidden_layers=1", "model.from_config.max_position_embeddings=2048",
+    "max_length=2048", "max_prompt_length=1024",
+)  # fmt: skip
 
 
 @pytest.mark.long

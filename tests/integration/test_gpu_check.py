@@ -102,7 +102,7 @@ def test_every_part_is_a_function_of_its_module(name):
     assert callable(getattr(importlib.import_module(f"gpu_parts.{PARTS[name].module}"), name))
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_the_whole_check_writes_a_line_for_every_part(tmp_path):
     folders = ["--work", tmp_path / "work", "--results", tmp_path]
     command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--cpu", *folders]

@@ -11,6 +11,7 @@ from trainers import TRAINERS
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 FSDP = "trainer=FSDPTrainer"
+MODEL = "model.from_config.num_hidden_layers=2"
 
 
 def costs_without_them(config):
@@ -53,7 +54,7 @@ CASES = {
 @pytest.mark.parametrize("name", ["two ranks", *(pytest.param(name, marks=pytest.mark.long) for name in list(CASES)[1:])])
 def test_a_step_of_real_processes_holds_and_sends_what_was_found_without_them(compose, name):
     size, cases = CASES[name]
-    configs = [compose("loss=dpo", "optimizer=AdamW", f"trainer.nproc_per_node={size}", *case) for case in cases]
+    configs = [compose(MODEL, "loss=dpo", "optimizer=AdamW", f"trainer.nproc_per_node={size}", *case) for case in cases]
     settings = [config.as_dict() for config in configs]
     for case, config, real in zip(cases, configs, launch(scaling_work.real_steps, (settings,), size, None), strict=True):
         costs = costs_without_them(config)

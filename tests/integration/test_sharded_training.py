@@ -44,7 +44,7 @@ ONE = [("llama", "dpo", "AdamW", 2)]
 ALL = [*ONE, ("gpt_neox", "sft", "RMSprop", 1), ("llama", "ipo", "AdamW", 1)]
 
 
-@pytest.mark.parametrize("wanted", [ONE, pytest.param(ALL, marks=pytest.mark.long)], ids=["one", "all"])
+@pytest.mark.parametrize("wanted", [ONE, pytest.param(ALL[1:], marks=pytest.mark.long)], ids=["one", "others"])
 def test_two_ranks_follow_the_golden_trajectories_under_every_sharding(wanted, settings):
     numbers = [number_of(*one) for one in wanted]
     results = launch(sharded_work.follow_each_sharding, (settings, numbers), 2, None)
@@ -194,7 +194,7 @@ def test_four_bits_are_gathered_as_they_are_where_other_weights_are_cast(setting
     assert 0 < found["logps"] <= 0.05 and found["numbers"] <= 0.02, found
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_layers_of_four_bits_are_compiled_with_the_others(settings):
     [found] = launch(sharded_work.follow_adapters, (settings, [FOUR_BITS | {"compile": True}]), 2, None)
     assert found["logps"] <= 1e-4 and found["numbers"] <= 1e-5 and found["weights"] <= 1e-4, found

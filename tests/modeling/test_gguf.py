@@ -203,7 +203,7 @@ def test_a_missing_file_or_package_is_said_before_anything_is_loaded(compose, mo
         compose("model=smollm2-135m")
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_the_real_model_of_the_package_computes_what_its_file_does(compose, tmp_path):
     file = local_gguf(SMOLLM2)
     assert GGUFReader(file).get_field("general.architecture").contents() == "llama"

@@ -82,7 +82,7 @@ def test_a_round_learns_from_tests_alone(code_rounds, tmp_path, monkeypatch):
     assert after["pass@1"] == sum(text == TASKS[0].solution for text in texts) / len(texts)
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_pass_at_1_rises_on_held_out_problems(tmp_path):
     """SFT as it is published, and a round of half the problems, by the command itself."""
     results = tmp_path / "results.json"

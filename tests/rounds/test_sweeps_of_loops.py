@@ -105,7 +105,7 @@ def test_only_metrics_of_held_out_prompts_compare_loops():
     assert warning.endswith(f"each on pairs of its own; objective={REWARD} can")
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_a_sweep_over_loops_that_is_killed_runs_what_is_missing(folder):
     """Two values of beta; the first job is complete and the second in its training when all is killed."""
     shutil.rmtree(folder / "first")

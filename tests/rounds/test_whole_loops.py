@@ -27,7 +27,7 @@ from utils import compose, train
 OWN = {"loss": "defaults: [dpo, _self_]\nbeta: 0.05\n", "model": "# @package _global_\ndefaults: [tiny, _self_]\nseed: 3\n"}
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_a_sharded_loop_under_presets_of_the_users_own_samples_and_trains_as_one_process_does(folder):
     """A round by the command line: sampling in two processes, training sharded over two, presets from a folder."""
     for group, text in OWN.items():

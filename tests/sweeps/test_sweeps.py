@@ -232,11 +232,17 @@ def test_jobs_of_joblib_run_together_on_gpus_of_their_own_and_share_data_and_ref
 
 @pytest.mark.long
 def test_submitit_runs_each_job_in_a_process_of_its_own_and_what_is_complete_is_not_sent_again(tmp_path):
-    line = (*BRIEF, "hydra/launcher=submitit_local", "sweep_dir=sweep")
-    done = sweep(tmp_path, *line, "loss.beta=0.1,-1")
+    write(tmp_path / "own.jsonl", [{"prompt": "p", "chosen": None, "rejected": "r"}])
+    line = (*BRIEF, "hydra/launcher=submitit_local", "sweep_dir=sweep", "datasets=toy,own.jsonl", "held_out_share=0.3")
+    done = sweep(tmp_path, *line)
     assert done.returncode == 2, done.stderr
-    assert "  1 (loss.beta=-1): failed: loss.beta: found -1" in done.stderr
+    assert "  1 (datasets=own.jsonl): failed: datasets: own.jsonl, row 1" in done.stderr
     assert [job["state"] for job in jobs(tmp_path / "sweep").values()] == ["complete", "failed"]
+    write(tmp_path / "own.jsonl", rows_of(1))
+    done = sweep(tmp_path, *line)
+    assert done.returncode == 0, done.stderr
+    assert [job["state"] for job in jobs(tmp_path / "sweep").values()] == ["complete"] * 2
+    assert [job["starts"] for job in jobs(tmp_path / "sweep").values()] == [1, 2]
 
 
 # What Slurm does with a job array of one job, in the background of this machine. $0 is in the folder that keeps the script.

@@ -181,11 +181,10 @@ INSTALLING = ("python3 -m venv", ". .venv/bin/activate", "pip install")
 # What needs weights or data of the hub is composed in test_house.py, and what is of a run of the reader's is understood above.
 NOT_HERE = ("model=pythia28", "Intel/orca_dpo_pairs", "_DATE")
 # Put behind what is shown.
+SHORT_SAMPLES = "evaluation.max_sample_length=32"
 SHORTENED = {
-    "train.py": (
-        "wandb.enabled=false", "n_examples=32", "n_eval_examples=16", "n_eval_model_samples=2", "evaluation.max_sample_length=32",
-    ),  # fmt: skip
-    "scripts/evaluate.py": ("evaluation.n_prompts=4", "evaluation.max_sample_length=32"),
+    "train.py": ("wandb.enabled=false", "n_examples=32", "n_eval_examples=16", "n_eval_model_samples=2", SHORT_SAMPLES),
+    "scripts/evaluate.py": ("evaluation.n_prompts=4", SHORT_SAMPLES),
 }
 
 

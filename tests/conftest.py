@@ -26,8 +26,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models here are so small that a second thread costs more than it brings, above all beside another process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# How long an example takes says how busy the machine is, and nothing of the code.
-settings.register_profile("here", deadline=None)
+# How long an example takes says how busy the machine is, and nothing of the code. Each run draws others.
+settings.register_profile("here", deadline=None, max_examples=50)
 settings.load_profile("here")
 
 # What the imports have made stays: a collection need not go through it again.

@@ -52,9 +52,12 @@ def _compose(config_name, overrides, compose=hydra.compose, **options):
 
 
 def _load(file, load=OmegaConf.load):
-    path = Path(getattr(file, "name", file))
     make = functools.partial(load, file)
-    return _once(make, ("load", path, path.stat().st_mtime_ns, path.stat().st_size)) if path.is_file() else make()
+    name = getattr(file, "name", file)
+    if not isinstance(name, str | Path) or not Path(name).is_file():
+        return make()
+    found = Path(name).stat()
+    return _once(make, ("load", str(name), found.st_mtime_ns, found.st_size))
 
 
 OmegaConf.load = _load

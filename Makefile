@@ -2,7 +2,7 @@
 # make demo-chat       teach SmolLM2-135M-Instruct, a real chat model, to answer briefly, and talk to it; some ten minutes
 # make test            run lint and the tests that every change must pass, minutes
 # make test-long       run the slow tests that rarely break: kills, several processes, whole runs; ten to twenty minutes
-# make campaigns       run whole experiments and kills at random moments, half an hour; shorter forms are in the other tests
+# make campaigns       run whole experiments and kills at random moments, a quarter of an hour; shorter forms are in the other tests
 # make lint            run ruff, import-linter (the layers) and mypy
 # make faults          kill and stop runs at random moments, an hour or two; options in FAULTS: make faults FAULTS="--kills 50"
 # make architectures   run every check on nearly 100 tiny architectures; options in ARCHITECTURES: --only llama,gpt2 --checks dpo,lora --write

@@ -24,14 +24,13 @@ import hashlib
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import numpy
-from measure import cpu_seconds, hardware, versions
+from measure import cpu_seconds, hardware, run, versions
 
 ROOT = Path(__file__).parent.parent
 FLIPPED, CHECKED = 0.2, 0.1
@@ -111,11 +110,6 @@ def write_rows(path: Path, rows: list[dict]) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def train(*overrides: str) -> None:
-    """A run of train.py."""
-    subprocess.run([sys.executable, "train.py", *overrides], cwd=ROOT, check=True)
-
-
 class Experiment:
     """The files of an experiment in a folder: rows, runs, and what is known of each arm."""
 
@@ -156,7 +150,7 @@ class Experiment:
         overrides += ["data.weights=ledger"] if arm == "weighted" else []
         run_dir = self.folder / arm
         began, before, known = time.monotonic(), cpu_seconds(), run_dir.exists()
-        train(*COMMON, *overrides, *self.more, f"local_run_dir={run_dir}")
+        run("train.py", *COMMON, *overrides, *self.more, f"local_run_dir={run_dir}")
         facts = self.metrics(run_dir) | {
             "overrides": overrides,
             "wrong_labels": sum(row != other for row, other in zip(self.rows(arm), self.train, strict=True)),

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy
-from measure import cpu_seconds, hardware, versions
+from measure import cpu_seconds, hardware, run, versions
 from safety_rule import objects
 
 from preference_training.core.errors import UserError
@@ -46,11 +46,6 @@ MEASURE = ("loss=dpo", "evaluation.n_prompts=128", "evaluation.max_sample_length
 
 
 # ---- training and evaluating ------------------------------------------------------------------------------------------------
-
-
-def run(*command: str) -> None:
-    """Run a command, which says itself what is wrong. Raises CalledProcessError where it fails."""
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
 class Times:

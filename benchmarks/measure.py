@@ -1,8 +1,9 @@
-"""Measurements of one process: time per step, peak memory, the rate of a large matrix product."""
+"""Measurements of one process: time per step, peak memory, the rate of a large matrix product; and a command to measure."""
 
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -53,6 +54,11 @@ def clocked(owner, name: str, seconds: list[float], now: Callable[[], float] = t
             seconds.append(now() - started)
 
     setattr(owner, name, method)
+
+
+def run(*command: str) -> None:
+    """Run a file of this project with arguments; it says itself what is wrong. Raises CalledProcessError where it fails."""
+    subprocess.run([sys.executable, *command], cwd=Path(__file__).parent.parent, check=True)
 
 
 def cpu_seconds() -> float:

@@ -95,7 +95,7 @@ def test_all_arms_run_on_the_tiny_model_and_the_flips_are_found(cleaning, tmp_pa
     command = ["cleaning.py", str(tmp_path / "work"), "--labels", "shorter", "--data", str(tmp_path / "pairs.jsonl")]
     command += ["--results", str(tmp_path / "results.json"), "--train", "50", "model=tiny", "lr=5e-3", "n_epochs=4"]
     # Without an import for each.
-    monkeypatch.setattr(cleaning, "train", lambda *given: utils.train(utils.compose(*given), quiet=True))
+    monkeypatch.setattr(cleaning, "run", lambda _, *given: utils.train(utils.compose(*given), quiet=True))
     monkeypatch.setattr(halves, "run_step", in_this_process)
     monkeypatch.setattr("sys.argv", command)
     cleaning.main()

@@ -181,7 +181,7 @@ def encoded(rows: list[dict], suffix: str) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", DATA_SUFFIXES)
-@settings(max_examples=100, **FUZZ)
+@settings(max_examples=250, **FUZZ)
 @given(
     data=st.data(),
     rows=st.sampled_from([TEXT_ROWS, DIALOGUES, TEXT_ROWS[:2]]),
@@ -197,7 +197,7 @@ def test_a_file_spoilt_byte_by_byte_gives_records_or_a_message(tmp_path, suffix,
     assert_file_gives_records_or_a_message(path, on_bad_row)
 
 
-@settings(max_examples=100, **FUZZ)
+@settings(max_examples=200, **FUZZ)
 @given(content=st.text(alphabet='{}[]",:\\n\r\n au0d8-e.\x00\ufeff', max_size=60), suffix=SUFFIXES, on_bad_row=POLICIES)
 def test_a_file_of_nonsense_gives_records_or_a_message(tmp_path, content, suffix, on_bad_row):
     path = tmp_path / f"rows{suffix}"
@@ -256,7 +256,7 @@ def mapped_rows(draw, values, junk, maps=MAPS) -> tuple[dict, list]:
     return keys, draw(st.permutations(rows))
 
 
-@settings(max_examples=100, **FUZZ)
+@settings(max_examples=600, **FUZZ)
 @given(
     mapped=mapped_rows(JUNK, JUNK),
     suffix=st.sampled_from([".jsonl", ".json", ".jsonl.gz"]),
@@ -269,7 +269,7 @@ def test_rows_with_values_of_any_type_give_records_or_a_message(tmp_path, mapped
     assert_file_gives_records_or_a_message(path, on_bad_row, **keys)
 
 
-@settings(max_examples=75, **FUZZ)
+@settings(max_examples=150, **FUZZ)
 @given(
     mapped=mapped_rows(SCALARS, st.nothing(), [(keys, NUMBERED) for keys, rows in MAPS if rows not in (LISTS, NESTED, PARTS)]),
     on_bad_row=POLICIES,
@@ -316,7 +316,7 @@ def table(columns: list, names: list[str]) -> pyarrow.Table:
 PARQUET_NAMES = st.permutations(["prompt", "chosen", "rejected", "n", "text"])
 
 
-@settings(max_examples=100, **FUZZ)
+@settings(max_examples=200, **FUZZ)
 @given(
     columns=st.lists(COLUMNS, min_size=3, max_size=5),
     names=PARQUET_NAMES,
@@ -454,7 +454,7 @@ def loader() -> Iterator[Callable]:
     DATASETS.pop("fuzzed", None)
 
 
-@settings(max_examples=100, **FUZZ)
+@settings(max_examples=600, **FUZZ)
 @given(items=ITEMS, form=st.sampled_from([list, iter, tuple, as_dict]), on_bad_row=POLICIES)
 def test_a_loader_that_gives_junk_gives_records_or_a_message(loader, items, form, on_bad_row):
     name = loader(form(items))

@@ -24,8 +24,8 @@ def test_two_processes_that_share_packs_follow_a_golden_trajectory(settings):
 
 
 @pytest.mark.long
-def test_two_processes_that_share_packs_follow_a_golden_trajectory_under_every_sharding(settings):
-    results = launch(sharded_work.follow_each_sharding, (settings, [number_of(*ALL[1])]), 2, None)
+def test_two_processes_that_share_packs_follow_the_golden_trajectories_under_every_sharding(settings):
+    results = launch(sharded_work.follow_each_sharding, (settings, [number_of(*one) for one in ALL]), 2, None)
     assert_equal(results, 1e-5)
 
 
@@ -45,7 +45,7 @@ def test_two_ranks_of_two_processes_and_one_of_four_follow_a_golden_trajectory(s
     ("names", "seeds"),
     [
         (["gpt_oss"], 2),
-        pytest.param(["llama", "gemma2", "gemma3_text", "llama4-scaled", "mistral", "deepseek_v3"], 3, marks=pytest.mark.long),
+        pytest.param(["llama", "gemma2", "gemma3_text", "llama4-scaled", "mistral", "deepseek_v3"], 6, marks=pytest.mark.long),
     ],
     ids=["one", "all"],
 )

@@ -65,13 +65,13 @@ def for_each_cut(count: int, body) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("count", [6, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [6, pytest.param(150, marks=pytest.mark.long)])
 def test_any_trie_has_the_numbers_of_its_sequences_alone(name, count):
     plain, sharing = models(name)
     for_each_cut(count, lambda cut: check(plain, sharing, cut))
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.long)])
 def test_any_trie_trains_an_adapter_as_its_sequences_alone_do(count):
     from peft import LoraConfig, get_peft_model
 
@@ -83,7 +83,7 @@ def test_any_trie_trains_an_adapter_as_its_sequences_alone_do(count):
     for_each_cut(count, lambda cut: check(plain, sharing, cut))
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ["gpt_oss", "stablelm"])
 def test_any_trie_is_the_same_where_activations_are_recomputed(name, count):
     plain, sharing = copy.deepcopy(models(name))
@@ -91,7 +91,7 @@ def test_any_trie_is_the_same_where_activations_are_recomputed(name, count):
     for_each_cut(count, lambda cut: check(plain, sharing, cut))
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_under_autocast_any_trie_agrees_with_its_sequences_alone_to_what_bfloat16_has(name, count):
     plain, sharing = copy.deepcopy(models(name))

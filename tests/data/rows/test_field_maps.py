@@ -126,7 +126,7 @@ def test_an_implicit_prompt_gives_way_to_a_prompt_in_a_field_of_its_own():
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 
 
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(prompt=WORDS, answers=st.lists(WORDS, min_size=2, max_size=2))
 def test_an_implicit_prompt_and_its_responses_are_the_texts_again(prompt, answers):
     chosen, rejected = (f"{prompt} {answer}" for answer in answers)
@@ -848,7 +848,7 @@ def test_what_stands_beside_role_and_text_of_a_turn_is_named():
 COLUMNS = ("prompt", "chosen", "rejected", "system", "input", "instruction", "note", "output", "score")
 
 
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(
     columns=st.sets(st.sampled_from(COLUMNS)),
     names=st.sampled_from(

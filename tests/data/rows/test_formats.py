@@ -552,7 +552,7 @@ FORMATS = [
 NOTES = {"id": 7, "source": "web", "meta": {"n": 1}, "lang": "en", "url": "http://x"}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     row=st.sampled_from(FORMATS),
     notes=st.sets(st.sampled_from(sorted(NOTES))),
@@ -570,7 +570,7 @@ def test_a_format_is_found_whatever_the_order_of_columns_and_whichever_others_th
     assert named - {"safer_response_id"} == notes
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     columns=st.dictionaries(
         st.sampled_from(sorted({name for row in FORMATS for name in row} | {"system", "history", "tools", "weight", "input"})),
